@@ -1,0 +1,161 @@
+"""Our errors: what happened, why, and what to type next; with their JSON-RPC code and exit code.
+
+Pure. A failure is made beside the call that failed and travels unchanged to the terminal.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import ClassVar
+
+
+class Exit(IntEnum):
+    """Exit codes of ``sandboxctl``. ``run`` and ``exec`` exit with the command's own code instead."""
+
+    OK = 0
+    FAILURE = 1
+    USAGE = 2
+    ENGINE_UNAVAILABLE = 3
+    PREREQUISITE_MISSING = 4
+    NO_SUCH_SANDBOX = 5
+    EXEC_FAILED = 125
+    """``run`` and ``exec``: we failed, the command did not run."""
+    NOT_EXECUTABLE = 126
+    NOT_FOUND = 127
+    SIGNAL_BASE = 128
+
+
+class Failure(Exception):
+    """Base of all failures that cross the socket.
+
+    Args:
+        brief: One clause, "cannot ...", quoting what the user typed.
+        detail: What the engine, the kernel or the check said.
+        hint: A command to type, or a value to use.
+    """
+
+    type: ClassVar[str] = "internal"
+    code: ClassVar[int] = -32000
+    exit_code: ClassVar[Exit] = Exit.FAILURE
+
+    def __init__(self, brief: str, *, detail: str = "", hint: str = "") -> None:
+        super().__init__(brief)
+        self.brief = brief
+        self.detail = detail
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.brief}: {self.detail}" if self.detail else self.brief
+
+
+class InvalidArgument(Failure):
+    """The request is well formed and cannot be meant."""
+
+    type = "invalid_argument"
+    code = -32602
+    exit_code = Exit.USAGE
+
+
+class NotFound(Failure):
+    """No such sandbox, command or image."""
+
+    type = "not_found"
+    code = -32001
+    exit_code = Exit.NO_SUCH_SANDBOX
+
+
+class Conflict(Failure):
+    """The thing is not in a state in which this can be done."""
+
+    type = "conflict"
+    code = -32002
+
+
+class Timeout(Failure):
+    """It took longer than it may."""
+
+    type = "timeout"
+    code = -32003
+
+
+class LimitNotEnforceable(Failure):
+    """This host, or this engine, cannot enforce a limit that was asked for."""
+
+    type = "limit_not_enforceable"
+    code = -32004
+    exit_code = Exit.PREREQUISITE_MISSING
+
+
+class CapacityExceeded(Failure):
+    """The daemon has as many of these as it may."""
+
+    type = "capacity_exceeded"
+    code = -32005
+
+
+class SandboxGone(Failure):
+    """The sandbox went away, or its init no longer answers."""
+
+    type = "sandbox_gone"
+    code = -32007
+    exit_code = Exit.NO_SUCH_SANDBOX
+
+
+class EngineUnavailableFailure(Failure):
+    """No engine that can be used, or the chosen one does not answer."""
+
+    type = "engine_unavailable"
+    code = -32008
+    exit_code = Exit.ENGINE_UNAVAILABLE
+
+
+class Unauthorized(Failure):
+    """The caller may not do this."""
+
+    type = "unauthorized"
+    code = -32009
+
+
+class Unsupported(Failure):
+    """The engine, the host or this version cannot do it."""
+
+    type = "unsupported"
+    code = -32010
+    exit_code = Exit.PREREQUISITE_MISSING
+
+
+class CommandNotStarted(Failure):
+    """The sandbox is fine, the program could not be executed: 127 not found, 126 not executable."""
+
+    type = "command_not_started"
+    code = -32011
+
+    def __init__(self, brief: str, *, detail: str = "", hint: str = "", exit_code: Exit = Exit.NOT_FOUND) -> None:
+        super().__init__(brief, detail=detail, hint=hint)
+        self.command_exit_code = exit_code
+
+
+FAILURES: tuple[type[Failure], ...] = (
+    Failure,
+    InvalidArgument,
+    NotFound,
+    Conflict,
+    Timeout,
+    LimitNotEnforceable,
+    CapacityExceeded,
+    SandboxGone,
+    EngineUnavailableFailure,
+    Unauthorized,
+    Unsupported,
+    CommandNotStarted,
+)
+
+FAILURE_BY_TYPE: dict[str, type[Failure]] = {failure.type: failure for failure in FAILURES}
+
+PARSE_ERROR = -32700
+INVALID_REQUEST = -32600
+METHOD_NOT_FOUND = -32601
+INVALID_PARAMS = -32602
+INTERNAL_ERROR = -32603
+REQUEST_CANCELLED = -32800
+"""As in LSP."""

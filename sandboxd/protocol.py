@@ -1,0 +1,624 @@
+"""Every request, reply, notification and error of the socket: the one source of truth.
+
+The wire, ``--json``, the clients, ``rpc.discover`` and ``docs/PROTOCOL.md`` are all made from the structs
+and the method table below. JSON-RPC 2.0; framing is in ``sandboxd.framing``.
+
+Requests are for people and so take quantities as they write them (``"512m"``, ``"0.5"``, ``"1s"``) or as
+plain numbers in the unit that the field names. Replies are for programs: numbers, with the unit last in the
+name. ``null`` in a reply means "unknown", never zero.
+
+Unknown fields in a request are refused: a misspelt limit must not become no limit.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+PROTOCOL_VERSION = 1
+
+FRAME_BYTES_MAX = 4 * 1024 * 1024
+"""Largest message either way. argv and env are the large ones, and the kernel bounds those to 2 MiB."""
+
+DESCRIPTORS_PER_REQUEST_MAX = 3
+"""stdin, stdout, stderr."""
+
+SandboxRef = Annotated[
+    str, Meta(min_length=1, max_length=64, description="A sandbox id, an unambiguous prefix of one, or its name.")
+]
+Name = Annotated[
+    str,
+    Meta(
+        pattern=r"^[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?$",
+        description="1 to 63 of a-z 0-9 . _ -, starting and ending with a letter or digit.",
+    ),
+]
+Text = Annotated[str, Meta(max_length=4096)]
+Quantity = Annotated[int | float | str, Meta(description="A number, or text with a unit.")]
+EngineChoice = Literal["podman", "docker"]
+LimitsPolicy = Literal["strict", "degraded"]
+NetworkMode = Literal["none", "full"]
+SandboxState = Literal["creating", "running", "stopping", "stopped", "starting", "removing", "broken", "lost"]
+
+
+class Params(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Base of all requests."""
+
+
+class Reply(Struct, frozen=True, kw_only=True):
+    """Base of all replies and of their parts."""
+
+
+# --- limits ---------------------------------------------------------------------------------------------
+
+
+class LimitsParams(Params, frozen=True):
+    """Limits as a caller writes them. Absent: the daemon's configured default."""
+
+    memory: Quantity | None = None
+    """Bytes, or text such as ``512m``. Memory and swap together."""
+    cpus: Quantity | None = None
+    """CPUs, such as ``0.5`` or ``500m``."""
+    pids: Quantity | None = None
+    """Processes and threads at once, sandbox-init included."""
+    cpuset: str | None = None
+    """Host CPUs to run on, such as ``0-2,4``."""
+    shm: Quantity | None = None
+    """Size of /dev/shm. Create only."""
+    tmp: Quantity | None = None
+    """Size of /tmp, and of the home directory. Create only."""
+    nofile: Quantity | None = None
+    """Open files per process. Create only."""
+
+
+class LimitReport(Reply, frozen=True):
+    """One limit: what was asked, what the engine says, what the kernel enforces."""
+
+    name: str
+    """``memory memory_swap cpus pids cpuset shm nofile`` or ``tmpfs:PATH``."""
+    unit: str
+    """``bytes``, ``millicpu``, ``count`` or ``list``."""
+    requested: int | str | None
+    reported: int | str | None
+    """The engine's own inspect; null until somebody asks for it (``sandbox/get``)."""
+    effective: int | str | None
+    """Read from the sandbox's real control group, or from /proc for what is not a control group."""
+    verified: bool
+    """True only if ``effective`` was read and is what was requested."""
+    reason: str = ""
+    """Why not verified, or what else is worth knowing."""
+
+
+# --- sandboxes ------------------------------------------------------------------------------------------
+
+
+class WorkspaceParams(Params, frozen=True):
+    """The project, as seen inside at /workspace."""
+
+    path: Text
+    """Absolute host path of a directory."""
+    mode: Literal["rw", "ro"] = "rw"
+
+
+class SandboxCreateParams(Params, frozen=True):
+    """Make a sandbox."""
+
+    name: Name | None = None
+    engine: EngineChoice | None = None
+    image: Text | None = None
+    workspace: WorkspaceParams | None = None
+    limits: LimitsParams = LimitsParams()
+    limits_policy: LimitsPolicy | None = None
+    env: dict[str, str] = {}
+    network: NetworkMode | None = None
+    metadata: dict[str, str] = {}
+    ephemeral: bool = False
+    """Remove the sandbox when the connection that made it closes."""
+
+
+class SandboxParams(Params, frozen=True):
+    """Name one sandbox."""
+
+    sandbox: SandboxRef
+
+
+class SandboxGetParams(Params, frozen=True):
+    """Look at one sandbox closely."""
+
+    sandbox: SandboxRef
+
+
+class SandboxListParams(Params, frozen=True):
+    """List sandboxes."""
+
+    metadata: dict[str, str] = {}
+    """Only those that carry all of these."""
+
+
+class SandboxUpdateParams(Params, frozen=True):
+    """Change limits of a running sandbox and prove them again."""
+
+    sandbox: SandboxRef
+    limits: LimitsParams
+    limits_policy: LimitsPolicy | None = None
+
+
+class SandboxStopParams(Params, frozen=True):
+    """Stop a sandbox; it can be started again."""
+
+    sandbox: SandboxRef
+    grace: Quantity = 2
+    """Seconds between TERM and KILL."""
+
+
+class SandboxMetricsParams(Params, frozen=True):
+    """Read usage from the control groups."""
+
+    sandboxes: list[SandboxRef] = []
+    """Empty: all of them."""
+
+
+class SandboxVerifyParams(Params, frozen=True):
+    """Prove the limits."""
+
+    sandbox: SandboxRef
+    provoke: bool = False
+    """Prove them the hard way: allocate past memory, fork past pids, spin past the quota. Needs a running
+    sandbox, and whatever runs in it competes with the provocation."""
+
+
+class WorkspaceInfo(Reply, frozen=True):
+    """The project as mounted."""
+
+    path: str
+    mode: str
+    mounted: str
+    """How ownership is made right: ``same-uid``, ``keep-id``, ``idmapped`` or ``as-is``."""
+
+
+class SandboxInfo(Reply, frozen=True):
+    """Everything about one sandbox."""
+
+    id: str
+    name: str | None
+    state: SandboxState
+    state_reason: str
+    engine: str
+    image: str
+    container_id: str | None
+    pid: int | None
+    """Host pid of sandbox-init."""
+    user: str
+    """``uid:gid`` inside."""
+    workspace: WorkspaceInfo | None
+    network: str
+    limits: list[LimitReport]
+    limits_policy: str
+    verified: bool
+    """All limits are verified."""
+    metadata: dict[str, str]
+    env: dict[str, str]
+    created_at_ms: int
+    """Milliseconds since the epoch."""
+    ephemeral: bool
+    commands_running: int
+    launch: str
+    """``cold``: made for this request."""
+    warnings: list[str]
+    timings_ms: dict[str, float]
+    """What each step of this request cost."""
+
+
+class SandboxSummary(Reply, frozen=True):
+    """One row of the list."""
+
+    id: str
+    name: str | None
+    state: SandboxState
+    engine: str
+    image: str
+    workspace: str | None
+    created_at_ms: int
+    commands_running: int
+    verified: bool
+
+
+class SandboxList(Reply, frozen=True):
+    """All sandboxes of this daemon."""
+
+    sandboxes: list[SandboxSummary]
+
+
+class SandboxGone(Reply, frozen=True):
+    """A sandbox was removed."""
+
+    id: str
+    name: str | None
+    timings_ms: dict[str, float]
+
+
+class Pressure(Reply, frozen=True):
+    """Pressure stall information of one resource: the share of time in which somebody waited for it."""
+
+    some_avg10_percent: float | None
+    full_avg10_percent: float | None
+    some_total_us: int | None
+    full_total_us: int | None
+
+
+class SandboxMetrics(Reply, frozen=True):
+    """Usage of one sandbox, from its control group."""
+
+    id: str
+    name: str | None
+    state: SandboxState
+    cpu_us: int | None
+    cpu_percent: float | None
+    """Of one CPU, since the last reading that is at least a fifth of a second old, else since the start."""
+    cpu_millis: int | None
+    throttled_periods: int | None
+    throttled_us: int | None
+    memory_bytes: int | None
+    memory_bytes_peak: int | None
+    memory_bytes_max: int | None
+    pids: int | None
+    pids_peak: int | None
+    pids_max: int | None
+    pids_refused: int | None
+    """Forks refused because of the pids limit."""
+    oom_kills: int | None
+    cpu_pressure: Pressure | None
+    memory_pressure: Pressure | None
+    io_pressure: Pressure | None
+    reason: str = ""
+    """Why nothing could be read."""
+
+
+class SandboxMetricsList(Reply, frozen=True):
+    """Usage of several sandboxes."""
+
+    sandboxes: list[SandboxMetrics]
+
+
+class Provocation(Reply, frozen=True):
+    """One limit, provoked."""
+
+    limit: str
+    held: bool
+    evidence: str
+    """What the control group's counters said, before and after."""
+
+
+class SandboxVerification(Reply, frozen=True):
+    """The proof."""
+
+    id: str
+    limits: list[LimitReport]
+    provocations: list[Provocation]
+    verified: bool
+    timings_ms: dict[str, float]
+
+
+# --- commands -------------------------------------------------------------------------------------------
+
+
+class PtySize(Params, frozen=True):
+    """A terminal's size in characters."""
+
+    rows: Annotated[int, Meta(ge=1, le=65535)]
+    cols: Annotated[int, Meta(ge=1, le=65535)]
+
+
+class CommandParams(Params, frozen=True):
+    """Run a command in a sandbox.
+
+    With ``stdio = "descriptors"`` the request carries three descriptors (SCM_RIGHTS): they become the command's
+    stdin, stdout and stderr, and no byte of output passes through the daemon. With ``pty`` the request carries
+    none, and the ``commands/started`` notification carries the terminal's master.
+    """
+
+    sandbox: SandboxRef
+    argv: Annotated[list[str], Meta(min_length=1, max_length=65536)]
+    env: dict[str, str] = {}
+    cwd: Text | None = None
+    """Absolute, or relative to /workspace. Default: /workspace, or / where there is none."""
+    user: Text | None = None
+    """Another user than the sandbox's: takes the engine's own exec, which is slow, has no pty and no tree kill."""
+    stdio: Literal["descriptors", "null"] = "null"
+    pty: PtySize | None = None
+    timeout: Quantity | None = None
+    """Seconds, or text such as ``90s``: then TERM, and KILL after the grace, to the whole tree."""
+    grace: Quantity = 2
+    """Seconds between TERM and KILL."""
+    on_disconnect: Literal["kill", "keep"] = "kill"
+    """What happens to the command when the connection of ``commands/run`` closes. ``commands/start`` always keeps."""
+
+
+class CommandRef(Params, frozen=True):
+    """Name one command."""
+
+    sandbox: SandboxRef
+    command_id: Annotated[str, Meta(pattern=r"^[0-9a-f]{12}$")]
+
+
+class CommandSignalParams(Params, frozen=True):
+    """Send a signal."""
+
+    sandbox: SandboxRef
+    command_id: Annotated[str, Meta(pattern=r"^[0-9a-f]{12}$")]
+    signal: Annotated[int, Meta(ge=1, le=64)]
+    scope: Literal["process", "group", "tree"] = "group"
+
+
+class CommandListParams(Params, frozen=True):
+    """List the commands of one sandbox."""
+
+    sandbox: SandboxRef
+
+
+class CommandStarted(Reply, frozen=True):
+    """A command runs. Also the params of the ``commands/started`` notification."""
+
+    sandbox: str
+    command_id: str
+    pid: int
+    """As seen inside."""
+    timings_ms: dict[str, float]
+
+
+class CommandEnd(Reply, frozen=True):
+    """How a command ended. A non-zero exit is an outcome, never an error."""
+
+    command_id: str
+    exit_code: int | None
+    """null when a signal ended it."""
+    signal: int | None
+    status: Literal["ok", "nonzero", "signaled", "timeout", "oom", "killed", "lost"]
+    oom_kills: int | None
+    """How many processes of this sandbox the kernel killed for memory while the command ran."""
+    cpu_ms: float | None
+    wall_ms: float
+    memory_bytes_peak: int | None
+    """Largest resident set of one process of the command."""
+    stdout_bytes: int | None
+    stderr_bytes: int | None
+    truncated: bool
+    timings_ms: dict[str, float]
+
+
+class CommandInfo(Reply, frozen=True):
+    """One row of the command list."""
+
+    command_id: str
+    pid: int | None
+    argv: list[str]
+    state: Literal["running", "lingering", "ended"]
+    """``lingering``: it ended, and left processes behind."""
+    started_at_ms: int
+    end: CommandEnd | None
+
+
+class CommandList(Reply, frozen=True):
+    """The commands of one sandbox that run, linger, or ended lately."""
+
+    commands: list[CommandInfo]
+
+
+# --- images, daemon -------------------------------------------------------------------------------------
+
+
+class ImageListParams(Params, frozen=True):
+    """List the images that the engines hold."""
+
+    engine: EngineChoice | None = None
+
+
+class ImageInfo(Reply, frozen=True):
+    """One image."""
+
+    engine: str
+    image_id: str
+    tags: list[str]
+    size_bytes: int | None
+    created_at_ms: int | None
+
+
+class ImageList(Reply, frozen=True):
+    """Images."""
+
+    images: list[ImageInfo]
+
+
+class ImageBuildParams(Params, frozen=True):
+    """Make the default image, without any registry where none answers.
+
+    ``registry``: build the shipped Containerfile. ``distribution``: from this distribution's own packages.
+    ``busybox``: one static busybox. ``auto``: the first of these that works. Progress comes as ``$/progress``.
+    """
+
+    engine: EngineChoice | None = None
+    """Default: every usable engine."""
+    source: Literal["auto", "registry", "distribution", "busybox"] = "auto"
+    reference: Text | None = None
+    """Default: the configured image."""
+    force: bool = False
+    """Build even if the engine holds it already."""
+
+
+class ImageBuilt(Reply, frozen=True):
+    """Images were made."""
+
+    images: list[ImageInfo]
+    source: str
+    timings_ms: dict[str, float]
+
+
+class NoParams(Params, frozen=True):
+    """Nothing to say."""
+
+
+class EngineReport(Reply, frozen=True):
+    """One engine, as found."""
+
+    name: str
+    usable: bool
+    reason: str
+    hint: str
+    default: bool
+    client_version: str | None
+    server_version: str | None
+    rootless: bool | None
+    cgroup_version: str | None
+    cgroup_manager: str | None
+    controllers: list[str]
+    oci_runtime: str | None
+    oci_runtime_reason: str
+    storage_driver: str | None
+    socket_path: str | None
+    nofile_hard_max: int | None
+    capabilities: dict[str, bool]
+    warnings: list[str]
+
+
+class DaemonInfo(Reply, frozen=True):
+    """The daemon."""
+
+    pid: int
+    version: str
+    protocol_version: int
+    socket: str
+    state_dir: str
+    started_at_ms: int
+    engines: list[EngineReport]
+    sandboxes: int
+    rss_bytes: int
+
+
+class Check(Reply, frozen=True):
+    """One finding of doctor."""
+
+    name: str
+    status: Literal["ok", "warning", "failure"]
+    detail: str
+    fix: str
+    """The one command that mends it; empty when nothing is wrong."""
+
+
+class DoctorReport(Reply, frozen=True):
+    """All findings."""
+
+    healthy: bool
+    checks: list[Check]
+
+
+class DaemonShutdownParams(Params, frozen=True):
+    """Stop the daemon. Sandboxes and their commands stay."""
+
+
+class Acknowledged(Reply, frozen=True):
+    """Done."""
+
+
+class CancelParams(Params, frozen=True):
+    """Params of ``$/cancelRequest``."""
+
+    id: int | str
+
+
+class ProgressParams(Reply, frozen=True):
+    """Params of ``$/progress``: how far the request ``token`` is."""
+
+    token: int | str
+    message: str
+    done: int | None = None
+    total: int | None = None
+
+
+# --- the table ------------------------------------------------------------------------------------------
+
+
+class Method(Struct, frozen=True):
+    """One row of the method table."""
+
+    name: str
+    params: type[Params]
+    result: type[Reply]
+    summary: str
+    descriptors: int = 0
+    """How many descriptors a request may carry."""
+
+
+METHODS: tuple[Method, ...] = (
+    Method("sandbox/create", SandboxCreateParams, SandboxInfo, "Make a sandbox and prove its limits."),
+    Method("sandbox/get", SandboxGetParams, SandboxInfo, "Everything about one sandbox, the engine's view included."),
+    Method("sandbox/list", SandboxListParams, SandboxList, "The sandboxes of this daemon."),
+    Method("sandbox/update", SandboxUpdateParams, SandboxInfo, "Change limits while it runs and prove them again."),
+    Method("sandbox/stop", SandboxStopParams, SandboxInfo, "Stop; it can be started again."),
+    Method("sandbox/start", SandboxParams, SandboxInfo, "Start a stopped sandbox and prove its limits again."),
+    Method("sandbox/kill", SandboxParams, SandboxGone, "End everything in it and remove it without a trace."),
+    Method("sandbox/metrics", SandboxMetricsParams, SandboxMetricsList, "Usage, read from the control groups."),
+    Method("sandbox/verify", SandboxVerifyParams, SandboxVerification, "Read the limits again, or provoke them."),
+    Method("commands/run", CommandParams, CommandEnd, "Run a command and wait for its end.", 3),
+    Method("commands/start", CommandParams, CommandStarted, "Run a command in the background.", 3),
+    Method("commands/wait", CommandRef, CommandEnd, "Wait for a command's end."),
+    Method("commands/signal", CommandSignalParams, Acknowledged, "Send a signal to a command."),
+    Method("commands/kill", CommandRef, CommandEnd, "Kill a command's whole tree and wait until nothing is left."),
+    Method("commands/list", CommandListParams, CommandList, "Commands that run, linger, or ended lately."),
+    Method("image/list", ImageListParams, ImageList, "Images that the engines hold."),
+    Method("image/build", ImageBuildParams, ImageBuilt, "Make the default image, without a registry if need be."),
+    Method("daemon/info", NoParams, DaemonInfo, "The daemon and the engines that it drives."),
+    Method("daemon/doctor", NoParams, DoctorReport, "Check the host, and say what mends it."),
+    Method("daemon/shutdown", DaemonShutdownParams, Acknowledged, "Stop the daemon; sandboxes stay."),
+)
+
+METHOD_BY_NAME: dict[str, Method] = {method.name: method for method in METHODS}
+
+
+# --- JSON-RPC envelope ----------------------------------------------------------------------------------
+
+
+class Request(Struct, frozen=True):
+    """A request, or a notification when ``id`` is absent. ``params`` stays raw until the method is known."""
+
+    jsonrpc: Literal["2.0"]
+    method: Annotated[str, Meta(max_length=64)]
+    id: int | Annotated[str, Meta(max_length=64)] | UnsetType | None = UNSET
+    params: msgspec.Raw = msgspec.Raw(b"{}")
+
+
+class ErrorData(Struct, frozen=True, kw_only=True):
+    """What our own errors carry."""
+
+    type: str
+    """``invalid_argument not_found conflict timeout limit_not_enforceable capacity_exceeded pool_exhausted
+    sandbox_gone engine_unavailable unauthorized unsupported internal``."""
+    brief: str
+    detail: str
+    hint: str
+
+
+class ErrorObject(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A JSON-RPC error."""
+
+    code: int
+    message: str
+    data: ErrorData | None = None
+
+
+class Response(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A reply to a request."""
+
+    jsonrpc: Literal["2.0"]
+    id: int | str | None
+    result: Any = UNSET
+    error: ErrorObject | UnsetType = UNSET
+
+
+class Notification(Struct, frozen=True, kw_only=True):
+    """What the daemon says unasked."""
+
+    jsonrpc: Literal["2.0"]
+    method: str
+    params: Any

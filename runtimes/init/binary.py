@@ -1,0 +1,28 @@
+"""Where the compiled `sandbox-init` is."""
+
+from __future__ import annotations
+
+import os
+
+from runtimes.init.wire import InitError
+
+
+class InitBinaryMissing(InitError):
+    """The program was not built; `hint` is the command that builds it."""
+
+    def __init__(self, path: str, hint: str) -> None:
+        super().__init__(f"cannot find sandbox-init at {path}; {hint}")
+        self.path = path
+        self.hint = hint
+
+
+def init_binary_path() -> str:
+    """The absolute path of the program that is mounted into sandboxes as PID 1.
+
+    Raises:
+        InitBinaryMissing: it was never built, or cannot be executed.
+    """
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sandbox-init")
+    if not os.access(path, os.X_OK):
+        raise InitBinaryMissing(path, "build it: python hack/build_init.py")
+    return path

@@ -1,0 +1,51 @@
+"""Who is at the other end of init's socket, by the kernel's word."""
+
+from __future__ import annotations
+
+import re
+import socket
+import struct
+
+import msgspec
+
+_UCRED = struct.Struct("iII")
+_CONTAINER_ID = re.compile(r"[0-9a-f]{64}")
+
+
+class PeerCredentials(msgspec.Struct, frozen=True):
+    """The process that listens on a Unix socket, numbers as seen from here."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+def peer_credentials(connected: socket.socket) -> PeerCredentials:
+    """Who called listen(2) on the socket that this one is connected to."""
+    return PeerCredentials(*_UCRED.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)))
+
+
+def is_container_init(pid: int, container_id: str) -> bool:
+    """Whether `pid` is PID 1 of that container, one pid namespace below ours.
+
+    False also when the process is gone or when anything cannot be read: the question is asked before trusting.
+    """
+    if pid <= 0 or _CONTAINER_ID.fullmatch(container_id) is None:
+        return False
+    try:
+        theirs = _namespaced_pids(f"/proc/{pid}/status")
+        ours = _namespaced_pids("/proc/self/status")
+        with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="replace") as file:
+            in_cgroup = any(container_id in line for line in file)
+    except OSError:
+        return False
+    return len(ours) > 0 and len(theirs) == len(ours) + 1 and theirs[-1] == "1" and in_cgroup
+
+
+def _namespaced_pids(path: str) -> list[str]:
+    """The process's pids in each namespace from ours downwards."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if line.startswith("NSpid:"):
+                return line.split()[1:]
+    return []

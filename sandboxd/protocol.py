@@ -46,6 +46,10 @@ SandboxState = Literal["creating", "running", "stopping", "stopped", "starting",
 class Params(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """Base of all requests."""
 
+    def descriptors_taken(self) -> int:
+        """How many descriptors this very request carries."""
+        return 0
+
 
 class Reply(Struct, frozen=True, kw_only=True):
     """Base of all replies and of their parts."""
@@ -335,6 +339,10 @@ class CommandParams(Params, frozen=True):
     on_disconnect: Literal["kill", "keep"] = "kill"
     """What happens to the command when the connection of ``commands/run`` closes. ``commands/start`` always keeps."""
 
+    def descriptors_taken(self) -> int:
+        """Three, unless the command gets a terminal of its own or nothing at all."""
+        return DESCRIPTORS_PER_REQUEST_MAX if self.stdio == "descriptors" and self.pty is None else 0
+
 
 class CommandRef(Params, frozen=True):
     """Name one command."""
@@ -513,6 +521,22 @@ class DoctorReport(Reply, frozen=True):
     checks: list[Check]
 
 
+class ConfigEntry(Reply, frozen=True):
+    """One setting, as it is in force."""
+
+    key: str
+    value: str
+    origin: str
+    """``default``, the file's path, or the environment variable's name."""
+    description: str
+
+
+class DaemonConfig(Reply, frozen=True):
+    """All settings in force."""
+
+    entries: list[ConfigEntry]
+
+
 class DaemonShutdownParams(Params, frozen=True):
     """Stop the daemon. Sandboxes and their commands stay."""
 
@@ -570,6 +594,7 @@ METHODS: tuple[Method, ...] = (
     Method("image/build", ImageBuildParams, ImageBuilt, "Make the default image, without a registry if need be."),
     Method("daemon/info", NoParams, DaemonInfo, "The daemon and the engines that it drives."),
     Method("daemon/doctor", NoParams, DoctorReport, "Check the host, and say what mends it."),
+    Method("daemon/config", NoParams, DaemonConfig, "Every setting in force, and where it comes from."),
     Method("daemon/shutdown", DaemonShutdownParams, Acknowledged, "Stop the daemon; sandboxes stay."),
 )
 

@@ -1,0 +1,122 @@
+"""Field names and defaults of every request. Generated: python -m sandboxd.openrpc --wire-table."""
+
+from __future__ import annotations
+
+PARAMS: dict[str, str] = {
+    "sandbox/create": "SandboxCreateParams",
+    "sandbox/get": "SandboxGetParams",
+    "sandbox/list": "SandboxListParams",
+    "sandbox/update": "SandboxUpdateParams",
+    "sandbox/stop": "SandboxStopParams",
+    "sandbox/start": "SandboxParams",
+    "sandbox/kill": "SandboxParams",
+    "sandbox/metrics": "SandboxMetricsParams",
+    "sandbox/verify": "SandboxVerifyParams",
+    "commands/run": "CommandParams",
+    "commands/start": "CommandParams",
+    "commands/wait": "CommandRef",
+    "commands/signal": "CommandSignalParams",
+    "commands/kill": "CommandRef",
+    "commands/list": "CommandListParams",
+    "image/list": "ImageListParams",
+    "image/build": "ImageBuildParams",
+    "daemon/info": "NoParams",
+    "daemon/doctor": "NoParams",
+    "daemon/config": "NoParams",
+    "daemon/shutdown": "DaemonShutdownParams",
+}
+
+REQUIRED = object()
+
+FIELDS: dict[str, dict[str, object]] = {
+    "CommandListParams": {
+        "sandbox": REQUIRED,
+    },
+    "CommandParams": {
+        "sandbox": REQUIRED,
+        "argv": REQUIRED,
+        "env": {},
+        "cwd": None,
+        "user": None,
+        "stdio": "null",
+        "pty": None,
+        "timeout": None,
+        "grace": 2,
+        "on_disconnect": "kill",
+    },
+    "CommandRef": {
+        "sandbox": REQUIRED,
+        "command_id": REQUIRED,
+    },
+    "CommandSignalParams": {
+        "sandbox": REQUIRED,
+        "command_id": REQUIRED,
+        "signal": REQUIRED,
+        "scope": "group",
+    },
+    "DaemonShutdownParams": {},
+    "ImageBuildParams": {
+        "engine": None,
+        "source": "auto",
+        "reference": None,
+        "force": False,
+    },
+    "ImageListParams": {
+        "engine": None,
+    },
+    "LimitsParams": {
+        "memory": None,
+        "cpus": None,
+        "pids": None,
+        "cpuset": None,
+        "shm": None,
+        "tmp": None,
+        "nofile": None,
+    },
+    "NoParams": {},
+    "PtySize": {
+        "rows": REQUIRED,
+        "cols": REQUIRED,
+    },
+    "SandboxCreateParams": {
+        "name": None,
+        "engine": None,
+        "image": None,
+        "workspace": None,
+        "limits": {},
+        "limits_policy": None,
+        "env": {},
+        "network": None,
+        "metadata": {},
+        "ephemeral": False,
+    },
+    "SandboxGetParams": {
+        "sandbox": REQUIRED,
+    },
+    "SandboxListParams": {
+        "metadata": {},
+    },
+    "SandboxMetricsParams": {
+        "sandboxes": [],
+    },
+    "SandboxParams": {
+        "sandbox": REQUIRED,
+    },
+    "SandboxStopParams": {
+        "sandbox": REQUIRED,
+        "grace": 2,
+    },
+    "SandboxUpdateParams": {
+        "sandbox": REQUIRED,
+        "limits": REQUIRED,
+        "limits_policy": None,
+    },
+    "SandboxVerifyParams": {
+        "sandbox": REQUIRED,
+        "provoke": False,
+    },
+    "WorkspaceParams": {
+        "path": REQUIRED,
+        "mode": "rw",
+    },
+}

@@ -1,0 +1,251 @@
+"""What the engines answer: bytes in, model out. Docker and Podman side by side.
+
+Pure. An answer is untrusted input: it is validated field by field, and whatever is not what it should be raises
+``UnreadableAnswer`` and nothing else. Unknown fields are passed over, for later versions of the engines.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, TypeVar, assert_never
+
+import msgspec
+from msgspec import Meta
+
+from runtimes.errors import UnreadableAnswer
+from runtimes.model import (
+    CPU_MILLIS_PER_CPU,
+    LABEL_OWNER,
+    LABEL_SANDBOX,
+    ContainerFacts,
+    ContainerState,
+    ContainerSummary,
+    EngineName,
+    Limits,
+)
+
+CPUS_MAX = 8192
+"""The kernel's own bound on the number of CPUs (CONFIG_NR_CPUS)."""
+
+ERROR_CHARS_MAX = 1000
+ERROR_LINES_MAX = 5
+
+_NANO_PER_MILLI = 1_000_000
+_CPU_PERIOD_US = 100_000
+"""The kernel's default CFS period, which an engine means when it gives a quota and no period."""
+
+_STATES = {
+    "configured": ContainerState.CREATED,
+    "created": ContainerState.CREATED,
+    "initialized": ContainerState.CREATED,
+    "running": ContainerState.RUNNING,
+    "paused": ContainerState.PAUSED,
+    "exited": ContainerState.EXITED,
+    "stopped": ContainerState.EXITED,
+}
+
+_ESCAPE_SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|.)?")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_NOISE = re.compile(r'time="[^"]*" level=(?:debug|info|warning) |Run \'docker .* --help\'|See \'docker .* --help\'')
+"""Lines of a client's stderr that do not say why a call failed."""
+
+_CONTAINER_ID = r"^[0-9a-f]{64}$"
+_ContainerId = Annotated[str, Meta(pattern=_CONTAINER_ID)]
+_ImageId = Annotated[str, Meta(pattern=r"^(?:sha256:)?[0-9a-f]{64}$")]
+_Word = Annotated[str, Meta(max_length=64)]
+_Label = Annotated[str, Meta(max_length=4096)]
+_Pid = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+_Count = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+
+_T = TypeVar("_T")
+
+
+class _PodmanRow(msgspec.Struct, rename="pascal"):
+    id: _ContainerId
+    state: _Word
+    labels: dict[str, Any] | None = None
+
+
+class _State(msgspec.Struct, rename="pascal"):
+    status: _Word
+    pid: _Pid = 0
+    exit_code: _Count = 0
+    oom_killed: bool | None = msgspec.field(default=None, name="OOMKilled")
+
+
+class _Ulimit(msgspec.Struct, rename="pascal"):
+    name: _Word
+    hard: _Count
+
+
+class _HostConfig(msgspec.Struct, rename="pascal"):
+    memory: _Count | None = None
+    nano_cpus: _Count | None = None
+    cpu_quota: _Count | None = None
+    cpu_period: _Count | None = None
+    pids_limit: _Count | None = None
+    cpuset_cpus: Annotated[str, Meta(max_length=4096)] | None = None
+    shm_size: _Count | None = None
+    ulimits: list[_Ulimit] | None = None
+
+
+class _Config(msgspec.Struct, rename="pascal"):
+    labels: dict[str, str] | None = None
+
+
+class _Inspect(msgspec.Struct, rename="pascal"):
+    id: _ContainerId
+    state: _State
+    image: _ImageId
+    host_config: _HostConfig
+    config: _Config
+
+
+def container_id(answer: bytes) -> str:
+    """The id that ``run --detach`` printed: the last line, for a client may print others before it."""
+    lines = answer.decode(errors="replace").split()
+    if not lines or re.match(_CONTAINER_ID, lines[-1]) is None:
+        raise _unreadable("the id of a new container", repr(answer[-200:]))
+    return lines[-1]
+
+
+def containers(engine: EngineName, answer: bytes) -> list[ContainerSummary]:
+    """The rows of ``list_argv`` that carry both identity labels."""
+    match engine:
+        case EngineName.DOCKER:
+            rows = _docker_rows(answer)
+        case EngineName.PODMAN:
+            rows = _podman_rows(answer)
+        case _:
+            assert_never(engine)
+    return [row for row in rows if row.sandbox_id and row.owner]
+
+
+def container_facts(answer: bytes) -> ContainerFacts:
+    """``container inspect`` of one container, by either engine."""
+    found = _decode(answer, list[_Inspect], "inspect")
+    if len(found) != 1:
+        raise _unreadable("inspect", f"{len(found)} containers instead of one")
+    (inspect,) = found
+    labels = inspect.config.labels or {}
+    state = _state(inspect.state.status)
+    return ContainerFacts(
+        container_id=inspect.id,
+        sandbox_id=labels.get(LABEL_SANDBOX),
+        owner=labels.get(LABEL_OWNER),
+        state=state,
+        pid=inspect.state.pid or None,
+        exit_code=inspect.state.exit_code if state is ContainerState.EXITED else None,
+        oom_killed=inspect.state.oom_killed,
+        image_id=image_id(inspect.image),
+        limits=_limits(inspect.host_config),
+    )
+
+
+def image_id(text: str) -> str:
+    """An image's id as 64 digits: Docker writes ``sha256:`` before it, Podman does not."""
+    digits = text.strip().removeprefix("sha256:")
+    if re.match(_CONTAINER_ID, digits) is None:
+        raise _unreadable("the id of an image", repr(text[-200:]))
+    return digits
+
+
+def complaint(stderr: bytes) -> str:
+    """The last lines of a client's stderr as bounded plain text, without warnings and advice."""
+    text = _ESCAPE_SEQUENCE.sub("", stderr.decode(errors="replace"))
+    lines = [_CONTROL.sub("", line).strip() for line in text.replace("\r", "\n").split("\n")]
+    telling = [line for line in lines if line and _NOISE.match(line) is None]
+    return "\n".join(telling[-ERROR_LINES_MAX:])[-ERROR_CHARS_MAX:]
+
+
+def cpu_list(text: str) -> tuple[int, ...]:
+    """``0-2,5`` as the kernel writes a set of CPUs.
+
+    Raises:
+        UnreadableAnswer: it is not one, or names a CPU that no kernel can have.
+    """
+    cpus: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", part.strip())
+        if match is None:
+            raise _unreadable("a set of CPUs", repr(text[:200]))
+        first, last = int(match[1]), int(match[2] or match[1])
+        if not first <= last < CPUS_MAX:
+            raise _unreadable("a set of CPUs", repr(text[:200]))
+        cpus.update(range(first, last + 1))
+    return tuple(sorted(cpus))
+
+
+def _docker_rows(answer: bytes) -> list[ContainerSummary]:
+    rows = (
+        _decode(line, tuple[_ContainerId, _Word, _Label, _Label], "a list of containers")
+        for line in answer.splitlines()
+        if line.strip()
+    )
+    return [
+        ContainerSummary(container_id=identifier, sandbox_id=sandbox_id, owner=owner, state=_state(state))
+        for identifier, state, sandbox_id, owner in rows
+    ]
+
+
+def _podman_rows(answer: bytes) -> list[ContainerSummary]:
+    rows = _decode(answer, list[_PodmanRow] | None, "a list of containers") or []
+    return [
+        ContainerSummary(
+            container_id=row.id,
+            sandbox_id=_label(row.labels, LABEL_SANDBOX),
+            owner=_label(row.labels, LABEL_OWNER),
+            state=_state(row.state),
+        )
+        for row in rows
+    ]
+
+
+def _label(labels: dict[str, Any] | None, name: str) -> str:
+    value = (labels or {}).get(name, "")
+    if not isinstance(value, str):
+        raise _unreadable("a list of containers", f"the label {name} is no text")
+    return value
+
+
+def _state(word: str) -> ContainerState:
+    return _STATES.get(word.lower(), ContainerState.OTHER)
+
+
+def _limits(config: _HostConfig) -> Limits:
+    cpus = config.cpuset_cpus
+    nofile = [limit.hard for limit in config.ulimits or () if limit.name.lower().endswith("nofile")]
+    return Limits(
+        memory_bytes_max=_positive(config.memory),
+        cpu_millis=_cpu_millis(config),
+        pids_max=_positive(config.pids_limit),
+        cpuset_cpus=cpu_list(cpus) if cpus else None,
+        shm_bytes_max=_positive(config.shm_size),
+        nofile_max=_positive(nofile[-1]) if nofile else None,
+    )
+
+
+def _positive(value: int | None) -> int | None:
+    """Zero and minus one are the engines' words for "not limited"."""
+    return value if value is not None and value > 0 else None
+
+
+def _cpu_millis(config: _HostConfig) -> int | None:
+    nano = _positive(config.nano_cpus)
+    if nano is not None:
+        return nano // _NANO_PER_MILLI
+    quota = _positive(config.cpu_quota)
+    if quota is None:
+        return None
+    return quota * CPU_MILLIS_PER_CPU // (_positive(config.cpu_period) or _CPU_PERIOD_US)
+
+
+def _decode(answer: bytes, shape: type[_T] | Any, what: str) -> Any:
+    try:
+        return msgspec.json.decode(answer, type=shape)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _unreadable(what, str(error)) from error
+
+
+def _unreadable(what: str, detail: str) -> UnreadableAnswer:
+    return UnreadableAnswer(f"cannot read the engine's answer: {what}", detail=detail[:ERROR_CHARS_MAX])

@@ -24,13 +24,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import anyio
 import anyio.to_thread
 import msgspec
 from anyio.abc import TaskGroup
-from msgspec import Struct, UnsetType
+from msgspec import Meta, Struct, UnsetType
 
 from sandboxd import framing, openrpc, protocol
 from sandboxd.failures import (
@@ -576,7 +576,7 @@ _NO_PARAMS = protocol.NoParams()
 
 
 class _IdOnly(Struct):
-    id: int | str | None = None
+    id: int | Annotated[str, Meta(max_length=64)] | None = None
 
 
 @cache

@@ -44,6 +44,7 @@ from runtimes.model import CPU_MILLIS_PER_CPU, CgroupVersion, Limits
 from runtimes.quantities import format_bytes, format_cpuset
 
 CONTAINER_ID_CHARS: Final = 64
+GONE: Final = "the container is gone"
 
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -154,6 +155,7 @@ class CgroupHandle:
         Raises:
             CgroupUnreadable: the container is gone, or a file does not hold what the kernel documents.
         """
+        self._check_exists()
         v2 = self.version is CgroupVersion.V2
         names = readings.LIMIT_FILES_V2 if v2 else readings.LIMIT_FILES_V1
         cpuset = self._group("cpuset")
@@ -211,7 +213,8 @@ class CgroupHandle:
         """SIGKILL every process of the container at once, forks in flight included.
 
         Returns:
-            False where the kernel has no ``cgroup.kill`` (before 5.14, or without a v2 tree): kill by other means.
+            True when none is left alive, as is so where the container is gone; False where the kernel has no
+            ``cgroup.kill`` (before 5.14, or without a v2 tree): kill by other means.
 
         Raises:
             CgroupUnreadable: the kernel has it and refused.
@@ -221,12 +224,12 @@ class CgroupHandle:
             return False
         try:
             group.write(group.top, "cgroup.kill", "1")
-        except FileNotFoundError:
-            return False
         except OSError as error:
-            # A group that is gone has no process left.
-            if error.errno not in _GONE:
-                raise _failure("cannot kill the container's processes by its control group", error) from error
+            if not group.exists():
+                return True
+            if error.errno == errno.ENOENT:
+                return False
+            raise _failure("cannot kill the container's processes by its control group", error) from error
         return True
 
     def _open_groups(self) -> None:
@@ -245,6 +248,11 @@ class CgroupHandle:
                 )
             self._groups[name] = _Group.open(path, top=len(path.names) - 1 - top)
 
+    def _check_exists(self) -> None:
+        """That the container's groups are still there: of a group that is gone, every file is merely absent."""
+        if not all(group.exists() for group in self._groups.values()):
+            raise CgroupUnreadable(f"cannot read the control groups of process {self.pid}", detail=GONE)
+
     def _group(self, controller: str) -> _Group | None:
         return self._groups.get(_UNIFIED if self.version is CgroupVersion.V2 else controller)
 
@@ -256,6 +264,7 @@ class CgroupHandle:
         return [group.read(level, name) for level in range(group.depth + 1)]
 
     def _open_counters(self) -> dict[str, int | None]:
+        self._check_exists()
         files: dict[str, str] = dict.fromkeys(readings.PRESSURE_FILES, _UNIFIED)
         if self.version is CgroupVersion.V2:
             files |= dict.fromkeys(readings.COUNTER_FILES_V2, _UNIFIED)
@@ -323,6 +332,7 @@ class CgroupHandle:
     def _required(self, controller: str, name: str) -> _Group:
         group = self._group(controller)
         if group is None or group.read(group.top, name) is None:
+            self._check_exists()
             raise CgroupUnreadable(
                 f"cannot write {name}", detail=f"the {controller} controller is not enabled for this container"
             )
@@ -357,6 +367,10 @@ class _Group:
             os.close(fd)
             raise
         return cls(fd, depth=len(path.names), top=top)
+
+    def exists(self) -> bool:
+        """Whether the group is still there: every group has this file, and a removed one has none."""
+        return os.access("cgroup.procs", os.F_OK, dir_fd=self.fd)
 
     def open_file(self, level: int, name: str) -> int | None:
         """A descriptor for reading, or None where there is no such file."""
@@ -460,7 +474,7 @@ def _read_again(fd: int, name: str) -> bytes | None:
 def _failure(brief: str, error: OSError) -> CgroupUnreadable:
     detail = error.strerror or str(error)
     if error.errno in _GONE or error.errno == errno.ENOENT:
-        return CgroupUnreadable(brief, detail=f"the container is gone ({detail})")
+        return CgroupUnreadable(brief, detail=f"{GONE} ({detail})")
     if error.errno in _FORBIDDEN:
         return CgroupUnreadable(brief, detail=f"this control group is not ours to change ({detail})")
     return CgroupUnreadable(brief, detail=detail)

@@ -42,7 +42,7 @@ class LimitProof(msgspec.Struct, frozen=True, kw_only=True):
     """One limit: asked for, told by the engine, held by the kernel."""
 
     name: str
-    """``memory``, ``memory_swap``, ``cpus``, ``pids``, ``cpuset``, ``shm``, ``nofile``, or ``tmpfs:`` and a target."""
+    """``memory``, ``memory_swap``, ``cpus``, ``pids``, ``cpuset``, ``shm``, ``nofile``, or ``tmpfs:`` and target."""
     requested: Value
     """Bytes, thousandths of a CPU, a count, or CPU numbers, as the name says."""
     reported: Value

@@ -124,15 +124,26 @@ class Unsupported(Failure):
     exit_code = Exit.PREREQUISITE_MISSING
 
 
+class EngineRefusedFailure(Failure):
+    """The engine answered, and said no."""
+
+    type = "engine_refused"
+    code = -32013
+
+
+class PrerequisiteMissing(Failure):
+    """Something that is installed or built once is not there: an image, sandbox-init."""
+
+    type = "prerequisite_missing"
+    code = -32012
+    exit_code = Exit.PREREQUISITE_MISSING
+
+
 class CommandNotStarted(Failure):
-    """The sandbox is fine, the program could not be executed: 127 not found, 126 not executable."""
+    """The sandbox is fine, the program could not be executed. ``detail`` begins with the name of the errno."""
 
     type = "command_not_started"
     code = -32011
-
-    def __init__(self, brief: str, *, detail: str = "", hint: str = "", exit_code: Exit = Exit.NOT_FOUND) -> None:
-        super().__init__(brief, detail=detail, hint=hint)
-        self.command_exit_code = exit_code
 
 
 FAILURES: tuple[type[Failure], ...] = (
@@ -147,6 +158,8 @@ FAILURES: tuple[type[Failure], ...] = (
     EngineUnavailableFailure,
     Unauthorized,
     Unsupported,
+    EngineRefusedFailure,
+    PrerequisiteMissing,
     CommandNotStarted,
 )
 

@@ -617,8 +617,8 @@ class ErrorData(Struct, frozen=True, kw_only=True):
     """What our own errors carry."""
 
     type: str
-    """``invalid_argument not_found conflict timeout limit_not_enforceable capacity_exceeded pool_exhausted
-    sandbox_gone engine_unavailable unauthorized unsupported internal``."""
+    """``invalid_argument not_found conflict timeout limit_not_enforceable capacity_exceeded sandbox_gone
+    engine_unavailable engine_refused unauthorized unsupported prerequisite_missing command_not_started internal``."""
     brief: str
     detail: str
     hint: str

@@ -1,0 +1,49 @@
+"""Engine clients that outlived the process which started them.
+
+A daemon that is killed in the middle of a create leaves the engine's client running: it comes to its end by
+itself, and only then is it known whether there is a container.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import anyio
+import psutil
+
+logger = logging.getLogger(__name__)
+
+
+async def wait_for_clients(argument: str, *, deadline_s: float) -> int:
+    """Wait until no process of ours is left that was started with ``argument``.
+
+    Args:
+        argument: One whole argument, such as ``io.sandboxd.owner=...``: what only such a client carries.
+        deadline_s: Waits no longer than this.
+
+    Returns:
+        How many there were.
+    """
+    pidfds = _pidfds(argument)
+    try:
+        with anyio.move_on_after(deadline_s) as scope:
+            for pidfd in pidfds:
+                await anyio.wait_readable(pidfd)
+        if scope.cancelled_caught:
+            logger.warning("engine clients of a former daemon still run after %g s", deadline_s)
+    finally:
+        for pidfd in pidfds:
+            os.close(pidfd)
+    return len(pidfds)
+
+
+def _pidfds(argument: str) -> list[int]:
+    pidfds = []
+    for process in psutil.process_iter():
+        try:
+            if process.uids().effective == os.geteuid() and argument in process.cmdline():
+                pidfds.append(os.pidfd_open(process.pid))
+        except (psutil.Error, ProcessLookupError):
+            continue
+    return pidfds

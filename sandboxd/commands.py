@@ -1,0 +1,372 @@
+"""The commands of one sandbox: what runs, how it is ended, and how it ended.
+
+sandbox-init owns the processes. This table owns what is known about them here: who waits, which timeout runs,
+and the verdict when the end comes. A command has up to two ends: its main process exits (``ended``), and later
+the last process that it left behind does (``gone``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import random
+import signal
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import anyio
+import anyio.abc
+import msgspec
+
+from runtimes.init.channel import InitChannel, RequestRefused, SpawnFailed
+from runtimes.init.wire import Exited, Gone, InitError, InvalidSpawn, Scope, SpawnRequest, SpawnTooLarge
+from sandboxd.failures import Conflict, NotFound, Timeout
+from sandboxd.journal import CommandRecord
+from sandboxd.protocol import CommandEnd, CommandInfo
+
+ENDED_KEPT_MAX = 256
+"""Ends of background commands that nobody has asked for yet; the oldest are forgotten first."""
+
+KILL_DEADLINE_S = 5.0
+"""How long init may take to kill a tree. Design: gone for good within 2 s; a loaded host gets some more."""
+
+COMMAND_ID_BITS = 47
+
+
+def format_command_id(command_id: int) -> str:
+    """The wire's form of a command id: twelve hexadecimal digits."""
+    return f"{command_id:012x}"
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+    """What there is to judge an end by."""
+
+    wait_status: int | None
+    """As of wait(2); None: nobody saw it end."""
+    oom_kills: int | None
+    """How far the sandbox's own counter rose while the command ran."""
+    timed_out: bool
+    killed: bool
+
+
+def judge(verdict: Verdict) -> tuple[int | None, int | None, str]:
+    """Return exit code, signal and status. Pure; an OOM is told by the kernel's counter, never by 137."""
+    if verdict.wait_status is None:
+        return None, None, "killed" if verdict.killed else "lost"
+    ended_by = verdict.wait_status & 0x7F
+    exit_code = None if ended_by else (verdict.wait_status >> 8) & 0xFF
+    failed = exit_code != 0
+    if verdict.timed_out:
+        status = "timeout"
+    elif verdict.oom_kills and failed:
+        status = "oom"
+    elif verdict.killed:
+        status = "killed"
+    elif ended_by:
+        status = "signaled"
+    else:
+        status = "nonzero" if failed else "ok"
+    return exit_code, ended_by or None, status
+
+
+class Command:
+    """One command."""
+
+    def __init__(
+        self, command_id: int, argv: Sequence[str], *, background: bool, started_at_ms: int, oom_kills: int | None
+    ) -> None:
+        self.id = command_id
+        self.argv = list(argv)
+        self.background = background
+        self.started_at_ms = started_at_ms
+        self.started_monotonic_s = time.monotonic()
+        self.oom_kills_before = oom_kills
+        self.pid: int | None = None
+        self.timed_out = False
+        self.killed = False
+        self.end: CommandEnd | None = None
+        self.ended = anyio.Event()
+        self.gone = anyio.Event()
+
+    @property
+    def state(self) -> str:
+        """``running``, ``lingering`` or ``ended``."""
+        if self.end is None:
+            return "running"
+        return "ended" if self.gone.is_set() else "lingering"
+
+    def info(self) -> CommandInfo:
+        """The row of the command list."""
+        return CommandInfo(
+            command_id=format_command_id(self.id),
+            pid=self.pid,
+            argv=self.argv,
+            state=self.state,  # type: ignore[arg-type]
+            started_at_ms=self.started_at_ms,
+            end=self.end,
+        )
+
+
+class CommandTable:
+    """The commands of one sandbox.
+
+    Args:
+        tasks: Where timeouts run: the daemon's own task group.
+        read_oom_kills: The sandbox's counter, from its control group; None when it cannot be read.
+        on_forgotten: Told the id of a background command once its end is recorded and nothing of it is left.
+    """
+
+    def __init__(
+        self,
+        tasks: anyio.abc.TaskGroup,
+        read_oom_kills: Callable[[], int | None],
+        on_forgotten: Callable[[int], None],
+    ) -> None:
+        self._tasks = tasks
+        self._read_oom_kills = read_oom_kills
+        self._on_forgotten = on_forgotten
+        self._channel: InitChannel | None = None
+        self._live: dict[int, Command] = {}
+        self._ended: OrderedDict[int, Command] = OrderedDict()
+
+    def attach(self, channel: InitChannel) -> None:
+        """Use this channel from now on."""
+        self._channel = channel
+
+    @property
+    def running_count(self) -> int:
+        """How many commands run or have left processes behind."""
+        return len(self._live)
+
+    def infos(self) -> list[CommandInfo]:
+        """All rows, the oldest first."""
+        rows = [command.info() for command in (*self._ended.values(), *self._live.values())]
+        return sorted(rows, key=lambda row: row.started_at_ms)
+
+    def get(self, command_id: int) -> Command:
+        """Find a command that runs, lingers, or ended lately.
+
+        Raises:
+            NotFound: there is none.
+        """
+        command = self._live.get(command_id) or self._ended.get(command_id)
+        if command is None:
+            raise NotFound(
+                f"cannot find command {format_command_id(command_id)}",
+                detail="it never was, or it ended too long ago",
+            )
+        return command
+
+    def new_id(self) -> int:
+        """An id that no command of this sandbox has."""
+        while (command_id := random.getrandbits(COMMAND_ID_BITS)) in self._live or command_id in self._ended:
+            pass
+        return command_id
+
+    async def start(
+        self,
+        request: SpawnRequest,
+        descriptors: Sequence[int],
+        *,
+        background: bool,
+        timeout_s: float | None,
+        grace_s: float,
+    ) -> tuple[Command, int | None]:
+        """Run a command.
+
+        Returns:
+            The command, and the terminal's master descriptor when ``request`` asked for a terminal: the caller
+            closes it.
+
+        Raises:
+            SpawnFailed: init could not; nothing runs.
+            InitError: the channel broke; the command is killed if it was started after all.
+        """
+        channel = self._usable_channel()
+        command = Command(
+            request.command_id,
+            [argument.decode(errors="replace") for argument in request.argv],
+            background=background,
+            started_at_ms=now_ms(),
+            oom_kills=self._read_oom_kills(),
+        )
+        self._live[command.id] = command
+        try:
+            # Not cancelled half-way: a command that runs and that nobody knows of could not be ended.
+            with anyio.CancelScope(shield=True):
+                spawned = await channel.spawn(request, descriptors)
+        except (SpawnFailed, SpawnTooLarge, InvalidSpawn):
+            del self._live[command.id]
+            raise
+        except InitError:
+            self._live.pop(command.id, None)
+            self._tasks.start_soon(self._kill_unconfirmed, channel, command.id)
+            raise
+        command.pid = spawned.pid
+        if timeout_s is not None:
+            self._tasks.start_soon(self._enforce_timeout, command, timeout_s, grace_s)
+        return command, spawned.pty_fd
+
+    def adopt(self, record: CommandRecord, *, pid: int, remaining_s: float | None) -> Command:
+        """Take over a background command that a former daemon started and that is still there."""
+        command = Command(
+            record.id,
+            record.argv,
+            background=True,
+            started_at_ms=record.started_at_ms,
+            oom_kills=self._read_oom_kills(),
+        )
+        command.started_monotonic_s -= max(0.0, time.time() - record.started_at_ms / 1000)
+        command.pid = pid
+        self._live[command.id] = command
+        if remaining_s is not None:
+            self._tasks.start_soon(self._enforce_timeout, command, remaining_s, record.grace_s)
+        return command
+
+    def on_event(self, event: Exited | Gone) -> None:
+        """Take note of what init says. Called by the channel; never blocks."""
+        command = self._live.get(event.command_id)
+        if command is None:
+            return
+        if isinstance(event, Exited):
+            self._record_end(command, event)
+        else:
+            if command.end is None:
+                self._record_end(command, None)
+            self._retire(command)
+
+    def on_channel_lost(self) -> None:
+        """The sandbox went away under its commands: whoever waits for one is told that it is lost."""
+        self._channel = None
+        for command in list(self._live.values()):
+            if command.end is None:
+                self._record_end(command, None)
+            self._retire(command)
+
+    async def wait(self, command: Command) -> CommandEnd:
+        """Wait until the main process of a command has ended."""
+        await command.ended.wait()
+        if command.end is None:
+            raise AssertionError("a command ended without an end record")
+        return command.end
+
+    async def signal(self, command: Command, number: int, scope: Scope) -> None:
+        """Send a signal. A command that has ended takes none, which is not an error."""
+        if command.gone.is_set():
+            return
+        try:
+            await self._usable_channel().signal(command.id, number, scope)
+        except RequestRefused as error:
+            if error.errno not in (errno.ESRCH, errno.ENOENT):
+                raise
+
+    async def kill(self, command: Command) -> CommandEnd:
+        """Kill the whole tree and wait until nothing of it is left. Idempotent.
+
+        Raises:
+            Timeout: something is left after ``KILL_DEADLINE_S``.
+        """
+        if not command.gone.is_set():
+            if command.end is None:
+                command.killed = True
+            await self._kill_tree(command)
+        return await self.wait(command)
+
+    async def _kill_tree(self, command: Command) -> None:
+        with contextlib.suppress(RequestRefused):
+            await self._usable_channel().kill(command.id)
+        with anyio.move_on_after(KILL_DEADLINE_S):
+            await command.gone.wait()
+            return
+        raise Timeout(
+            f"cannot kill command {format_command_id(command.id)}",
+            detail=f"processes of it are left after {KILL_DEADLINE_S:g} s",
+            hint="sandboxctl rm SANDBOX ends them all",
+        )
+
+    async def _enforce_timeout(self, command: Command, timeout_s: float, grace_s: float) -> None:
+        with anyio.move_on_after(timeout_s):
+            await command.ended.wait()
+        if command.ended.is_set():
+            return
+        command.timed_out = True
+        if grace_s > 0 and self._channel is not None:
+            await self.signal(command, signal.SIGTERM, Scope.TREE)
+            with anyio.move_on_after(grace_s):
+                await command.gone.wait()
+        if not command.gone.is_set() and self._channel is not None:
+            await self._kill_tree(command)
+
+    @staticmethod
+    async def _kill_unconfirmed(channel: InitChannel, command_id: int) -> None:
+        """End a command of which nobody knows whether it started."""
+        with contextlib.suppress(InitError):
+            await channel.kill(command_id)
+
+    async def _forget(self, channel: InitChannel, command_id: int) -> None:
+        with contextlib.suppress(InitError):
+            await channel.forget(command_id)
+
+    def _record_end(self, command: Command, exited: Exited | None) -> None:
+        now = self._read_oom_kills()
+        before = command.oom_kills_before
+        oom_kills = None if now is None or before is None else max(0, now - before)
+        exit_code, ended_by, status = judge(
+            Verdict(
+                wait_status=None if exited is None else exited.wait_status,
+                oom_kills=oom_kills,
+                timed_out=command.timed_out,
+                killed=command.killed,
+            )
+        )
+        wall_ms = (time.monotonic() - command.started_monotonic_s) * 1000
+        command.end = CommandEnd(
+            command_id=format_command_id(command.id),
+            exit_code=exit_code,
+            signal=ended_by,
+            status=status,  # type: ignore[arg-type]
+            oom_kills=oom_kills,
+            cpu_ms=None if exited is None else (exited.usage.utime_us + exited.usage.stime_us) / 1000,
+            wall_ms=round(wall_ms if exited is None else exited.usage.wall_us / 1000, 3),
+            memory_bytes_peak=None if exited is None else exited.usage.maxrss_kib * 1024,
+            stdout_bytes=None,
+            stderr_bytes=None,
+            truncated=False,
+            timings_ms={},
+        )
+        command.ended.set()
+
+    def _retire(self, command: Command) -> None:
+        self._live.pop(command.id, None)
+        command.gone.set()
+        if self._channel is not None:
+            self._tasks.start_soon(self._forget, self._channel, command.id)
+        if command.background:
+            self._ended[command.id] = command
+            while len(self._ended) > ENDED_KEPT_MAX:
+                self._ended.popitem(last=False)
+            self._on_forgotten(command.id)
+
+    def _usable_channel(self) -> InitChannel:
+        if self._channel is None:
+            raise Conflict(
+                "cannot reach the sandbox", detail="its init does not answer", hint="sandboxctl inspect SANDBOX"
+            )
+        return self._channel
+
+
+def remaining_s(deadline_at_ms: int | None) -> float | None:
+    """How long until a wall-clock deadline, never negative; None: there is none."""
+    return None if deadline_at_ms is None else max(0.0, deadline_at_ms / 1000 - time.time())
+
+
+def now_ms() -> int:
+    """Milliseconds since the epoch."""
+    return time.time_ns() // 1_000_000
+
+
+def deadline_at_ms(timeout_s: float | None) -> int | None:
+    """The wall-clock time, in milliseconds since the epoch, at which a timeout that starts now passes."""
+    return None if timeout_s is None else math.ceil((time.time() + timeout_s) * 1000)

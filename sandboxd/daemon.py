@@ -1,0 +1,338 @@
+"""The daemon: the composition root. Only here are concrete engines named, and the environment read.
+
+Order of a start: take the socket (and so the lock), open the journal, look at the engines, reconcile, serve. A
+client that connects meanwhile waits in the backlog. Order of an end: refuse new requests, let those in flight
+finish, let go of the sandboxes; they and their background commands go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import logging
+import os
+import pwd
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Mapping, Sequence
+
+import anyio
+import anyio.abc
+import psutil
+
+from runtimes import clients, detect, seccomp
+from runtimes.docker import DockerEngine
+from runtimes.engine import Engine
+from runtimes.errors import RuntimeFailure
+from runtimes.init.binary import InitBinaryMissing, init_binary_path, provoke_binary_path
+from runtimes.init.wire import InitError
+from runtimes.model import LABEL_OWNER, EngineInfo, EngineName, User
+from runtimes.podman import PodmanEngine
+from runtimes.userns import open_swapped_userns
+from sandboxd import __version__, doctor
+from sandboxd.config import Config, load_config
+from sandboxd.engines import EngineRoom
+from sandboxd.failures import Conflict, Exit, Failure
+from sandboxd.handlers import Handlers, started_now_ms
+from sandboxd.image_builder import ImageBuilder, has_image
+from sandboxd.journal import Journal
+from sandboxd.limits import Host
+from sandboxd.listener import AlreadyRunning, Listener, open_listener
+from sandboxd.manager import Caller, Manager, Places
+from sandboxd.paths import is_private, socket_path, state_dir
+from sandboxd.protocol import PROTOCOL_VERSION, ConfigEntry, DaemonConfig, DaemonInfo
+from sandboxd.server import serve
+from sandboxd.translation import failure_from
+from sandboxd.workspace import SANDBOX_USER, idmap_works
+
+logger = logging.getLogger(__name__)
+
+DRAIN_DEADLINE_S = 15.0
+"""A create takes an engine a second; a loaded one takes ten."""
+
+LEFT_CLIENTS_DEADLINE_S = 15.0
+"""How long engine clients that a killed daemon left behind may take to come to their end."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``sandboxd`` in the foreground until SIGTERM or SIGINT."""
+    parser = argparse.ArgumentParser(
+        prog="sandboxd",
+        description="The sandboxd daemon, in the foreground. sandboxctl starts one by itself when it needs it.",
+    )
+    parser.add_argument("--socket", metavar="PATH", help="where to listen (SANDBOXD_SOCKET)")
+    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    parser.add_argument("--ready-fd", type=int, metavar="FD", help="descriptor to write one line to, once it serves")
+    parser.add_argument("--version", action="version", version=f"sandboxd {__version__}")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(
+        level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    env = dict(os.environ)
+    if options.socket:
+        env["SANDBOXD_SOCKET"] = os.path.abspath(options.socket)
+    try:
+        with open_listener(socket_path(env)) as listener:
+            anyio.run(functools.partial(run, listener, env, ready_fd=options.ready_fd))
+    except AlreadyRunning as error:
+        if options.ready_fd is not None:
+            _tell(options.ready_fd, "running")
+            return Exit.OK
+        return _fail(error, options.ready_fd)
+    except Failure as error:
+        return _fail(error, options.ready_fd)
+    except (RuntimeFailure, InitError) as error:
+        return _fail(failure_from(error), options.ready_fd)
+    return Exit.OK
+
+
+def _fail(error: Failure, ready_fd: int | None) -> int:
+    logger.error("%s", error)
+    data = {"type": error.type, "brief": error.brief, "detail": error.detail, "hint": error.hint}
+    if ready_fd is not None:
+        _tell(ready_fd, f"error: {json.dumps(data)}")
+    return error.exit_code
+
+
+def _tell(ready_fd: int, line: str) -> None:
+    with contextlib.suppress(OSError):
+        os.write(ready_fd, line.encode() + b"\n")
+        os.close(ready_fd)
+
+
+async def run(listener: Listener, env: Mapping[str, str], *, ready_fd: int | None) -> None:
+    """Serve on ``listener`` until told to stop."""
+    state = state_dir(env)
+    os.makedirs(state, mode=0o700, exist_ok=True)
+    boxes_dir = os.path.join(os.path.dirname(listener.path), "boxes")
+    os.makedirs(boxes_dir, mode=0o700, exist_ok=True)
+    config, entries = _load_config(env)
+    stop = anyio.Event()
+    with contextlib.ExitStack() as held:
+        held.callback(os.close, _lock_state(state))
+        journal = Journal.open(os.path.join(state, "journal.sqlite3"))
+        held.callback(journal.close)
+        userns_fd = _open_userns(boxes_dir)
+        if userns_fd is not None:
+            held.callback(os.close, userns_fd)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_watch_signals, stop)
+            engines = EngineRoom(
+                functools.partial(detect.detect_all, env), functools.partial(_build_engine, config=config, env=env)
+            )
+            manager = Manager(
+                config=config,
+                host=_host(),
+                caller=_caller(env),
+                places=Places(
+                    boxes_dir=boxes_dir,
+                    bin_dir=_install_programs(state),
+                    seccomp_profile=seccomp.profile_path(),
+                ),
+                journal=journal,
+                engines=engines,
+                tasks=tasks,
+                userns_fd=userns_fd,
+            )
+            handlers = _handlers(
+                manager, engines, config, entries, listener, state, boxes_dir, userns_fd is not None, stop
+            )
+            await engines.refresh()
+            await clients.wait_for_clients(f"{LABEL_OWNER}={journal.owner()}", deadline_s=LEFT_CLIENTS_DEADLINE_S)
+            await manager.recover()
+            async with _serving(listener, handlers):
+                tasks.start_soon(manager.sweep_periodically)
+                logger.info("listening on %s", listener.path)
+                if ready_fd is not None:
+                    _tell(ready_fd, "ready")
+                await stop.wait()
+                logger.info("stopping")
+                await handlers.drain(deadline_s=DRAIN_DEADLINE_S)
+            manager.disconnect_all()
+            tasks.cancel_scope.cancel()
+
+
+@contextlib.asynccontextmanager
+async def _serving(listener: Listener, handlers: Handlers) -> AsyncIterator[None]:
+    async with anyio.create_task_group() as serving:
+        serving.start_soon(serve, listener.socket, handlers)
+        yield
+        serving.cancel_scope.cancel()
+
+
+async def _watch_signals(stop: anyio.Event) -> None:
+    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for _ in signals:
+            stop.set()
+
+
+def _load_config(env: Mapping[str, str]) -> tuple[Config, list[ConfigEntry]]:
+    path = env.get("SANDBOXD_CONFIG") or os.path.join(
+        env.get("XDG_CONFIG_HOME") or os.path.join(_home(env), ".config"), "sandboxd", "config.toml"
+    )
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except FileNotFoundError:
+        text = ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise Failure(f"cannot read {path}", detail=str(error)) from None
+    return load_config(text, origin=path, env=env)
+
+
+def _lock_state(state: str) -> int:
+    """Hold the state directory: two daemons with different sockets must not share a journal."""
+    lock = os.open(os.path.join(state, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise Conflict(
+            f"cannot use the state directory {state}",
+            detail="another daemon with another socket does",
+            hint="set SANDBOXD_STATE_DIR to a directory of its own",
+        ) from None
+    return lock
+
+
+def _home(env: Mapping[str, str]) -> str:
+    return env.get("HOME") or pwd.getpwuid(os.geteuid()).pw_dir
+
+
+def _caller(env: Mapping[str, str]) -> Caller:
+    return Caller(user=User(uid=os.geteuid(), gid=os.getegid()), home=os.path.realpath(_home(env)))
+
+
+def _host() -> Host:
+    with open("/proc/sys/kernel/pid_max", encoding="ascii") as file:
+        pid_max = int(file.read())
+    return Host(
+        cpus_online=tuple(sorted(os.sched_getaffinity(0))),
+        memory_bytes=psutil.virtual_memory().total,
+        swap_bytes=psutil.swap_memory().total,
+        pid_max=pid_max,
+    )
+
+
+def _open_userns(boxes_dir: str) -> int | None:
+    """A namespace that swaps root and the sandbox's user, where the daemon is root and the kernel maps mounts."""
+    if os.geteuid() != 0:
+        return None
+    try:
+        userns_fd = open_swapped_userns(outside=0, inside=SANDBOX_USER.uid)
+    except OSError as error:
+        logger.warning("cannot make a user namespace: %s", error)
+        return None
+    if not idmap_works(boxes_dir, userns_fd):
+        os.close(userns_fd)
+        return None
+    return userns_fd
+
+
+def _install_programs(state: str) -> str:
+    """Copy sandbox-init and sandbox-provoke to a directory named for their content.
+
+    Sandboxes go on using the programs that they were made with, whatever is upgraded or removed meanwhile.
+    """
+    sources = {"sandbox-init": init_binary_path(), "sandbox-provoke": provoke_binary_path()}
+    digest = hashlib.sha256()
+    for path in sources.values():
+        with open(path, "rb") as file:
+            digest.update(file.read())
+    directory = os.path.join(state, "bin", digest.hexdigest()[:16])
+    if not os.path.isdir(directory):
+        os.makedirs(os.path.dirname(directory), mode=0o755, exist_ok=True)
+        scratch = tempfile.mkdtemp(dir=os.path.dirname(directory))
+        for name, path in sources.items():
+            shutil.copyfile(path, os.path.join(scratch, name))
+            os.chmod(os.path.join(scratch, name), 0o555)  # noqa: S103  (any uid inside executes them)
+        os.chmod(scratch, 0o755)  # noqa: S103  (likewise)
+        os.rename(scratch, directory)
+    return directory
+
+
+def _build_engine(info: EngineInfo, *, config: Config, env: Mapping[str, str]) -> Engine:
+    limiter = anyio.Semaphore(config.daemon.engine_calls_max)
+    match info.name:
+        case EngineName.DOCKER:
+            return DockerEngine(info, env=env, limiter=limiter)
+        case EngineName.PODMAN:
+            return PodmanEngine(info, env=env, limiter=limiter)
+
+
+def _handlers(
+    manager: Manager,
+    engines: EngineRoom,
+    config: Config,
+    entries: list[ConfigEntry],
+    listener: Listener,
+    state: str,
+    boxes_dir: str,
+    maps_ids: bool,
+    stop: anyio.Event,
+) -> Handlers:
+    return Handlers(
+        manager=manager,
+        engines=engines,
+        images=ImageBuilder(engines, reference=config.defaults.image, scratch_dir=state),
+        examine=functools.partial(_examine, engines, config, listener, state, boxes_dir, maps_ids),
+        daemon=DaemonInfo(
+            pid=os.getpid(),
+            version=__version__,
+            protocol_version=PROTOCOL_VERSION,
+            socket=listener.path,
+            state_dir=state,
+            started_at_ms=started_now_ms(),
+            engines=[],
+            sandboxes=0,
+            rss_bytes=0,
+        ),
+        config=DaemonConfig(entries=entries),
+        shut_down=stop.set,
+    )
+
+
+async def _examine(
+    engines: EngineRoom, config: Config, listener: Listener, state: str, boxes_dir: str, maps_ids: bool
+) -> doctor.Facts:
+    """Look at everything that doctor judges."""
+    await engines.refresh()
+    usable = {engine.name: engine for engine in engines.usable()}
+    image = config.defaults.image
+    found = [
+        doctor.EngineFacts(info=info, has_image=await has_image(usable[info.name], image) if info.usable else None)
+        for info in engines.infos
+    ]
+    init_error = init_hint = ""
+    try:
+        init_binary_path()
+    except InitBinaryMissing as error:
+        init_error, init_hint = str(error), error.hint
+    try:
+        free_bytes: int | None = psutil.disk_usage(state).free
+    except OSError:
+        free_bytes = None
+    return doctor.Facts(
+        engines=tuple(found),
+        image=image,
+        init_error=init_error,
+        init_hint=init_hint,
+        state_dir=state,
+        state_free_bytes=free_bytes,
+        socket=listener.path,
+        socket_dir_private=is_private(os.path.dirname(boxes_dir), os.geteuid()),
+        daemon_nofile_soft=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        idmap_works=maps_ids if os.geteuid() == 0 else None,
+        swap_bytes=psutil.swap_memory().total,
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

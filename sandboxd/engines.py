@@ -1,0 +1,76 @@
+"""The engines of this host: which there are, which one a new sandbox gets."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+
+import anyio
+from runtimes.detect import choose
+
+from runtimes.engine import Engine
+from runtimes.errors import EngineUnavailable
+from runtimes.model import EngineInfo, EngineName
+
+
+class EngineRoom:
+    """All engines that were found; one daemon drives them at once.
+
+    Args:
+        detect: Looks at the host: one ``EngineInfo`` per engine that is known to us, usable or not.
+        build: Makes the engine for a usable ``EngineInfo``.
+    """
+
+    def __init__(
+        self, detect: Callable[[], Awaitable[Sequence[EngineInfo]]], build: Callable[[EngineInfo], Engine]
+    ) -> None:
+        self._detect = detect
+        self._build = build
+        self._detecting = anyio.Lock()
+        self._engines: dict[EngineName, Engine] = {}
+        self.infos: tuple[EngineInfo, ...] = ()
+
+    async def refresh(self) -> None:
+        """Look again. An engine that was usable and is not any more stays known, and answers for itself."""
+        async with self._detecting:
+            self.infos = tuple(await self._detect())
+            for info in self.infos:
+                known = self._engines.get(info.name)
+                if info.usable and (known is None or known.info != info):
+                    self._engines[info.name] = self._build(info)
+
+    def usable(self) -> list[Engine]:
+        """The engines that can be driven."""
+        return list(self._engines.values())
+
+    def default(self) -> EngineName | None:
+        """The engine that a sandbox gets when nobody says which."""
+        try:
+            return choose(self.infos, None).name
+        except EngineUnavailable:
+            return None
+
+    def get(self, name: EngineName) -> Engine:
+        """The engine of this name.
+
+        Raises:
+            EngineUnavailable: it cannot be used, with the reason.
+        """
+        engine = self._engines.get(name)
+        if engine is None:
+            choose(self.infos, name)
+            raise EngineUnavailable(f"cannot use {name}", hint="sandboxctl doctor")
+        return engine
+
+    async def choose(self, name: str) -> Engine:
+        """The engine for a new sandbox; ``auto`` takes the best that works. Looks again before it gives up.
+
+        Raises:
+            EngineUnavailable: none can be used, with a reason for each.
+        """
+        preferred = None if name == "auto" else EngineName(name)
+        try:
+            info = choose(self.infos, preferred)
+        except EngineUnavailable:
+            await self.refresh()
+            info = choose(self.infos, preferred)
+        return self.get(info.name)

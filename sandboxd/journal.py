@@ -1,0 +1,180 @@
+"""What the daemon writes down before it acts, in SQLite.
+
+A sandbox's record is written before its container is asked for, and deleted after its container is known to
+be gone; so after a crash at any point, a container with our label is either in the journal or nobody's.
+Commits do not wait for the disk (WAL, ``synchronous=NORMAL``): a killed daemon loses nothing, and a host that
+loses power has lost its running containers too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import uuid
+from collections.abc import Iterator
+
+import msgspec
+
+from runtimes.model import Limits, Network, User
+from sandboxd.failures import Failure
+from sandboxd.lifecycle import State
+
+SCHEMA_VERSION = 1
+
+_SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE sandboxes (id TEXT PRIMARY KEY, record BLOB NOT NULL) STRICT;
+CREATE TABLE commands (
+    sandbox_id TEXT NOT NULL REFERENCES sandboxes (id) ON DELETE CASCADE,
+    id INTEGER NOT NULL,
+    record BLOB NOT NULL,
+    PRIMARY KEY (sandbox_id, id)
+) STRICT;
+"""
+
+
+class WorkspaceRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The project of a sandbox."""
+
+    path: str
+    """Absolute host path, resolved."""
+    read_only: bool
+    mounted: str
+    """How ownership is made right: ``same-uid``, ``keep-id``, ``idmapped`` or ``as-is``."""
+
+
+class SandboxRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """All that must be known of a sandbox to find, adopt, restart and remove it."""
+
+    id: str
+    name: str | None
+    state: State
+    state_reason: str
+    engine: str
+    image: str
+    container_id: str | None
+    user: User
+    keep_id: bool
+    workspace: WorkspaceRecord | None
+    network: Network
+    limits: Limits
+    tmp_bytes_max: int | None
+    limits_policy: str
+    env: dict[str, str]
+    metadata: dict[str, str]
+    ephemeral: bool
+    created_at_ms: int
+    warnings: tuple[str, ...] = ()
+
+
+class CommandRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A background command: one that must survive the daemon."""
+
+    id: int
+    argv: tuple[str, ...]
+    started_at_ms: int
+    deadline_at_ms: int | None
+    """Wall-clock time of its timeout; None: it has none."""
+    grace_s: float
+
+
+class Journal:
+    """The journal of one daemon. Not thread-safe: it belongs to the event loop."""
+
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self._database = database
+
+    @classmethod
+    def open(cls, path: str) -> Journal:
+        """Open the journal, and make it if there is none (mode 0600).
+
+        Raises:
+            Failure: it is damaged, or a newer version wrote it.
+        """
+        try:
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+            database = sqlite3.connect(path, isolation_level=None, timeout=5.0)
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute("PRAGMA synchronous = NORMAL")
+            database.execute("PRAGMA foreign_keys = ON")
+            version = int(database.execute("PRAGMA user_version").fetchone()[0])
+            if version == 0:
+                with _transaction(database):
+                    for statement in _SCHEMA.split(";\n"):
+                        database.execute(statement)
+                    database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        except (sqlite3.Error, OSError) as error:
+            raise Failure(f"cannot open the journal {path}", detail=str(error), hint="sandboxctl doctor") from error
+        if version > SCHEMA_VERSION:
+            raise Failure(
+                f"cannot use the journal {path}",
+                detail=f"a newer sandboxd wrote it (schema {version}, this one knows {SCHEMA_VERSION})",
+                hint="start the newer sandboxd",
+            )
+        return cls(database)
+
+    def close(self) -> None:
+        """Close it; what was written stays."""
+        self._database.close()
+
+    def owner(self) -> str:
+        """Return the id that labels this daemon's containers; made once per state directory."""
+        row = self._database.execute("SELECT value FROM meta WHERE key = 'owner'").fetchone()
+        if row is None:
+            owner = uuid.uuid4().hex
+            self._database.execute("INSERT INTO meta (key, value) VALUES ('owner', ?)", (owner,))
+            return owner
+        return str(row[0])
+
+    def put(self, record: SandboxRecord) -> None:
+        """Write a sandbox down, new or changed."""
+        self._execute(
+            "INSERT INTO sandboxes (id, record) VALUES (?, ?) "
+            "ON CONFLICT (id) DO UPDATE SET record = excluded.record",
+            (record.id, msgspec.json.encode(record)),
+        )
+
+    def delete(self, sandbox_id: str) -> None:
+        """Forget a sandbox and its commands. Idempotent."""
+        self._execute("DELETE FROM sandboxes WHERE id = ?", (sandbox_id,))
+
+    def sandboxes(self) -> list[SandboxRecord]:
+        """All sandboxes, in the order of their making."""
+        rows = self._database.execute("SELECT record FROM sandboxes ORDER BY rowid").fetchall()
+        return [msgspec.json.decode(row[0], type=SandboxRecord) for row in rows]
+
+    def put_command(self, sandbox_id: str, record: CommandRecord) -> None:
+        """Write a background command down."""
+        self._execute(
+            "INSERT OR REPLACE INTO commands (sandbox_id, id, record) VALUES (?, ?, ?)",
+            (sandbox_id, record.id, msgspec.json.encode(record)),
+        )
+
+    def delete_command(self, sandbox_id: str, command_id: int) -> None:
+        """Forget a background command. Idempotent."""
+        self._execute("DELETE FROM commands WHERE sandbox_id = ? AND id = ?", (sandbox_id, command_id))
+
+    def commands(self, sandbox_id: str) -> list[CommandRecord]:
+        """The background commands of one sandbox."""
+        rows = self._database.execute("SELECT record FROM commands WHERE sandbox_id = ?", (sandbox_id,)).fetchall()
+        return [msgspec.json.decode(row[0], type=CommandRecord) for row in rows]
+
+    def _execute(self, statement: str, values: tuple[object, ...]) -> None:
+        try:
+            self._database.execute(statement, values)
+        except sqlite3.Error as error:
+            raise Failure(
+                "cannot write to the journal", detail=str(error), hint="sandboxctl doctor checks disk and journal"
+            ) from error
+
+
+@contextlib.contextmanager
+def _transaction(database: sqlite3.Connection) -> Iterator[None]:
+    database.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        database.execute("ROLLBACK")
+        raise
+    database.execute("COMMIT")

@@ -1,0 +1,715 @@
+"""The use cases: what can be done with sandboxes, in the order in which it must be done.
+
+Every change of the world is written down first (``journal``), carried out under the sandbox's lock and under a
+shield, so that a client that goes away leaves nothing half-made, and read back before it is reported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import random
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from typing import assert_never
+
+import anyio
+import anyio.abc
+import anyio.lowlevel
+import msgspec
+
+from runtimes import mounts
+from runtimes.cgroup.verify import LimitProof, enforceable
+from runtimes.engine import Engine
+from runtimes.errors import (
+    CgroupUnreadable,
+    ContainerNotFound,
+    RuntimeFailure,
+    Unsupported,
+)
+from runtimes.init.wire import InitError
+from runtimes.model import (
+    ContainerFacts,
+    ContainerSpec,
+    ContainerState,
+    ContainerSummary,
+    EngineInfo,
+    EngineName,
+    Limits,
+    Mount,
+    Network,
+    Tmpfs,
+    User,
+)
+from sandboxd import reconcile
+from sandboxd.config import Config
+from sandboxd.engines import EngineRoom
+from sandboxd.failures import (
+    CapacityExceeded,
+    Conflict,
+    Failure,
+    InvalidArgument,
+    LimitNotEnforceable,
+    NotFound,
+    SandboxGone,
+)
+from sandboxd.journal import Journal, SandboxRecord, WorkspaceRecord
+from sandboxd.lifecycle import Event, State
+from sandboxd.limits import Host, merged, resolve, resolve_update
+from sandboxd.protocol import SandboxCreateParams, SandboxUpdateParams
+from sandboxd.sandbox import TMPFS_TARGETS, Sandbox
+from sandboxd.timings import Timings
+from sandboxd.workspace import TARGET, OpenedWorkspace, Stage, identify, open_workspace
+
+logger = logging.getLogger(__name__)
+
+ID_PREFIX = "sb-"
+_ID_ALPHABET = "abcdefghijkmnpqrstuvwxyz23456789"
+"""Without characters that are taken for each other."""
+_ID_CHARS = 10
+
+INSIDE_BIN = "/.sandboxd/bin"
+INSIDE_RUN = "/.sandboxd/run"
+RUN_TMPFS_BYTES_MAX = 16 * 1024 * 1024
+
+SWEEP_PERIOD_S = 60.0
+"""How often containers that nobody owns are looked for."""
+SWEEP_AFTER_START_S = (1.0, 5.0, 20.0)
+"""And after a start: an engine may still be finishing what a killed daemon had asked for."""
+
+
+class Caller(msgspec.Struct, frozen=True, kw_only=True):
+    """Who the daemon works for: its own user."""
+
+    user: User
+    home: str
+
+
+class Places(msgspec.Struct, frozen=True, kw_only=True):
+    """Where things are on the host."""
+
+    boxes_dir: str
+    """One directory per sandbox."""
+    bin_dir: str
+    """Holds sandbox-init and sandbox-provoke; mounted read-only into every sandbox."""
+    seccomp_profile: str
+
+
+class Manager:
+    """All sandboxes of one daemon."""
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        host: Host,
+        caller: Caller,
+        places: Places,
+        journal: Journal,
+        engines: EngineRoom,
+        tasks: anyio.abc.TaskGroup,
+        userns_fd: int | None,
+    ) -> None:
+        self._config = config
+        self._host = host
+        self._caller = caller
+        self._places = places
+        self._journal = journal
+        self._owner = journal.owner()
+        self._engines = engines
+        self._tasks = tasks
+        self._userns_fd = userns_fd
+        self._sandboxes: dict[str, Sandbox] = {}
+
+    # --- finding --------------------------------------------------------------------------------------
+
+    def all(self) -> list[Sandbox]:
+        """All sandboxes, in the order of their making."""
+        return list(self._sandboxes.values())
+
+    def get(self, reference: str) -> Sandbox:
+        """Find a sandbox by its id, an unambiguous prefix of one, or its name.
+
+        Raises:
+            NotFound: there is none.
+            InvalidArgument: the prefix fits several.
+        """
+        exact = self._sandboxes.get(reference)
+        if exact is not None:
+            return exact
+        named = [sandbox for sandbox in self._sandboxes.values() if sandbox.record.name == reference]
+        if named:
+            return named[0]
+        bare = reference.removeprefix(ID_PREFIX)
+        fitting = [
+            sandbox
+            for key, sandbox in self._sandboxes.items()
+            if bare and key.removeprefix(ID_PREFIX).startswith(bare)
+        ]
+        if len(fitting) == 1:
+            return fitting[0]
+        if fitting:
+            raise InvalidArgument(
+                f"cannot tell which sandbox {reference!r} is",
+                detail=f"{len(fitting)} ids begin with it",
+                hint="sandboxctl ls",
+            )
+        raise NotFound(f"cannot find sandbox {reference!r}", hint="sandboxctl ls")
+
+    # --- create ---------------------------------------------------------------------------------------
+
+    async def create(self, params: SandboxCreateParams, timings: Timings) -> Sandbox:
+        """Make a sandbox, and prove its limits.
+
+        Not cancelled half-way: when the caller goes away meanwhile, the sandbox is made and then removed.
+
+        Raises:
+            InvalidArgument: something in ``params`` cannot be meant; nothing was made.
+            LimitNotEnforceable: this host cannot enforce what was asked; nothing is left.
+            Failure: anything else; nothing is left.
+        """
+        resolved = resolve(params.limits, self._config.defaults, self._host, nofile_hard_max=None)
+        self._check_room(params.name)
+        with contextlib.ExitStack() as opened:
+            workspace = self._open_workspace(params, opened)
+            engine = await self._engines.choose(params.engine or self._config.defaults.engine)
+            timings.mark("choose")
+            resolved = resolve(
+                params.limits, self._config.defaults, self._host, nofile_hard_max=engine.info.nofile_hard_max
+            )
+            policy = params.limits_policy or self._config.defaults.limits_policy
+            self._check_enforceable(resolved.limits, engine.info, policy)
+            identity = identify(
+                engine.info,
+                None if workspace is None else workspace.owner,
+                caller=self._caller.user,
+                idmap_works=self._userns_fd is not None,
+            )
+            record = SandboxRecord(
+                id=self._new_id(),
+                name=params.name,
+                state=State.CREATING,
+                state_reason="",
+                engine=engine.name.value,
+                image=params.image or self._config.defaults.image,
+                container_id=None,
+                user=identity.user,
+                keep_id=identity.keep_id,
+                workspace=None
+                if workspace is None or params.workspace is None
+                else WorkspaceRecord(
+                    path=workspace.path, read_only=params.workspace.mode == "ro", mounted=identity.mounted
+                ),
+                network=Network(params.network or self._config.defaults.network),
+                limits=resolved.limits,
+                tmp_bytes_max=resolved.tmp_bytes_max,
+                limits_policy=policy,
+                env=params.env,
+                metadata=params.metadata,
+                ephemeral=params.ephemeral,
+                created_at_ms=time.time_ns() // 1_000_000,
+                warnings=(identity.warning,) if identity.warning else (),
+            )
+            sandbox = self._register(record)
+            self._journal.put(record)
+            timings.mark("journal")
+            with anyio.CancelScope(shield=True):
+                await self._make(sandbox, engine, workspace, timings)
+        await self._unless_cancelled(sandbox)
+        return sandbox
+
+    async def _unless_cancelled(self, sandbox: Sandbox) -> None:
+        """Remove what was made for a caller who went away meanwhile: nobody will ever know its id."""
+        try:
+            await anyio.lowlevel.checkpoint()
+        except anyio.get_cancelled_exc_class():
+            with anyio.CancelScope(shield=True):
+                await self.remove(sandbox, Timings())
+            raise
+
+    async def _make(
+        self, sandbox: Sandbox, engine: Engine, workspace: OpenedWorkspace | None, timings: Timings
+    ) -> None:
+        async with sandbox.lock:
+            try:
+                container_id = await self._run(sandbox, engine, workspace, timings)
+                sandbox.change(Event.CREATED, container_id=container_id)
+                self.prove(sandbox)
+                self._require_proof(sandbox)
+                timings.mark("verify")
+            except BaseException:
+                await self._discard(sandbox)
+                raise
+
+    async def _run(
+        self, sandbox: Sandbox, engine: Engine, workspace: OpenedWorkspace | None, timings: Timings
+    ) -> str:
+        sandbox.prepare()
+        with self._staged(sandbox, workspace) as source:
+            spec = self._spec(sandbox.record, engine.info, source, sandbox.io_dir)
+            timings.mark("prepare")
+            container_id = await engine.create(spec)
+            timings.mark("engine")
+            await sandbox.connect(container_id)
+            timings.mark("init")
+        return container_id
+
+    async def _discard(self, sandbox: Sandbox) -> None:
+        """Undo a failed create. What cannot be undone now stays written down, and is undone at the next sweep."""
+        try:
+            await self._remove_from_engine(sandbox)
+        except RuntimeFailure as error:
+            logger.warning("cannot remove the failed sandbox %s yet: %s", sandbox.record.id, error)
+            sandbox.put(state=State.REMOVING, state_reason=f"its creation failed, and {error.brief}")
+            sandbox.disconnect()
+        else:
+            self._forget(sandbox)
+
+    def _check_room(self, name: str | None) -> None:
+        if name is not None and any(sandbox.record.name == name for sandbox in self._sandboxes.values()):
+            raise Conflict(
+                f"cannot name a sandbox {name!r}", detail="another one has that name", hint=f"sandboxctl rm {name}"
+            )
+        if len(self._sandboxes) >= self._config.daemon.sandboxes_max:
+            raise CapacityExceeded(
+                f"cannot make more than {self._config.daemon.sandboxes_max} sandboxes",
+                hint="remove some (sandboxctl rm), or raise daemon.sandboxes_max",
+            )
+
+    def _open_workspace(self, params: SandboxCreateParams, opened: contextlib.ExitStack) -> OpenedWorkspace | None:
+        if params.workspace is None:
+            return None
+        return self._open_directory(params.workspace.path, opened)
+
+    def _open_directory(self, path: str, opened: contextlib.ExitStack) -> OpenedWorkspace:
+        workspace = open_workspace(path, home=self._caller.home, allow=self._config.paths.allow)
+        opened.callback(os.close, workspace.descriptor)
+        return workspace
+
+    @staticmethod
+    def _check_enforceable(limits: Limits, info: EngineInfo, policy: str) -> None:
+        missing = enforceable(limits, info)
+        if missing and policy == "strict":
+            raise LimitNotEnforceable(
+                f"cannot enforce {', '.join(entry.limit for entry in missing)} with {info.name}",
+                detail="; ".join(dict.fromkeys(entry.reason for entry in missing)),
+                hint=f"{missing[0].hint}, or go on without proof: --degraded",
+            )
+
+    @staticmethod
+    def _require_proof(sandbox: Sandbox) -> None:
+        unproven = [proof for proof in sandbox.proofs if not proof.verified]
+        if unproven and sandbox.record.limits_policy == "strict":
+            raise LimitNotEnforceable(
+                f"cannot prove {', '.join(proof.name for proof in unproven)}",
+                detail="; ".join(dict.fromkeys(proof.reason for proof in unproven)),
+                hint="sandboxctl doctor, or go on without proof: --degraded",
+            )
+
+    def _new_id(self) -> str:
+        while True:
+            sandbox_id = ID_PREFIX + "".join(random.choices(_ID_ALPHABET, k=_ID_CHARS))
+            if sandbox_id not in self._sandboxes:
+                return sandbox_id
+
+    def _register(self, record: SandboxRecord) -> Sandbox:
+        sandbox = Sandbox(
+            record,
+            directory=os.path.join(self._places.boxes_dir, record.id),
+            journal=self._journal,
+            tasks=self._tasks,
+            on_init_lost=self._on_init_lost,
+        )
+        self._sandboxes[record.id] = sandbox
+        return sandbox
+
+    def _forget(self, sandbox: Sandbox) -> None:
+        sandbox.disconnect()
+        sandbox.commands.on_channel_lost()
+        Stage(sandbox.stage_dir).clear()
+        sandbox.erase()
+        self._journal.delete(sandbox.record.id)
+        self._sandboxes.pop(sandbox.record.id, None)
+
+    # --- the container --------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _staged(self, sandbox: Sandbox, workspace: OpenedWorkspace | None) -> Iterator[str | None]:
+        """What the engine is to mount at /workspace, for as long as the container starts."""
+        record = sandbox.record.workspace
+        if workspace is None or record is None:
+            yield None
+            return
+        if self._caller.user.uid != 0:
+            yield workspace.path
+            return
+        stage = Stage(sandbox.stage_dir)
+        userns_fd = self._userns_fd if record.mounted == "idmapped" else None
+        try:
+            stage.put(workspace, read_only=record.read_only, userns_fd=userns_fd)
+        except Unsupported:
+            if userns_fd is None:
+                raise
+            stage.put(workspace, read_only=record.read_only, userns_fd=None)
+            warning = "the file system of the workspace cannot map ids: files belong to root inside"
+            sandbox.put(
+                workspace=msgspec.structs.replace(record, mounted="as-is"),
+                warnings=(*sandbox.record.warnings, warning),
+            )
+        try:
+            yield stage.directory
+        finally:
+            stage.clear()
+
+    def _spec(self, record: SandboxRecord, info: EngineInfo, source: str | None, io_dir: str) -> ContainerSpec:
+        binds = [
+            Mount(source=self._places.bin_dir, target=INSIDE_BIN, read_only=True),
+            Mount(source=io_dir, target=INSIDE_RUN),
+        ]
+        if source is not None and record.workspace is not None:
+            binds.append(Mount(source=source, target=TARGET, read_only=record.workspace.read_only))
+        tmp = record.tmp_bytes_max or RUN_TMPFS_BYTES_MAX
+        return ContainerSpec(
+            sandbox_id=record.id,
+            owner=self._owner,
+            image=record.image,
+            command=(f"{INSIDE_BIN}/sandbox-init", INSIDE_RUN),
+            user=record.user,
+            keep_id=record.keep_id,
+            hostname=record.name or record.id,
+            limits=record.limits,
+            mounts=tuple(binds),
+            tmpfs=(
+                *(Tmpfs(target=target, size_bytes_max=tmp, executable=True) for target in TMPFS_TARGETS),
+                Tmpfs(target="/run", size_bytes_max=min(tmp, RUN_TMPFS_BYTES_MAX)),
+            ),
+            network=record.network,
+            seccomp_profile=self._places.seccomp_profile,
+            nproc_max=info.nproc_hard_max,
+            selinux_disable=info.selinux_enforcing,
+        )
+
+    # --- stop, start, remove --------------------------------------------------------------------------
+
+    async def stop(self, sandbox: Sandbox, grace_s: float) -> None:
+        """Stop a sandbox; what it wrote outside of tmpfs stays. Idempotent."""
+        with anyio.CancelScope(shield=True):
+            async with sandbox.lock:
+                if sandbox.record.state is State.STOPPED:
+                    return
+                engine = self._engine_of(sandbox)
+                container_id = _container_id(sandbox)
+                sandbox.change(Event.STOP)
+                try:
+                    await engine.stop(container_id, grace_s=max(0, math.ceil(grace_s)))
+                finally:
+                    await self._look(sandbox, engine, container_id)
+
+    async def start(self, sandbox: Sandbox, timings: Timings) -> None:
+        """Start a stopped sandbox, and prove its limits again. Idempotent."""
+        with anyio.CancelScope(shield=True):
+            async with sandbox.lock:
+                if sandbox.record.state is State.RUNNING:
+                    return
+                sandbox.change(Event.START)
+                try:
+                    await self._start(sandbox, timings)
+                except BaseException:
+                    await self._look(sandbox, self._engine_of(sandbox), _container_id(sandbox))
+                    raise
+
+    async def _start(self, sandbox: Sandbox, timings: Timings) -> None:
+        engine = self._engine_of(sandbox)
+        container_id = _container_id(sandbox)
+        record = sandbox.record
+        sandbox.prepare()
+        with contextlib.ExitStack() as opened:
+            workspace = None
+            if record.workspace is not None:
+                workspace = self._open_directory(record.workspace.path, opened)
+            with self._staged(sandbox, workspace):
+                await engine.start(container_id)
+                timings.mark("engine")
+                await sandbox.connect(container_id)
+                timings.mark("init")
+        if not all(proof.verified for proof in self.prove(sandbox)):
+            # The engine starts it with the limits of its creation; later updates are ours to repeat.
+            with contextlib.suppress(CgroupUnreadable):
+                sandbox.write_limits(record.limits)
+            self.prove(sandbox)
+        sandbox.change(Event.ADOPTED)
+        timings.mark("verify")
+        self._require_proof(sandbox)
+
+    async def remove(self, sandbox: Sandbox, timings: Timings) -> None:
+        """End everything in a sandbox and remove it without a trace. Works in every state; idempotent."""
+        with anyio.CancelScope(shield=True):
+            async with sandbox.lock:
+                if sandbox.record.id not in self._sandboxes:
+                    return
+                sandbox.change(Event.REMOVE)
+                await self._remove_from_engine(sandbox)
+                timings.mark("engine")
+                self._forget(sandbox)
+                timings.mark("host")
+
+    def remove_soon(self, sandbox: Sandbox) -> None:
+        """Remove a sandbox in the background: an ephemeral one whose connection has closed."""
+        self._tasks.start_soon(self._remove_quietly, sandbox)
+
+    async def _remove_quietly(self, sandbox: Sandbox) -> None:
+        try:
+            await self.remove(sandbox, Timings())
+        except (RuntimeFailure, Failure) as error:
+            logger.warning("cannot remove %s yet: %s", sandbox.record.id, error)
+
+    async def _remove_from_engine(self, sandbox: Sandbox) -> None:
+        engine = self._engine_of(sandbox)
+        sandbox.disconnect()
+        if sandbox.record.container_id is not None:
+            await engine.remove(sandbox.record.container_id)
+        else:
+            await engine.remove_sandbox(sandbox.record.id, owner=self._owner)
+
+    def _engine_of(self, sandbox: Sandbox) -> Engine:
+        return self._engines.get(EngineName(sandbox.record.engine))
+
+    # --- noticing what happened -----------------------------------------------------------------------
+
+    def _on_init_lost(self, sandbox: Sandbox) -> None:
+        self._tasks.start_soon(self._look_into, sandbox)
+
+    async def _look_into(self, sandbox: Sandbox) -> None:
+        """Find out why an init fell silent."""
+        async with sandbox.lock:
+            if sandbox.record.id not in self._sandboxes or sandbox.connected:
+                return
+            if sandbox.record.container_id is None:
+                return
+            await self._look(sandbox, self._engine_of(sandbox), sandbox.record.container_id)
+
+    async def _look(self, sandbox: Sandbox, engine: Engine, container_id: str) -> None:
+        """Ask the engine what became of a container, and write it down. Connects again if it runs."""
+        try:
+            facts = await engine.inspect(container_id)
+        except ContainerNotFound:
+            self._note(sandbox, Event.VANISHED, f"{engine.name} no longer has its container")
+        except RuntimeFailure as error:
+            self._note(sandbox, Event.UNREACHABLE, str(error))
+        else:
+            if facts.state is ContainerState.RUNNING:
+                await self._adopt(sandbox, container_id)
+            else:
+                self._note(sandbox, Event.EXITED, _why_stopped(facts))
+
+    async def _adopt(self, sandbox: Sandbox, container_id: str) -> None:
+        try:
+            if not sandbox.connected:
+                await sandbox.connect(container_id)
+                await sandbox.adopt_commands()
+        except (SandboxGone, InitError) as error:
+            self._note(sandbox, Event.UNREACHABLE, str(error))
+            return
+        sandbox.change(Event.ADOPTED, container_id=container_id)
+        self.prove(sandbox)
+
+    @staticmethod
+    def _note(sandbox: Sandbox, event: Event, reason: str) -> None:
+        sandbox.disconnect()
+        sandbox.commands.on_channel_lost()
+        sandbox.change(event, reason=reason)
+
+    async def recover(self) -> None:
+        """Make the journal, the engines and this process agree again, after a start."""
+        records = self._journal.sandboxes()
+        for record in records:
+            self._register(record)
+        listed = await self._listed()
+        decisions = reconcile.decide(records, listed, reachable=set(listed))
+        async with anyio.create_task_group() as tasks:
+            for decision in decisions:
+                tasks.start_soon(self._carry_out, decision)
+        for name in os.listdir(self._places.boxes_dir):
+            if name not in self._sandboxes:
+                erase_box(os.path.join(self._places.boxes_dir, name))
+
+    async def _listed(self) -> dict[str, Sequence[ContainerSummary]]:
+        """Our containers by engine; an engine that does not answer is not in it."""
+        listed: dict[str, Sequence[ContainerSummary]] = {}
+
+        async def ask(engine: Engine) -> None:
+            try:
+                listed[engine.name.value] = await engine.list_containers(owner=self._owner)
+            except RuntimeFailure as error:
+                logger.warning("cannot list the containers of %s: %s", engine.name, error)
+
+        async with anyio.create_task_group() as tasks:
+            for engine in self._engines.usable():
+                tasks.start_soon(ask, engine)
+        return listed
+
+    async def _carry_out(self, decision: reconcile.Decision) -> None:
+        log = logger.info if decision.action is reconcile.Action.ADOPT else logger.warning
+        log("%s %s: %s", decision.action.value, decision.sandbox_id, decision.reason)
+        sandbox = self._sandboxes.get(decision.sandbox_id)
+        try:
+            if decision.action is reconcile.Action.REMOVE_CONTAINER:
+                if decision.container is not None:
+                    await self._engines.get(EngineName(decision.engine)).remove(decision.container.container_id)
+            elif sandbox is not None:
+                async with sandbox.lock:
+                    await self._settle(sandbox, decision)
+        except (RuntimeFailure, Failure) as error:
+            logger.warning("cannot %s %s: %s", decision.action.value, decision.sandbox_id, error)
+
+    async def _settle(self, sandbox: Sandbox, decision: reconcile.Decision) -> None:
+        match decision.action:
+            case reconcile.Action.ADOPT:
+                if decision.container is not None:
+                    await self._adopt(sandbox, decision.container.container_id)
+            case reconcile.Action.NOTE_STOPPED:
+                self._note(sandbox, Event.EXITED, decision.reason)
+            case reconcile.Action.NOTE_LOST:
+                self._note(sandbox, Event.VANISHED, decision.reason)
+            case reconcile.Action.NOTE_UNREACHABLE:
+                if sandbox.record.state not in (State.CREATING, State.REMOVING):
+                    self._note(sandbox, Event.UNREACHABLE, decision.reason)
+            case reconcile.Action.FORGET:
+                sandbox.change(Event.REMOVE, reason=decision.reason)
+                await self._remove_from_engine(sandbox)
+                self._forget(sandbox)
+            case reconcile.Action.REMOVE_CONTAINER:
+                raise AssertionError("not about a sandbox")
+            case _:
+                assert_never(decision.action)
+
+    async def sweep_periodically(self) -> None:
+        """Look for containers of ours that nobody owns, a few times soon after the start and then now and then."""
+        for pause_s in SWEEP_AFTER_START_S:
+            await anyio.sleep(pause_s)
+            await self.sweep()
+        while True:
+            await anyio.sleep(SWEEP_PERIOD_S)
+            await self.sweep()
+
+    async def sweep(self) -> None:
+        """Remove what nobody owns, and finish removals that failed."""
+        listed = await self._listed()
+        records = [sandbox.record for sandbox in self._sandboxes.values()]
+        for decision in reconcile.decide(records, listed, reachable=set(listed)):
+            unfinished = decision.action is reconcile.Action.FORGET and not self._busy(decision.sandbox_id)
+            if decision.action is reconcile.Action.REMOVE_CONTAINER or unfinished:
+                await self._carry_out(decision)
+
+    def _busy(self, sandbox_id: str) -> bool:
+        sandbox = self._sandboxes.get(sandbox_id)
+        return sandbox is None or sandbox.lock.locked() or sandbox.record.state is not State.REMOVING
+
+    def disconnect_all(self) -> None:
+        """Let go of every sandbox; they and their commands go on."""
+        for sandbox in self._sandboxes.values():
+            sandbox.disconnect()
+
+    # --- proofs ---------------------------------------------------------------------------------------
+
+    def prove(self, sandbox: Sandbox, reported: Limits | None = None) -> tuple[LimitProof, ...]:
+        """Read the limits of a running sandbox, and keep the proofs."""
+        return sandbox.prove(swap_bytes=self._host.swap_bytes, reported=reported)
+
+    async def facts(self, sandbox: Sandbox) -> ContainerFacts | None:
+        """The engine's view; None when it has none, or does not answer."""
+        if sandbox.record.container_id is None:
+            return None
+        try:
+            return await self._engine_of(sandbox).inspect(sandbox.record.container_id)
+        except RuntimeFailure as error:
+            logger.warning("cannot inspect %s: %s", sandbox.record.id, error)
+            return None
+
+    async def update(self, sandbox: Sandbox, params: SandboxUpdateParams, timings: Timings) -> None:
+        """Change limits of a running sandbox and prove them; when they cannot be proven, the old ones are put back.
+
+        Raises:
+            InvalidArgument: nonsense, or a limit that is fixed at creation.
+            Conflict: it does not run, or uses more than the new limit.
+            LimitNotEnforceable: the new limits could not be proven.
+        """
+        changed = resolve_update(params.limits, self._host)
+        with anyio.CancelScope(shield=True):
+            async with sandbox.lock:
+                if sandbox.record.state is not State.RUNNING:
+                    raise Conflict(
+                        f"cannot change the limits of a sandbox that is {sandbox.record.state.value}",
+                        hint=f"sandboxctl start {sandbox.record.id}",
+                    )
+                engine = self._engine_of(sandbox)
+                policy = params.limits_policy or sandbox.record.limits_policy
+                self._check_enforceable(changed, engine.info, policy)
+                self._check_use(sandbox, changed)
+                before = sandbox.record.limits
+                await self._apply(sandbox, engine, merged(before, changed), changed, policy)
+                timings.mark("apply")
+
+    async def _apply(self, sandbox: Sandbox, engine: Engine, limits: Limits, changed: Limits, policy: str) -> None:
+        before = sandbox.record.limits
+        sandbox.put(limits=limits, limits_policy=policy)
+        try:
+            await self._write_limits(sandbox, engine, changed)
+            self.prove(sandbox)
+            self._require_proof(sandbox)
+        except (RuntimeFailure, Failure):
+            sandbox.put(limits=before)
+            with contextlib.suppress(RuntimeFailure):
+                await self._write_limits(sandbox, engine, before)
+            self.prove(sandbox)
+            raise
+
+    async def _write_limits(self, sandbox: Sandbox, engine: Engine, limits: Limits) -> None:
+        """Through the engine, so that its records stay right; what it cannot, straight into the control group."""
+        left = await engine.update(_container_id(sandbox), limits)
+        if left != Limits():
+            sandbox.write_limits(left)
+
+    @staticmethod
+    def _check_use(sandbox: Sandbox, changed: Limits) -> None:
+        """Lowering a limit below what is used would kill at once, or be refused half-way."""
+        usage = sandbox.usage()
+        if changed.memory_bytes_max is not None and (usage.memory_bytes or 0) > changed.memory_bytes_max:
+            raise Conflict(
+                f"cannot lower memory to {changed.memory_bytes_max} bytes",
+                detail=f"{usage.memory_bytes} bytes are in use",
+                hint=f"sandboxctl stats {sandbox.record.id}",
+            )
+        if changed.pids_max is not None and (usage.pids or 0) > changed.pids_max:
+            raise Conflict(
+                f"cannot lower pids to {changed.pids_max}",
+                detail=f"{usage.pids} are in use",
+                hint=f"sandboxctl stats {sandbox.record.id}",
+            )
+
+
+def _container_id(sandbox: Sandbox) -> str:
+    if sandbox.record.container_id is None:
+        raise Conflict(
+            f"cannot use sandbox {sandbox.record.id}",
+            detail=sandbox.record.state_reason or "it has no container",
+            hint=f"sandboxctl rm {sandbox.record.id}",
+        )
+    return sandbox.record.container_id
+
+
+def _why_stopped(facts: ContainerFacts) -> str:
+    if facts.oom_killed:
+        return "its init was killed for memory"
+    return "" if facts.exit_code in (None, 0) else f"its init ended with {facts.exit_code}"
+
+
+def erase_box(directory: str) -> None:
+    """Remove what a sandbox that nobody knows left on the host: its mounts first."""
+    for target in mounts.mounts_below(directory):
+        while mounts.unmount(target):
+            pass
+    shutil.rmtree(directory, ignore_errors=True)

@@ -1,0 +1,98 @@
+"""What to do about each sandbox after a start, and about each container that carries our label.
+
+Pure: what the journal says and what the engines say in, decisions out. The rule behind the table: a container
+of ours is either in the journal, or nobody's and removed; a record whose container is gone says so until it is
+removed by its user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from enum import StrEnum
+
+import msgspec
+
+from runtimes.model import ContainerState, ContainerSummary
+from sandboxd.journal import SandboxRecord
+from sandboxd.lifecycle import State
+
+
+class Action(StrEnum):
+    """What is done."""
+
+    ADOPT = "adopt"
+    """Its container runs: connect to its init."""
+    NOTE_STOPPED = "note_stopped"
+    NOTE_LOST = "note_lost"
+    NOTE_UNREACHABLE = "note_unreachable"
+    """Its engine does not answer."""
+    FORGET = "forget"
+    """Remove whatever there is of it, and its record."""
+    REMOVE_CONTAINER = "remove_container"
+    """A container with our label that no record knows."""
+
+
+class Decision(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing to do, and why."""
+
+    action: Action
+    reason: str
+    sandbox_id: str
+    engine: str
+    container: ContainerSummary | None = None
+
+
+def decide(
+    records: Sequence[SandboxRecord],
+    containers: Mapping[str, Sequence[ContainerSummary]],
+    *,
+    reachable: Collection[str],
+) -> list[Decision]:
+    """Return what to do, one decision per record, and one per container that no record knows.
+
+    Args:
+        records: The journal.
+        containers: Engine name to its containers of ours.
+        reachable: Names of the engines that answered.
+    """
+    by_sandbox = {
+        (engine, container.sandbox_id): container for engine, listed in containers.items() for container in listed
+    }
+    decisions = [_for_record(record, by_sandbox.get((record.engine, record.id)), reachable) for record in records]
+    known = {(record.engine, record.id): record.container_id for record in records}
+    for engine, listed in containers.items():
+        for container in listed:
+            owner_record = (engine, container.sandbox_id)
+            if owner_record in known and known[owner_record] in (None, container.container_id):
+                continue
+            decisions.append(
+                Decision(
+                    action=Action.REMOVE_CONTAINER,
+                    reason="it carries our label and no sandbox owns it",
+                    sandbox_id=container.sandbox_id,
+                    engine=engine,
+                    container=container,
+                )
+            )
+    return decisions
+
+
+def _for_record(record: SandboxRecord, container: ContainerSummary | None, reachable: Collection[str]) -> Decision:
+    action, reason = _judge(record, container, answered=record.engine in reachable)
+    return Decision(action=action, reason=reason, sandbox_id=record.id, engine=record.engine, container=container)
+
+
+def _judge(record: SandboxRecord, container: ContainerSummary | None, *, answered: bool) -> tuple[Action, str]:
+    if not answered:
+        return Action.NOTE_UNREACHABLE, f"{record.engine} does not answer"
+    if record.state is State.CREATING:
+        return Action.FORGET, "the daemon ended while it was created"
+    if record.state is State.REMOVING:
+        return Action.FORGET, "the daemon ended while it was removed"
+    if record.ephemeral:
+        return Action.FORGET, "the connection that it belonged to is gone"
+    if container is None:
+        return Action.NOTE_LOST, f"{record.engine} no longer has its container"
+    if container.state is ContainerState.RUNNING:
+        return Action.ADOPT, "its container runs"
+    return Action.NOTE_STOPPED, f"its container is {container.state.value}"

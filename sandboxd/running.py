@@ -1,0 +1,243 @@
+"""Running a command in a sandbox: what the caller said, made exact, and what init answers, made plain."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import posixpath
+from collections.abc import Iterator, Mapping, Sequence
+
+import anyio
+import msgspec
+
+from runtimes.engine import Engine
+from runtimes.init.channel import SpawnFailed
+from runtimes.init.wire import PtySize, SpawnRequest, Stage
+from runtimes.quantities import QuantityError, parse_duration_ms
+from sandboxd.commands import Command, deadline_at_ms, format_command_id, now_ms
+from sandboxd.failures import CapacityExceeded, CommandNotStarted, Conflict, InvalidArgument, Unsupported
+from sandboxd.journal import CommandRecord
+from sandboxd.lifecycle import State
+from sandboxd.protocol import CommandEnd, CommandParams
+from sandboxd.sandbox import HOME, Sandbox
+from sandboxd.timings import Timings
+from sandboxd.workspace import TARGET
+
+GRACE_S_MAX = 3600.0
+
+_BASE_ENV = {"HOME": HOME, "TMPDIR": "/tmp"}  # noqa: S108  (inside the sandbox)
+_TERM = "xterm-256color"
+
+
+class Times(msgspec.Struct, frozen=True):
+    """How long a command may take, in seconds."""
+
+    timeout_s: float | None
+    grace_s: float
+
+
+def times_of(params: CommandParams) -> Times:
+    """Read timeout and grace.
+
+    Raises:
+        InvalidArgument: one of them is no duration.
+    """
+    return Times(
+        None if params.timeout is None else seconds(params.timeout, option="--timeout"),
+        seconds(params.grace, option="--grace", zero_allowed=True),
+    )
+
+
+def seconds(value: float | str, *, option: str, zero_allowed: bool = False) -> float:
+    """Seconds in a quantity such as ``90``, ``1.5`` or ``"90s"``.
+
+    Raises:
+        InvalidArgument: it is none.
+    """
+    if zero_allowed and value in (0, "0", "0s"):
+        return 0.0
+    try:
+        return parse_duration_ms(str(value), option=option) / 1000
+    except QuantityError as error:
+        raise InvalidArgument(str(error)) from None
+
+
+def environment(sandbox_env: Mapping[str, str], command_env: Mapping[str, str], *, pty: bool) -> list[bytes]:
+    """The variables that a command gets on top of the image's own.
+
+    Raises:
+        InvalidArgument: a name that cannot be one.
+    """
+    merged = {**_BASE_ENV, **({"TERM": _TERM} if pty else {}), **sandbox_env, **command_env}
+    return [f"{check_name(name)}={value}".encode() for name, value in merged.items()]
+
+
+def check_name(name: str) -> str:
+    """Return the name of an environment variable.
+
+    Raises:
+        InvalidArgument: it is empty, or has a ``=`` or a NUL.
+    """
+    if not name or "=" in name or "\0" in name:
+        raise InvalidArgument(f"cannot set the variable {name!r}", hint="a name has neither = nor NUL")
+    return name
+
+
+def working_dir(cwd: str | None, *, has_workspace: bool) -> str:
+    """Where a command starts: as given, relative to the workspace."""
+    base = TARGET if has_workspace else "/"
+    return base if cwd is None else posixpath.join(base, cwd)
+
+
+def spawn_request(sandbox: Sandbox, params: CommandParams) -> SpawnRequest:
+    """Make the request for init."""
+    record = sandbox.record
+    return SpawnRequest(
+        command_id=sandbox.commands.new_id(),
+        argv=[argument.encode() for argument in params.argv],
+        env=environment(record.env, params.env, pty=params.pty is not None),
+        inherit_env=True,
+        cwd=working_dir(params.cwd, has_workspace=record.workspace is not None).encode(),
+        pty=None if params.pty is None else PtySize(params.pty.rows, params.pty.cols),
+    )
+
+
+async def start(
+    sandbox: Sandbox, params: CommandParams, descriptors: Sequence[int], *, keep: bool
+) -> tuple[Command, int | None]:
+    """Start a command; the descriptors stay the caller's.
+
+    Args:
+        sandbox: Where.
+        params: What.
+        descriptors: stdin, stdout, stderr; none for a terminal, or for /dev/null.
+        keep: Write it down, so that it survives the daemon.
+
+    Returns:
+        The command, and the terminal's master descriptor, the caller's to close.
+
+    Raises:
+        CommandNotStarted: the program cannot be executed.
+        CapacityExceeded: the sandbox has no process left to give.
+    """
+    require_running(sandbox)
+    times = times_of(params)
+    request = spawn_request(sandbox, params)
+    record = CommandRecord(
+        id=request.command_id,
+        argv=tuple(params.argv),
+        started_at_ms=now_ms(),
+        deadline_at_ms=deadline_at_ms(times.timeout_s),
+        grace_s=times.grace_s,
+    )
+    if keep:
+        sandbox.note_command(record)
+    try:
+        with _standard_descriptors(params, descriptors) as passed:
+            return await sandbox.commands.start(
+                request, passed, background=keep, timeout_s=times.timeout_s, grace_s=times.grace_s
+            )
+    except SpawnFailed as error:
+        if keep:
+            sandbox.drop_command(record.id)
+        raise _not_started(error, params, request) from None
+
+
+def require_running(sandbox: Sandbox) -> None:
+    """Refuse what only a running sandbox can do.
+
+    Raises:
+        Conflict: it does not run, with the reason.
+    """
+    if sandbox.record.state is not State.RUNNING:
+        stopped = sandbox.record.state is State.STOPPED
+        raise Conflict(
+            f"cannot run a command in a sandbox that is {sandbox.record.state.value}",
+            detail=sandbox.record.state_reason,
+            hint=f"sandboxctl {'start' if stopped else 'inspect'} {sandbox.record.id}",
+        )
+
+
+async def run_as_other_user(
+    engine: Engine, sandbox: Sandbox, params: CommandParams, descriptors: Sequence[int], timings: Timings
+) -> CommandEnd:
+    """Run a command as another user, through the engine's own exec.
+
+    Raises:
+        Unsupported: with a terminal, or in the background.
+    """
+    require_running(sandbox)
+    if params.pty is not None:
+        raise Unsupported("cannot give another user a terminal", hint="leave out -t or --user")
+    times = times_of(params)
+    container_id = sandbox.record.container_id or ""
+    with _standard_descriptors(params, descriptors) as passed:
+        exit_code = await engine.exec(
+            container_id,
+            params.argv,
+            user=params.user or "",
+            env=[(check_name(name), value) for name, value in {**sandbox.record.env, **params.env}.items()],
+            working_dir=working_dir(params.cwd, has_workspace=sandbox.record.workspace is not None),
+            descriptors=(passed[0], passed[1], passed[2]),
+            timeout_s=times.timeout_s,
+        )
+    timings.mark("engine")
+    return CommandEnd(
+        command_id=format_command_id(0),
+        exit_code=exit_code,
+        signal=None,
+        status="ok" if exit_code == 0 else "nonzero",
+        oom_kills=None,
+        cpu_ms=None,
+        wall_ms=timings.as_dict()["total"],
+        memory_bytes_peak=None,
+        stdout_bytes=None,
+        stderr_bytes=None,
+        truncated=False,
+        timings_ms=timings.as_dict(),
+    )
+
+
+@contextlib.contextmanager
+def _standard_descriptors(params: CommandParams, descriptors: Sequence[int]) -> Iterator[Sequence[int]]:
+    """What the command gets for stdin, stdout and stderr: what the caller passed, or /dev/null."""
+    if params.pty is not None or descriptors:
+        yield descriptors
+        return
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        yield (null, null, null)
+    finally:
+        os.close(null)
+
+
+def _not_started(error: SpawnFailed, params: CommandParams, request: SpawnRequest) -> Exception:
+    name = errno.errorcode.get(error.errno, str(error.errno))
+    said = f"{name}: {os.strerror(error.errno)}"
+    match error.stage:
+        case Stage.EXEC:
+            return CommandNotStarted(f"cannot execute {params.argv[0]!r}", detail=said)
+        case Stage.CHDIR:
+            return CommandNotStarted(f"cannot enter {request.cwd.decode()!r}", detail=f"working directory: {said}")
+        case Stage.FORK | Stage.KEEPER if error.errno in (errno.EAGAIN, errno.ENOMEM):
+            return CapacityExceeded(
+                "cannot start another process in the sandbox",
+                detail=f"its pids or memory limit is reached ({name})",
+                hint="sandboxctl stats shows both; sandboxctl update raises them",
+            )
+        case Stage.ADMIT if error.errno == errno.ENOSPC:
+            return CapacityExceeded("cannot run more commands in this sandbox at once", detail=said)
+        case _:
+            return CommandNotStarted(f"cannot start {params.argv[0]!r}", detail=f"{error.stage.name.lower()}: {said}")
+
+
+async def wait_or_kill(sandbox: Sandbox, command: Command, *, kill: bool) -> CommandEnd:
+    """Wait for a command's end; when the wait is cancelled, kill its whole tree first if ``kill``."""
+    try:
+        return await sandbox.commands.wait(command)
+    except anyio.get_cancelled_exc_class():
+        if kill:
+            with anyio.CancelScope(shield=True):
+                await sandbox.commands.kill(command)
+        raise

@@ -1,0 +1,273 @@
+"""One sandbox while the daemon runs: its record, its init, its control group, its commands.
+
+The host's side of a sandbox is one directory, private to the daemon:
+
+    init.sock     where its init listens, once it was moved out of the sandbox's reach
+    io/           what the container sees as /.sandboxd/run while it starts; gone afterwards
+    workspace/    where the project is staged while the container starts; gone afterwards
+
+init binds its socket in ``io``. As soon as it is connected and known to be the container's PID 1, the socket is
+renamed into the private directory and ``io`` is removed: nothing inside can reach the socket, and a removed
+directory takes no new files, so the sandbox has no writable place on the host that is not its workspace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Callable
+
+import anyio.abc
+import msgspec
+
+from runtimes.cgroup.fs import CgroupHandle
+from runtimes.cgroup.readings import EffectiveLimits, Usage
+from runtimes.cgroup.verify import LimitProof, verify
+from runtimes.errors import CgroupUnreadable
+from runtimes.init.channel import InitChannel
+from runtimes.init.peer import is_container_init
+from runtimes.init.wire import CommandState, InitError
+from runtimes.model import Limits
+from sandboxd.commands import CommandTable, remaining_s
+from sandboxd.failures import SandboxGone
+from sandboxd.journal import CommandRecord, Journal, SandboxRecord
+from sandboxd.lifecycle import Event, next_state
+
+INIT_DEADLINE_S = 10.0
+"""From the engine's word that the container runs to init's answer. A loaded host schedules it late."""
+
+SAMPLE_AGE_S_MIN = 0.2
+"""A CPU share over a shorter time says little."""
+
+SOCKET_NAME = "init.sock"
+
+HOME = "/home/sandbox"
+
+TMPFS_TARGETS = ("/tmp", HOME)  # noqa: S108  (inside the sandbox)
+"""What is writable inside, besides the workspace: sized by ``tmp``."""
+
+
+class Sandbox:
+    """One sandbox. Its lifecycle methods are called under ``lock``."""
+
+    def __init__(
+        self,
+        record: SandboxRecord,
+        *,
+        directory: str,
+        journal: Journal,
+        tasks: anyio.abc.TaskGroup,
+        on_init_lost: Callable[[Sandbox], None],
+    ) -> None:
+        self.record = record
+        self.directory = directory
+        self.lock = anyio.Lock()
+        self.proofs: tuple[LimitProof, ...] = ()
+        self.commands = CommandTable(tasks, self.oom_kills, self._forget_command)
+        self.pid: int | None = None
+        self._journal = journal
+        self._on_init_lost = on_init_lost
+        self._channel: InitChannel | None = None
+        self._cgroup: CgroupHandle | None = None
+        self._sample: tuple[float, int] | None = None
+
+    # --- the record -----------------------------------------------------------------------------------
+
+    def change(self, event: Event, *, reason: str = "", container_id: str | None = None) -> None:
+        """Write down what happened.
+
+        Raises:
+            Conflict: it cannot happen in this state.
+        """
+        self.put(
+            state=next_state(self.record.state, event),
+            state_reason=reason,
+            **({} if container_id is None else {"container_id": container_id}),
+        )
+
+    def put(self, **changes: object) -> None:
+        """Change fields of the record, and write it down."""
+        record = msgspec.structs.replace(self.record, **changes)
+        self._journal.put(record)
+        self.record = record
+
+    # --- the host's side ------------------------------------------------------------------------------
+
+    @property
+    def io_dir(self) -> str:
+        """What the container sees as /.sandboxd/run while it starts."""
+        return os.path.join(self.directory, "io")
+
+    @property
+    def stage_dir(self) -> str:
+        """Where the project is staged while the container starts."""
+        return os.path.join(self.directory, "workspace")
+
+    def prepare(self) -> None:
+        """Make the directory ready for a container to start. Idempotent.
+
+        ``io`` may be written by any uid, for nobody but the container can get there: its parent is ours alone.
+        """
+        os.makedirs(self.directory, mode=0o700, exist_ok=True)
+        self._remove_io()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(self.directory, SOCKET_NAME))
+        os.mkdir(self.io_dir)
+        os.chmod(self.io_dir, 0o777)  # noqa: S103  (its parent is ours alone)
+
+    def erase(self) -> None:
+        """Remove the host's side. The stage must be clear. Idempotent."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _remove_io(self) -> None:
+        shutil.rmtree(self.io_dir, ignore_errors=True)
+
+    @property
+    def connected(self) -> bool:
+        """Init answers, as far as is known."""
+        return self._channel is not None
+
+    # --- init and the control group -------------------------------------------------------------------
+
+    async def connect(self, container_id: str) -> None:
+        """Connect to init, make sure that it is the container's PID 1, and take its socket out of reach.
+
+        Raises:
+            SandboxGone: nobody answers, or somebody else does.
+        """
+        self.disconnect()
+        hidden = os.path.join(self.directory, SOCKET_NAME)
+        adopting = os.path.lexists(hidden)
+        channel: InitChannel | None = None
+
+        def lost(error: Exception | None) -> None:
+            # A channel that we closed ourselves, or that was replaced, is no news.
+            if error is not None and self._channel is channel:
+                self._lose_init()
+
+        try:
+            channel = await InitChannel.connect(
+                hidden if adopting else os.path.join(self.io_dir, SOCKET_NAME),
+                timeout_s=INIT_DEADLINE_S,
+                on_event=self.commands.on_event,
+                on_closed=lost,
+            )
+        except InitError as error:
+            raise SandboxGone(
+                f"cannot reach the init of sandbox {self.record.id}", detail=str(error), hint="sandboxctl doctor"
+            ) from error
+        if not is_container_init(channel.peer.pid, container_id):
+            channel.close()
+            raise SandboxGone(
+                f"cannot trust the init of sandbox {self.record.id}",
+                detail=f"process {channel.peer.pid} listens, which is not PID 1 of its container",
+            )
+        if not adopting:
+            os.rename(os.path.join(self.io_dir, SOCKET_NAME), hidden)
+            self._remove_io()
+        self._channel = channel
+        self.pid = channel.peer.pid
+        self.commands.attach(channel)
+        with contextlib.suppress(CgroupUnreadable):
+            self._cgroup = CgroupHandle.open(channel.peer.pid, container_id)
+
+    def disconnect(self) -> None:
+        """Let go of init and of the control group; what runs goes on."""
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close()
+        if self._cgroup is not None:
+            self._cgroup.close()
+            self._cgroup = None
+        self.pid = None
+        self._sample = None
+
+    def _lose_init(self) -> None:
+        self.disconnect()
+        self.commands.on_channel_lost()
+        self._on_init_lost(self)
+
+    async def adopt_commands(self) -> None:
+        """Take over the background commands of a former daemon, and end what nobody waits for any more."""
+        channel = self._channel
+        if channel is None:
+            return
+        known = {record.id: record for record in self._journal.commands(self.record.id)}
+        for entry in await channel.list_commands():
+            record = known.pop(entry.command_id, None)
+            if entry.state is CommandState.GONE:
+                await channel.forget(entry.command_id)
+            elif record is None:
+                await channel.kill(entry.command_id)
+            else:
+                self.commands.adopt(record, pid=entry.pid, remaining_s=remaining_s(record.deadline_at_ms))
+            if record is not None and entry.state is CommandState.GONE:
+                self._journal.delete_command(self.record.id, record.id)
+        for command_id in known:
+            self._journal.delete_command(self.record.id, command_id)
+
+    def note_command(self, record: CommandRecord) -> None:
+        """Write a background command down, before it is started."""
+        self._journal.put_command(self.record.id, record)
+
+    def drop_command(self, command_id: int) -> None:
+        """Forget a background command that did not start."""
+        self._journal.delete_command(self.record.id, command_id)
+
+    def _forget_command(self, command_id: int) -> None:
+        self._journal.delete_command(self.record.id, command_id)
+
+    # --- limits and usage -----------------------------------------------------------------------------
+
+    def prove(self, *, swap_bytes: int, reported: Limits | None = None) -> tuple[LimitProof, ...]:
+        """Read the limits from the control group and compare them with what was requested; kept in ``proofs``."""
+        effective = EffectiveLimits() if self._cgroup is None else self._cgroup.read_limits()
+        tmpfs = {} if self.record.tmp_bytes_max is None else dict.fromkeys(TMPFS_TARGETS, self.record.tmp_bytes_max)
+        self.proofs = verify(self.record.limits, reported, effective, tmpfs=tmpfs, swap_total_bytes=swap_bytes)
+        return self.proofs
+
+    def write_limits(self, limits: Limits) -> None:
+        """Write limits straight into the control group.
+
+        Raises:
+            CgroupUnreadable: there is none, or the kernel says no.
+        """
+        if self._cgroup is None:
+            raise CgroupUnreadable("cannot find the sandbox's control group")
+        self._cgroup.write_limits(limits)
+
+    def usage(self) -> Usage:
+        """Read what the sandbox uses.
+
+        Raises:
+            CgroupUnreadable: its control group cannot be found or read.
+        """
+        if self._cgroup is None:
+            raise CgroupUnreadable("cannot find the sandbox's control group", detail=self.record.state.value)
+        return self._cgroup.read_usage()
+
+    def oom_kills(self) -> int | None:
+        """The control group's counter; None when it cannot be read."""
+        if self._cgroup is None:
+            return None
+        try:
+            return self._cgroup.read_usage(pressure=False).oom_kills
+        except CgroupUnreadable:
+            return None
+
+    def cpu_percent(self, cpu_us: int | None) -> float | None:
+        """The share of one CPU since the last sample that is old enough, else since the sandbox was made."""
+        if cpu_us is None:
+            return None
+        now_s = time.monotonic()
+        if self._sample is None:
+            since_s = max(time.time() - self.record.created_at_ms / 1000, SAMPLE_AGE_S_MIN)
+            self._sample = (now_s, cpu_us)
+            return round(cpu_us / since_s / 10_000, 2)
+        sampled_s, sampled_us = self._sample
+        age_s = max(now_s - sampled_s, 1e-6)
+        if age_s >= SAMPLE_AGE_S_MIN:
+            self._sample = (now_s, cpu_us)
+        return round((cpu_us - sampled_us) / age_s / 10_000, 2)

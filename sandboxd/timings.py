@@ -1,0 +1,24 @@
+"""What each step of a request cost, for ``timings_ms``."""
+
+from __future__ import annotations
+
+import time
+
+
+class Timings:
+    """A stopwatch with named marks."""
+
+    def __init__(self) -> None:
+        self._started_s = self._marked_s = time.perf_counter()
+        self._steps_ms: dict[str, float] = {}
+
+    def mark(self, step: str) -> None:
+        """Book the time since the last mark on ``step``."""
+        now_s = time.perf_counter()
+        self._steps_ms[step] = self._steps_ms.get(step, 0.0) + (now_s - self._marked_s) * 1000
+        self._marked_s = now_s
+
+    def as_dict(self) -> dict[str, float]:
+        """The steps in their order, and ``total``; milliseconds."""
+        total_ms = (time.perf_counter() - self._started_s) * 1000
+        return {step: round(cost, 3) for step, cost in (*self._steps_ms.items(), ("total", total_ms))}

@@ -1,0 +1,48 @@
+"""From the errors of ``runtimes`` to the failures that cross the socket: one table, used at the handlers' edge.
+
+Pure.
+"""
+
+from __future__ import annotations
+
+from runtimes import errors
+from runtimes.cgroup.fs import LimitBelowUsage
+from runtimes.init.binary import InitBinaryMissing
+from runtimes.init.wire import InitError, InvalidSpawn, SpawnTooLarge
+from sandboxd.failures import (
+    Conflict,
+    EngineRefusedFailure,
+    EngineUnavailableFailure,
+    Failure,
+    InvalidArgument,
+    LimitNotEnforceable,
+    PrerequisiteMissing,
+    SandboxGone,
+    Unsupported,
+)
+
+_BY_CLASS: tuple[tuple[type[errors.RuntimeFailure], type[Failure]], ...] = (
+    # The first that fits: subclasses stand before their bases.
+    (errors.EngineUnavailable, EngineUnavailableFailure),
+    (errors.EngineRefused, EngineRefusedFailure),
+    (errors.UnreadableAnswer, EngineRefusedFailure),
+    (errors.ImageNotFound, PrerequisiteMissing),
+    (errors.ContainerNotFound, SandboxGone),
+    (errors.Unsupported, Unsupported),
+    (LimitBelowUsage, Conflict),
+    (errors.CgroupUnreadable, LimitNotEnforceable),
+)
+
+
+def failure_from(error: errors.RuntimeFailure | InitError) -> Failure:
+    """Return the failure that says the same."""
+    if isinstance(error, InitBinaryMissing):
+        return PrerequisiteMissing("cannot find sandbox-init", detail=error.path, hint=error.hint)
+    if isinstance(error, SpawnTooLarge | InvalidSpawn):
+        return InvalidArgument(str(error))
+    if isinstance(error, InitError):
+        return SandboxGone("cannot reach the sandbox's init", detail=str(error), hint="sandboxctl ls")
+    for runtime_class, failure_class in _BY_CLASS:
+        if isinstance(error, runtime_class):
+            return failure_class(error.brief, detail=error.detail, hint=error.hint)
+    return Failure(error.brief, detail=error.detail, hint=error.hint)

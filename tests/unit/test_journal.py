@@ -1,0 +1,72 @@
+"""What is written down must be there after a crash, and nowhere else."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import stat
+from pathlib import Path
+
+import pytest
+
+from sandboxd.failures import Failure
+from sandboxd.journal import SCHEMA_VERSION, CommandRecord, Journal
+from sandboxd.lifecycle import State
+from tests.unit.records import record
+
+COMMAND = CommandRecord(id=7, argv=("sleep", "9"), started_at_ms=5, deadline_at_ms=None, grace_s=2.0)
+
+
+def test_a_record_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    """All fields survive, in the order of their making, and a change replaces."""
+    path = str(tmp_path / "journal")
+    journal = Journal.open(path)
+    first, second = record(), record(id="sb-b", name="b")
+    journal.put(first)
+    journal.put(second)
+    journal.put(record(state=State.STOPPED))
+    journal.put_command(first.id, COMMAND)
+    # Not closed: as after a kill.
+    again = Journal.open(path)
+    assert again.sandboxes() == [record(state=State.STOPPED), second]
+    assert again.commands(first.id) == [COMMAND]
+    assert again.commands(second.id) == []
+    again.delete(first.id)
+    assert again.commands(first.id) == []
+    assert again.owner() == journal.owner()
+    again.close()
+    journal.close()
+
+
+def test_only_its_owner_can_read_it(tmp_path: Path) -> None:
+    """It holds environment variables."""
+    path = str(tmp_path / "journal")
+    Journal.open(path).close()
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+
+
+def test_a_newer_journal_is_not_touched(tmp_path: Path) -> None:
+    """An older daemon must not misread what a newer one wrote."""
+    path = str(tmp_path / "journal")
+    Journal.open(path).close()
+    database = sqlite3.connect(path)
+    database.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
+    database.close()
+    with pytest.raises(Failure, match="a newer sandboxd wrote it"):
+        Journal.open(path)
+
+
+def test_a_damaged_journal_is_a_clear_failure(tmp_path: Path) -> None:
+    """Garbage must not become an empty list of sandboxes."""
+    path = tmp_path / "journal"
+    path.write_bytes(b"this is not a database" * 100)
+    with pytest.raises(Failure, match="cannot open the journal"):
+        Journal.open(str(path))
+
+
+def test_a_symlink_in_its_place_is_refused(tmp_path: Path) -> None:
+    """The state directory is ours, but a journal elsewhere is not what was meant."""
+    (tmp_path / "journal").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(Failure, match="cannot open the journal"):
+        Journal.open(str(tmp_path / "journal"))
+    assert not (tmp_path / "elsewhere").exists()

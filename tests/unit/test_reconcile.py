@@ -1,0 +1,101 @@
+"""What a start decides about each record and each container."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtimes.model import ContainerState
+from sandboxd.lifecycle import State
+from sandboxd.reconcile import Action, decide
+from tests.unit.records import CONTAINER_ID, container, record
+
+
+def _actions(records: list, listed: dict) -> dict[str, Action]:  # type: ignore[type-arg]
+    return {decision.sandbox_id: decision.action for decision in decide(records, listed, reachable=set(listed))}
+
+
+def test_a_running_container_with_a_record_is_adopted() -> None:
+    """Sandboxes outlive the daemon."""
+    assert _actions([record()], {"podman": [container()]}) == {"sb-aaaaaaaaaa": Action.ADOPT}
+
+
+def test_a_container_that_no_record_knows_is_removed() -> None:
+    """Nothing labelled may be left that nobody owns."""
+    assert _actions([], {"docker": [container()]}) == {"sb-aaaaaaaaaa": Action.REMOVE_CONTAINER}
+
+
+def test_a_create_that_was_cut_short_is_forgotten_with_or_without_its_container() -> None:
+    """Its caller is gone and never learnt its id."""
+    cut_short = record(state=State.CREATING, container_id=None)
+    assert _actions([cut_short], {"podman": [container()]}) == {cut_short.id: Action.FORGET}
+    assert _actions([cut_short], {"podman": []}) == {cut_short.id: Action.FORGET}
+
+
+def test_an_ephemeral_sandbox_does_not_survive_its_connection() -> None:
+    """``run --rm`` leaves nothing, also when the daemon is killed."""
+    assert _actions([record(ephemeral=True)], {"podman": [container()]}) == {"sb-aaaaaaaaaa": Action.FORGET}
+
+
+def test_a_record_whose_engine_is_silent_is_kept() -> None:
+    """An engine that is down for a moment must not cost a sandbox."""
+    decisions = decide([record()], {}, reachable=set())
+    assert [decision.action for decision in decisions] == [Action.NOTE_UNREACHABLE]
+
+
+def test_a_vanished_container_is_said_to_be_lost() -> None:
+    """Somebody removed it behind our back: the user is told, not left guessing."""
+    assert _actions([record()], {"podman": []}) == {"sb-aaaaaaaaaa": Action.NOTE_LOST}
+
+
+def test_a_second_container_with_the_same_label_is_removed() -> None:
+    """A record owns one container; a copy with its label is nobody's."""
+    copy = container(container_id="d" * 64)
+    decisions = decide([record()], {"podman": [container(), copy]}, reachable={"podman"})
+    removed = [decision.container for decision in decisions if decision.action is Action.REMOVE_CONTAINER]
+    assert removed == [copy]
+
+
+def test_the_same_id_at_another_engine_is_not_the_same_sandbox() -> None:
+    """Identity is engine and label together."""
+    decisions = decide([record()], {"podman": [container()], "docker": [container()]}, reachable={"podman", "docker"})
+    assert sorted((decision.engine, decision.action) for decision in decisions) == [
+        ("docker", Action.REMOVE_CONTAINER),
+        ("podman", Action.ADOPT),
+    ]
+
+
+@given(
+    st.lists(
+        st.builds(
+            lambda number, state, known, ephemeral: record(
+                id=f"sb-{number}", state=state, container_id=CONTAINER_ID if known else None, ephemeral=ephemeral
+            ),
+            st.integers(0, 5),
+            st.sampled_from(State),
+            st.booleans(),
+            st.booleans(),
+        ),
+        unique_by=lambda each: each.id,
+    ),
+    st.lists(
+        st.builds(
+            lambda number, state, own: container(
+                f"sb-{number}", state=state, container_id=CONTAINER_ID if own else "e" * 64
+            ),
+            st.integers(0, 8),
+            st.sampled_from(ContainerState),
+            st.booleans(),
+        )
+    ),
+)
+def test_no_container_is_left_without_an_owner(records: list, containers: list) -> None:  # type: ignore[type-arg]
+    """Whatever a crash left: each container is its record's, or is removed; each record gets one decision."""
+    decisions = decide(records, {"podman": containers}, reachable={"podman"})
+    owned = {decision.sandbox_id for decision in decisions if decision.action is not Action.REMOVE_CONTAINER}
+    assert owned == {each.id for each in records}
+    removed = [decision.container for decision in decisions if decision.action is Action.REMOVE_CONTAINER]
+    for each in containers:
+        record_of = next((known for known in records if known.id == each.sandbox_id), None)
+        orphaned = record_of is None or record_of.container_id not in (None, each.container_id)
+        assert (each in removed) == orphaned

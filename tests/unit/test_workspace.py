@@ -1,0 +1,120 @@
+"""Which directories may be a workspace, and whose files they are inside."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtimes.model import Capabilities, EngineInfo, EngineName, User
+from sandboxd.failures import InvalidArgument
+from sandboxd.workspace import SANDBOX_USER, identify, open_workspace, refusal
+
+HOME = "/home/me"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/", "/etc", "/etc/ssh", "/usr", "/usr/bin", "/proc", "/proc/1", "/sys/kernel", "/dev", "/boot", "/run",
+        "/run/docker", "/var", "/var/lib/docker", "/var/run/x", "/home", "/tmp", "/root", "/root/project",
+        "/home/me", "/home/other", "/home/other/project", "/home/me/.ssh", "/home/me/.ssh/keys", "/home/me/.gnupg",
+        "/home/me/.aws", "/home/me/.config/gcloud/x", "/home/me/project (deleted)",
+    ],
+)  # fmt: skip
+def test_a_directory_that_is_no_project_is_refused(path: str) -> None:
+    """System paths, whole homes, other users' homes and credentials do not belong into a sandbox."""
+    assert refusal(path, home=HOME, allow=[]) != ""
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/home/me/project", "/home/me/.config/app", "/srv/project", "/tmp/x", "/opt/src", "/run/media/me/stick",
+     "/mnt/disk/project", "/etcetera", "/home/me/.sshfs", "/work/main", "/usr/src/linux"],
+)  # fmt: skip
+def test_a_project_is_allowed(path: str) -> None:
+    """People keep projects in many places; a name that only begins like a refused one is not refused."""
+    assert refusal(path, home=HOME, allow=[]) == ""
+
+
+@pytest.mark.parametrize("path", ["/etc/project", "/home/other/project", "/home/me/.ssh", "/var/lib/ci/build"])
+def test_what_is_named_is_allowed(path: str) -> None:
+    """Who names it means it."""
+    assert refusal(path, home=HOME, allow=[path]) == ""
+    assert refusal(f"{path}/below", home=HOME, allow=[path]) == ""
+    assert refusal(f"{path}x", home=HOME, allow=[path]) == refusal(f"{path}x", home=HOME, allow=[])
+
+
+def test_a_home_of_root_directory_allows_nothing_by_itself() -> None:
+    """Service users have HOME=/: that must not make /etc a project."""
+    assert refusal("/etc", home="/", allow=[]) != ""
+
+
+@given(st.lists(st.sampled_from(["a", "b", ".ssh", "etc", "home", "me", "root"]), min_size=1, max_size=5))
+def test_below_the_home_only_credentials_are_refused(parts: list[str]) -> None:
+    """A property over paths: the home's rule is the one that decides there."""
+    path = "/".join([HOME, *parts])
+    assert (refusal(path, home=HOME, allow=[]) != "") == (parts[0] == ".ssh")
+
+
+def test_a_symlink_is_judged_by_where_it_leads(tmp_path: Path) -> None:
+    """Otherwise a link named project would open /etc."""
+    (tmp_path / "project").symlink_to("/etc")
+    with pytest.raises(InvalidArgument, match="/etc belongs to the system"):
+        open_workspace(str(tmp_path / "project"), home=HOME, allow=[])
+
+
+@pytest.mark.parametrize("path", ["relative", "", "/nonexistent/dir", "/dev/null", "/with\0nul"])
+def test_what_is_no_directory_is_refused(path: str) -> None:
+    """A clear error, before anything is made."""
+    with pytest.raises(InvalidArgument, match="cannot use"):
+        open_workspace(path, home=HOME, allow=[])
+
+
+def test_an_opened_workspace_knows_what_was_opened(tmp_path: Path) -> None:
+    """Device and inode are what the check after the mount compares."""
+    opened = open_workspace(str(tmp_path), home=HOME, allow=[])
+    try:
+        status = tmp_path.stat()
+        assert (opened.device, opened.inode) == (status.st_dev, status.st_ino)
+        assert opened.owner == User(uid=status.st_uid, gid=status.st_gid)
+    finally:
+        os.close(opened.descriptor)
+
+
+def _engine(*, rootless: bool, keep_id: bool = False) -> EngineInfo:
+    capabilities = Capabilities(
+        memory_limit=True, cpu_limit=True, pids_limit=True, cpuset_limit=True, bind_mounts=True, init_socket=True,
+        keep_id=keep_id, rootless=rootless, network_none=True, pause=True, update_pids=True, update_limits=True,
+    )  # fmt: skip
+    return EngineInfo(name=EngineName.PODMAN, usable=True, reason="", rootless=rootless, capabilities=capabilities)
+
+
+ME, ROOT, OTHER = User(uid=1234, gid=1234), User(uid=0, gid=0), User(uid=7, gid=8)
+
+
+@pytest.mark.parametrize(
+    ("engine", "owner", "caller", "idmap", "user", "mounted"),
+    [
+        (_engine(rootless=True, keep_id=True), ME, ME, False, ME, "keep-id"),
+        (_engine(rootless=True, keep_id=True), None, ME, False, ME, "keep-id"),
+        (_engine(rootless=True), ME, ME, False, SANDBOX_USER, "as-is"),
+        (_engine(rootless=False), ME, ME, False, ME, "same-uid"),
+        (_engine(rootless=False), None, ROOT, True, SANDBOX_USER, "same-uid"),
+        (_engine(rootless=False), OTHER, ROOT, True, OTHER, "same-uid"),
+        (_engine(rootless=False), ROOT, ROOT, True, SANDBOX_USER, "idmapped"),
+        (_engine(rootless=False), ROOT, ROOT, False, SANDBOX_USER, "as-is"),
+    ],
+)
+def test_the_project_belongs_to_whoever_runs_inside(
+    engine: EngineInfo, owner: User | None, caller: User, idmap: bool, user: User, mounted: str
+) -> None:
+    """Root runs nothing inside, and files written there are the caller's outside."""
+    identity = identify(engine, owner, caller=caller, idmap_works=idmap)
+    assert identity.user == user
+    assert identity.user.uid != 0
+    assert identity.mounted == mounted
+    assert (identity.warning != "") == (mounted == "as-is")

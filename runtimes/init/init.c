@@ -5,7 +5,7 @@
  * ===================
  *
  * Init owns the processes of a sandbox so that a daemon which comes and goes need not. It listens on a
- * SOCK_SEQPACKET Unix socket; one datagram is one message (the table is in wire.py). One thread, one poll, no
+ * SOCK_SEQPACKET Unix socket; one datagram is one message (the table is in wire.py). One thread, one epoll, no
  * heap once started: every table is static and bounded, so nothing that a peer or a command does can make it grow. Pages of
  * the static buffers cost memory only once they are touched.
  *
@@ -13,7 +13,9 @@
  * may ask for anything; still, whatever they send is checked, because a mistake there must not end all commands.
  * Commands are hostile and run under init's own uid: they may signal everything but PID 1, which the kernel
  * protects. They cannot trace init or its keepers, nor reach their descriptors, as these are not dumpable. SIGTERM
- * counts only if it comes from outside of the namespace.
+ * counts only if it comes from outside of the namespace. What the kernel would still let the same uid do to init,
+ * to lower its resource limits (RLIMIT_CPU kills it, RLIMIT_NOFILE blinds it) and its share of the processor, is
+ * refused by a seccomp filter that init puts on itself and that its children inherit.
  *
  * Keepers. A command gets a process of its own, the keeper, forked from init and a child subreaper: everything
  * that descends from the command, by double fork and setsid too, stays below the keeper, so "the tree of this
@@ -53,14 +55,18 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <limits.h>
+#include <linux/audit.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/random.h>
@@ -195,8 +201,11 @@ struct launch {
     char *env[STRINGS_MAX + 1];
     char *cwd;
     struct {
-        int resource;
-        struct rlimit limit;
+        uint32_t resource;
+        struct {
+            uint64_t soft;
+            uint64_t hard;
+        } limit; /* as the kernel's rlimit64 */
     } rlimits[RLIMITS_MAX];
     size_t rlimit_count;
     uint32_t flags;
@@ -220,6 +229,7 @@ static unsigned char nonce[16];
 
 static int listen_fd = -1;
 static int signal_fd = -1;
+static int epoll_fd = -1;
 static int proc_fd = -1;
 static int report_read_fd = -1;
 static int report_write_fd = -1;
@@ -250,6 +260,26 @@ static void close_fd(int *fd)
         (void)close(*fd);
         *fd = -1;
     }
+}
+
+/* ---- what wakes the loop ------------------------------------------------------------------------------ */
+
+/* epoll and not poll, because poll fails when RLIMIT_NOFILE is below the number of entries. */
+
+enum wake { WAKE_REPORTS, WAKE_SIGNALS, WAKE_LISTEN, WAKE_CONNECTIONS, WAKE_END = WAKE_CONNECTIONS + CONNECTIONS_MAX };
+
+static int watch(int operation, int fd, uint32_t events, uint32_t wake)
+{
+    struct epoll_event event = {.events = events, .data.u32 = wake};
+    return epoll_ctl(epoll_fd, operation, fd, &event);
+}
+
+static void set_blocked(int index, bool blocked)
+{
+    struct connection *connection = &connections[index];
+    if (connection->blocked != blocked)
+        (void)watch(EPOLL_CTL_MOD, connection->fd, blocked ? EPOLLOUT : EPOLLIN, WAKE_CONNECTIONS + (uint32_t)index);
+    connection->blocked = blocked;
 }
 
 /* ---- reading and writing messages --------------------------------------------------------------------- */
@@ -907,7 +937,7 @@ static _Noreturn void become_command(void)
     sigset_t none;
     enter_session();
     for (size_t i = 0; i < launch.rlimit_count; i++)
-        if (setrlimit(launch.rlimits[i].resource, &launch.rlimits[i].limit) != 0)
+        if (syscall(SYS_prlimit64, 0, launch.rlimits[i].resource, &launch.rlimits[i].limit, NULL) != 0)
             give_up(STAGE_RLIMIT);
     if (chdir(launch.cwd) != 0)
         give_up(STAGE_CHDIR);
@@ -947,6 +977,7 @@ static void keeper_close(void)
 {
     close_fd(&listen_fd);
     close_fd(&signal_fd);
+    close_fd(&epoll_fd);
     close_fd(&proc_fd);
     close_fd(&reserve_fd);
     close_fd(&report_read_fd);
@@ -1008,6 +1039,8 @@ static _Noreturn void keep(uint32_t slot)
 static void drop_connection(int index)
 {
     unsigned bit = 1U << index;
+    /* A keeper that was just forked may hold a copy for a moment, so closing alone does not end the watch. */
+    (void)watch(EPOLL_CTL_DEL, connections[index].fd, 0, 0);
     close_fd(&connections[index].fd);
     for (size_t i = 0; i < commands_end; i++) {
         struct command *command = &commands[i];
@@ -1044,7 +1077,7 @@ static bool send_out(int index, int descriptor)
         return true;
     /* ENOBUFS, ENOMEM and ETOOMANYREFS pass, like a full socket. */
     if (errno == EAGAIN || errno == ENOBUFS || errno == ENOMEM || errno == ETOOMANYREFS)
-        connections[index].blocked = true;
+        set_blocked(index, true);
     else
         drop_connection(index);
     return false;
@@ -1154,16 +1187,23 @@ static int place_for_connection(void)
     return blocked;
 }
 
+/* Out of descriptors: who waits in the backlog would wake us all the time. */
+static void pause_accept(void)
+{
+    accept_next_ns = now_ns() + ACCEPT_PAUSE_MS * NS_PER_MS;
+    (void)watch(EPOLL_CTL_MOD, listen_fd, 0, WAKE_LISTEN);
+}
+
 static void accept_connection(void)
 {
     int fd = accept4(listen_fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
     if (fd < 0) {
         if (errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS)
-            accept_next_ns = now_ns() + ACCEPT_PAUSE_MS * NS_PER_MS;
+            pause_accept();
         return;
     }
     int place = is_peer(fd) ? place_for_connection() : -1;
-    if (place < 0) {
+    if (place < 0 || watch(EPOLL_CTL_ADD, fd, EPOLLIN, WAKE_CONNECTIONS + (uint32_t)place) != 0) {
         (void)close(fd);
         return;
     }
@@ -1217,11 +1257,11 @@ static bool take_launch(struct reader *in)
         argc > STRINGS_MAX || envc > STRINGS_MAX)
         return false;
     for (size_t i = 0; i < launch.rlimit_count; i++) {
-        launch.rlimits[i].resource = (int)(take_u32(in) & INT_MAX);
+        launch.rlimits[i].resource = take_u32(in);
         if (take_u32(in) != 0)
             in->bad = true;
-        launch.rlimits[i].limit.rlim_cur = take_u64(in);
-        launch.rlimits[i].limit.rlim_max = take_u64(in);
+        launch.rlimits[i].limit.soft = take_u64(in);
+        launch.rlimits[i].limit.hard = take_u64(in);
     }
     launch.cwd = take_string(in);
     take_strings(in, launch.argv, argc);
@@ -1526,18 +1566,16 @@ static void read_request(int index)
         (void)close(received.fd[i]);
 }
 
-static void serve_connection(int index, short events)
+static void serve_connection(int index, uint32_t events)
 {
     struct connection *connection = &connections[index];
     if (connection->blocked) {
-        if ((events & (POLLHUP | POLLERR | POLLNVAL)) != 0)
+        if ((events & (EPOLLHUP | EPOLLERR)) != 0)
             drop_connection(index);
-        else if ((events & POLLOUT) != 0)
-            connection->blocked = false;
+        else
+            set_blocked(index, false);
         return;
     }
-    if (events == 0)
-        return;
     /* A quarter of a socket's buffer is free, or more, when it polls as writable: enough for any reply. */
     struct pollfd room = {.fd = connection->fd, .events = POLLOUT};
     if (poll(&room, 1, 0) == 1 && (room.revents & POLLOUT) != 0)
@@ -1545,7 +1583,7 @@ static void serve_connection(int index, short events)
     else if ((room.revents & (POLLHUP | POLLERR)) != 0)
         drop_connection(index);
     else
-        connection->blocked = true;
+        set_blocked(index, true);
 }
 
 /* ---- the loop ----------------------------------------------------------------------------------------- */
@@ -1569,7 +1607,7 @@ static int until(uint64_t deadline_ns, int timeout_ms)
     return timeout_ms < 0 || left < timeout_ms ? left : timeout_ms;
 }
 
-static int poll_timeout(void)
+static int wait_ms(void)
 {
     int timeout_ms = -1;
     if (anything_to_kill())
@@ -1579,32 +1617,36 @@ static int poll_timeout(void)
     return timeout_ms;
 }
 
-enum { POLL_REPORTS, POLL_SIGNALS, POLL_LISTEN, POLL_CONNECTIONS, POLL_END = POLL_CONNECTIONS + CONNECTIONS_MAX };
+static void handle_wake(uint32_t wake, uint32_t events)
+{
+    switch (wake) {
+    case WAKE_REPORTS:
+        drain_reports();
+        break;
+    case WAKE_SIGNALS:
+        read_signals();
+        break;
+    case WAKE_LISTEN:
+        accept_connection();
+        break;
+    default:
+        /* It may be gone, or another one by now, by what was handled before: then reading finds nothing. */
+        if (connections[wake - WAKE_CONNECTIONS].fd >= 0)
+            serve_connection((int)(wake - WAKE_CONNECTIONS), events);
+        break;
+    }
+}
 
 static void turn(void)
 {
-    struct pollfd polled[POLL_END];
-    if (accept_next_ns != 0 && now_ns() >= accept_next_ns)
+    struct epoll_event events[WAKE_END];
+    int count = epoll_wait(epoll_fd, events, WAKE_END, wait_ms());
+    for (int i = 0; i < count; i++)
+        handle_wake(events[i].data.u32, events[i].events);
+    if (accept_next_ns != 0 && now_ns() >= accept_next_ns) {
         accept_next_ns = 0;
-    polled[POLL_REPORTS] = (struct pollfd){.fd = report_read_fd, .events = POLLIN};
-    polled[POLL_SIGNALS] = (struct pollfd){.fd = signal_fd, .events = POLLIN};
-    polled[POLL_LISTEN] = (struct pollfd){.fd = accept_next_ns == 0 ? listen_fd : -1, .events = POLLIN};
-    for (int i = 0; i < CONNECTIONS_MAX; i++)
-        polled[POLL_CONNECTIONS + i] = (struct pollfd){
-            .fd = connections[i].fd,
-            .events = connections[i].blocked ? POLLOUT : POLLIN,
-        };
-    if (poll(polled, POLL_END, poll_timeout()) < 0)
-        return;
-    if (polled[POLL_REPORTS].revents != 0)
-        drain_reports();
-    if (polled[POLL_SIGNALS].revents != 0)
-        read_signals();
-    for (int i = 0; i < CONNECTIONS_MAX; i++)
-        if (connections[i].fd >= 0 && polled[POLL_CONNECTIONS + i].fd == connections[i].fd)
-            serve_connection(i, polled[POLL_CONNECTIONS + i].revents);
-    if (polled[POLL_LISTEN].revents != 0)
-        accept_connection();
+        (void)watch(EPOLL_CTL_MOD, listen_fd, EPOLLIN, WAKE_LISTEN);
+    }
     if (anything_to_kill() && now_ns() >= wave_next_ns)
         run_waves();
     flush_all();
@@ -1697,6 +1739,73 @@ static void open_reports(void)
         die("set up a pipe");
 }
 
+#if defined(__x86_64__)
+#define OTHER_ABI AUDIT_ARCH_I386
+enum { X32_BIT = 0x40000000, OTHER_PRLIMIT = 340, OTHER_SETATTR = 351 };
+#elif defined(__aarch64__)
+#define OTHER_ABI AUDIT_ARCH_ARM
+enum { X32_BIT = 0, OTHER_PRLIMIT = 369, OTHER_SETATTR = 380 };
+#else
+#define OTHER_ABI 0 /* of other architectures only the native calls are known here */
+enum { X32_BIT = 0, OTHER_PRLIMIT = 0, OTHER_SETATTR = 0 };
+#endif
+enum { OTHER_SETPRIORITY = 97, OTHER_SETPARAM = 154, OTHER_SETSCHEDULER = 156, OTHER_SETAFFINITY = 241 };
+
+#define LOAD(field) BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, field))
+#define LOAD_ARGUMENT(n) BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[n]) + LOW_HALF)
+#define IF_SKIP(value, then, otherwise) BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (value), (then), (otherwise))
+#define ANSWER(action) BPF_STMT(BPF_RET | BPF_K, (action))
+#define LOW_HALF (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? 0 : 4)
+
+/* Refuses system calls that change init's limits or scheduling; see the theory of operation. Without
+ * no-new-privileges the kernel does not let us; whoever leaves that out has given up more than this guards. */
+static void guard_own_process(void)
+{
+    const uint32_t self = (uint32_t)own_pid;
+    struct sock_filter steps[] = {
+        /*  0 */ LOAD(arch),
+        /*  1 */ IF_SKIP(OTHER_ABI, 9, 0),
+        /*  2 */ LOAD(nr),
+        /*  3 */ BPF_STMT(BPF_ALU | BPF_AND | BPF_K, ~(uint32_t)X32_BIT),
+        /*  4 */ IF_SKIP(SYS_prlimit64, 14, 0),
+        /*  5 */ IF_SKIP(SYS_sched_setparam, 13, 0),
+        /*  6 */ IF_SKIP(SYS_sched_setscheduler, 12, 0),
+        /*  7 */ IF_SKIP(SYS_sched_setaffinity, 11, 0),
+        /*  8 */ IF_SKIP(SYS_sched_setattr, 10, 0),
+        /*  9 */ IF_SKIP(SYS_setpriority, 12, 0),
+        /* 10 */ ANSWER(SECCOMP_RET_ALLOW),
+        /* 11 */ LOAD(nr),
+        /* 12 */ IF_SKIP(OTHER_PRLIMIT, 6, 0),
+        /* 13 */ IF_SKIP(OTHER_SETPARAM, 5, 0),
+        /* 14 */ IF_SKIP(OTHER_SETSCHEDULER, 4, 0),
+        /* 15 */ IF_SKIP(OTHER_SETAFFINITY, 3, 0),
+        /* 16 */ IF_SKIP(OTHER_SETATTR, 2, 0),
+        /* 17 */ IF_SKIP(OTHER_SETPRIORITY, 4, 0),
+        /* 18 */ ANSWER(SECCOMP_RET_ALLOW),
+        /* 19 */ LOAD_ARGUMENT(0), /* a pid */
+        /* 20 */ IF_SKIP(self, 6, 0),
+        /* 21 */ ANSWER(SECCOMP_RET_ALLOW),
+        /* 22 */ LOAD_ARGUMENT(0), /* setpriority: of which kind is the number that follows */
+        /* 23 */ IF_SKIP(PRIO_USER, 3, 0),
+        /* 24 */ LOAD_ARGUMENT(1),
+        /* 25 */ IF_SKIP(self, 1, 0),
+        /* 26 */ ANSWER(SECCOMP_RET_ALLOW),
+        /* 27 */ ANSWER(SECCOMP_RET_ERRNO | EPERM),
+    };
+    struct sock_fprog filter = {.len = sizeof steps / sizeof steps[0], .filter = steps};
+    if (prctl(PR_SET_SECCOMP, (unsigned long)SECCOMP_MODE_FILTER, &filter, 0UL, 0UL) != 0)
+        (void)dprintf(STDERR_FILENO, "sandbox-init: runs without its own guard: %s\n", strerror(errno));
+}
+
+static void open_epoll(void)
+{
+    epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    if (epoll_fd < 0 || watch(EPOLL_CTL_ADD, report_read_fd, EPOLLIN, WAKE_REPORTS) != 0 ||
+        watch(EPOLL_CTL_ADD, signal_fd, EPOLLIN, WAKE_SIGNALS) != 0 ||
+        watch(EPOLL_CTL_ADD, listen_fd, EPOLLIN, WAKE_LISTEN) != 0)
+        die("set up epoll");
+}
+
 static void start(const char *directory)
 {
     own_pid = getpid();
@@ -1718,6 +1827,8 @@ static void start(const char *directory)
     for (size_t i = 0; i < CONNECTIONS_MAX; i++)
         connections[i].fd = -1;
     listen_in(directory);
+    open_epoll();
+    guard_own_process();
 }
 
 int main(int argc, char **argv)

@@ -23,9 +23,7 @@ from runtimes.model import (
     EngineName,
     Limits,
 )
-
-CPUS_MAX = 8192
-"""The kernel's own bound on the number of CPUs (CONFIG_NR_CPUS)."""
+from runtimes.quantities import parse_cpu_list
 
 ERROR_CHARS_MAX = 1000
 ERROR_LINES_MAX = 5
@@ -101,6 +99,86 @@ class _Inspect(msgspec.Struct, rename="pascal"):
     config: _Config
 
 
+class DockerClientInfo(msgspec.Struct, frozen=True, rename="pascal"):
+    """What ``docker info`` says of the client itself, whether or not a server answered."""
+
+    version: _Word = ""
+
+
+class DockerInfo(msgspec.Struct, frozen=True, rename="pascal"):
+    """What is asked of ``docker info``."""
+
+    server_version: _Word = ""
+    operating_system: _Label = ""
+    driver: _Word = ""
+    cgroup_driver: _Word = ""
+    default_runtime: _Word = ""
+    memory_limit: bool = False
+    swap_limit: bool = False
+    cpu_cfs_quota: bool = False
+    cpu_set: bool = msgspec.field(default=False, name="CPUSet")
+    pids_limit: bool = False
+    security_options: tuple[str, ...] | None = None
+    client_info: DockerClientInfo = DockerClientInfo()
+    host: msgspec.Raw | None = msgspec.field(default=None, name="host")
+    """Only Podman says this: its own stand-in for the ``docker`` program answered."""
+
+
+class PodmanRuntime(msgspec.Struct, frozen=True):
+    """The OCI runtime that Podman takes when it is told nothing."""
+
+    name: _Word = ""
+
+
+class IdMapping(msgspec.Struct, frozen=True):
+    """One range of uids of the user namespace."""
+
+    size: int = 0
+
+
+class IdMappings(msgspec.Struct, frozen=True):
+    """The uids of the user namespace; nothing for a rootful Podman."""
+
+    uidmap: tuple[IdMapping, ...] | None = None
+
+
+class PodmanSecurity(msgspec.Struct, frozen=True):
+    """How Podman runs."""
+
+    rootless: bool
+
+
+class PodmanHost(msgspec.Struct, frozen=True, rename="camel"):
+    """The host as Podman sees it."""
+
+    security: PodmanSecurity
+    cgroup_manager: _Word
+    cgroup_controllers: tuple[_Word, ...] | None = None
+    oci_runtime: PodmanRuntime = PodmanRuntime()
+    id_mappings: IdMappings = IdMappings()
+    service_is_remote: bool = False
+
+
+class PodmanStore(msgspec.Struct, frozen=True, rename="camel"):
+    """Where images and containers are kept."""
+
+    graph_driver_name: _Word = ""
+
+
+class PodmanVersion(msgspec.Struct, frozen=True, rename="pascal"):
+    """Podman is its own server: one version is both."""
+
+    version: _Word
+
+
+class PodmanInfo(msgspec.Struct, frozen=True):
+    """What is asked of ``podman info``."""
+
+    host: PodmanHost
+    version: PodmanVersion
+    store: PodmanStore = PodmanStore()
+
+
 def container_id(answer: bytes) -> str:
     """The id that ``run --detach`` printed: the last line, for a client may print others before it."""
     lines = answer.decode(errors="replace").split()
@@ -158,22 +236,22 @@ def complaint(stderr: bytes) -> str:
     return "\n".join(telling[-ERROR_LINES_MAX:])[-ERROR_CHARS_MAX:]
 
 
-def cpu_list(text: str) -> tuple[int, ...]:
-    """``0-2,5`` as the kernel writes a set of CPUs.
+def docker_info(answer: bytes) -> DockerInfo:
+    """``docker info``. Where no server answered, ``server_version`` is empty and the rest says nothing."""
+    info: DockerInfo = _decode(answer, DockerInfo, "info")
+    return info
 
-    Raises:
-        UnreadableAnswer: it is not one, or names a CPU that no kernel can have.
-    """
-    cpus: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", part.strip())
-        if match is None:
-            raise _unreadable("a set of CPUs", repr(text[:200]))
-        first, last = int(match[1]), int(match[2] or match[1])
-        if not first <= last < CPUS_MAX:
-            raise _unreadable("a set of CPUs", repr(text[:200]))
-        cpus.update(range(first, last + 1))
-    return tuple(sorted(cpus))
+
+def podman_info(answer: bytes) -> PodmanInfo:
+    """``podman info``."""
+    info: PodmanInfo = _decode(answer, PodmanInfo, "info")
+    return info
+
+
+def version(text: str) -> tuple[int, int]:
+    """Major and minor number of an engine's version; (0, 0) where there are none."""
+    match = re.match(r"v?([0-9]{1,5})\.([0-9]{1,5})", text)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
 def _docker_rows(answer: bytes) -> list[ContainerSummary]:
@@ -219,10 +297,17 @@ def _limits(config: _HostConfig) -> Limits:
         memory_bytes_max=_positive(config.memory),
         cpu_millis=_cpu_millis(config),
         pids_max=_positive(config.pids_limit),
-        cpuset_cpus=cpu_list(cpus) if cpus else None,
+        cpuset_cpus=_cpuset(cpus) if cpus else None,
         shm_bytes_max=_positive(config.shm_size),
         nofile_max=_positive(nofile[-1]) if nofile else None,
     )
+
+
+def _cpuset(text: str) -> tuple[int, ...]:
+    cpus = parse_cpu_list(text)
+    if cpus is None:
+        raise _unreadable("a set of CPUs", repr(text[:200]))
+    return cpus
 
 
 def _positive(value: int | None) -> int | None:

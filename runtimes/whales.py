@@ -138,8 +138,7 @@ def _translated(what: str, work: Callable[[], _T]) -> _T:
 
 
 def _said(error: DockerException) -> str:
-    stderr = error.stderr or ""
-    return parse.complaint(stderr.encode() if isinstance(stderr, str) else stderr)
+    return parse.complaint((error.stderr or "").encode())
 
 
 def _kill_clients(thread_id: int) -> None:
@@ -164,7 +163,7 @@ def _list_images(docker: DockerClient) -> list[ImageFacts]:
                     image_id=parse.image_id(image.id),
                     tags=tuple(tag for tag in image.repo_tags or () if "<none>" not in tag),
                     size_bytes=image.size,
-                    created_at_s=None if image.created is None else image.created.timestamp(),
+                    created_at_s=image.created.timestamp(),
                 )
             )
     return sorted(images, key=lambda image: (image.tags, image.image_id))

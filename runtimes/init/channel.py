@@ -172,6 +172,7 @@ class InitChannel:
     async def spawn(self, request: SpawnRequest, descriptors: Sequence[int] = ()) -> Spawned:
         """Starts a command. Its descriptors stay the caller's, to be kept open until this returns.
 
+        Its `Exited` and `Gone` may be delivered before this returns: be ready for the id first.
         Not idempotent, but a repeated `command_id` is refused with EEXIST. If cancelled or timed out, the command
         may run all the same: `kill` it by its id.
 

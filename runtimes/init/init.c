@@ -1421,12 +1421,13 @@ static void handle_kill(int index, uint32_t request_id, struct reader *in)
         refuse(index, request_id, ENOENT, STAGE_REQUEST);
         return;
     }
+    /* First the answer: a wave over a storm of hundreds of processes takes milliseconds. */
+    acknowledge(index, KILL, request_id);
     if (command->keeper != 0) {
         command->killing = true;
         wave(command);
         want_wave();
     }
-    acknowledge(index, KILL, request_id);
 }
 
 static void handle_list(int index, uint32_t request_id, struct reader *in)

@@ -17,7 +17,7 @@ import pytest
 from runtimes.init import wire
 from runtimes.init.channel import RequestRefused, SpawnFailed
 from runtimes.init.wire import PtySize, Refused, Scope, Stage
-from tests.unit.init_harness import DEADLINE_S, Host, devnull, open_descriptors, running_init, until
+from tests.unit.init_harness import DEADLINE_S, Host, descriptor_count, devnull, running_init, until
 
 pytestmark = pytest.mark.anyio
 CONNECTIONS_MAX = 8
@@ -132,16 +132,16 @@ async def test_nothing_is_served_before_hello() -> None:
 async def test_descriptors_that_do_not_belong_are_closed_at_once(count: int) -> None:
     """Each one kept would be a step towards an init that cannot open anything."""
     async with running_init() as host:
-        before = open_descriptors(host.process.pid)
+        before = descriptor_count(host.process.pid)
         with peer_of(host) as peer, devnull() as null:
-            held = open_descriptors(host.process.pid)
+            held = descriptor_count(host.process.pid)
             for message in (wire.encode_spawn(5, SPAWN), wire.encode_list(5), wire.encode_hello(5)):
                 peer.send(message, [null] * count)
                 assert peer.reply() == (5, Refused(errno.EBADMSG, Stage.DESCRIPTORS))
-            await until(lambda: open_descriptors(host.process.pid) == held, "all is closed")
+            await until(lambda: descriptor_count(host.process.pid) == held, "all is closed")
             peer.send(b"garbage", [null] * count)
             assert peer.is_dropped()
-        await until(lambda: open_descriptors(host.process.pid) == before, "all is closed")
+        await until(lambda: descriptor_count(host.process.pid) == before, "all is closed")
 
 
 async def test_an_init_without_descriptors_says_so_and_still_kills() -> None:
@@ -150,7 +150,7 @@ async def test_an_init_without_descriptors_says_so_and_still_kills() -> None:
         command_id, _ = await host.shell("setsid sleep 1000 & trap '' TERM; sleep 1000; true")
         await until(lambda: len(host.marked()) == 3, "all run")
         limits = resource.prlimit(host.process.pid, resource.RLIMIT_NOFILE)
-        full = max(open_descriptors(host.process.pid)) + 1
+        full = descriptor_count(host.process.pid)
         resource.prlimit(host.process.pid, resource.RLIMIT_NOFILE, (full, limits[1]))
         with pytest.raises(SpawnFailed) as caught:
             await host.spawn("true")
@@ -218,14 +218,14 @@ async def test_places_are_bounded_and_a_peer_that_never_reads_has_to_leave_first
 
 async def test_a_peer_that_leaves_in_the_middle_of_a_spawn_leaves_nothing_open() -> None:
     async with running_init() as host:
-        before = open_descriptors(host.process.pid)
+        before = descriptor_count(host.process.pid)
         for n in range(50):
             with peer_of(host) as peer:
                 request = wire.SpawnRequest(
                     command_id=1000 + n, argv=[b"/bin/true"], env=[], cwd=b"/", pty=PtySize(1, 1)
                 )
                 peer.send(wire.encode_spawn(1, request))
-        await until(lambda: open_descriptors(host.process.pid) == before, "all is closed")
+        await until(lambda: descriptor_count(host.process.pid) == before, "all is closed")
         await assert_serves(host)
 
 
@@ -320,7 +320,7 @@ class Fuzzer:
 async def test_three_thousand_mutated_messages_do_no_harm(seed: int) -> None:
     """Sanitizers watch init, the decoder watches what it says, and it must still serve in the end."""
     async with running_init() as host:
-        before = open_descriptors(host.process.pid)
+        before = descriptor_count(host.process.pid)
         fuzzer = Fuzzer(host, seed)
         try:
             for _ in range(3000):
@@ -332,7 +332,7 @@ async def test_three_thousand_mutated_messages_do_no_harm(seed: int) -> None:
         for entry in await host.channel.list_commands():
             with contextlib.suppress(RequestRefused):  # what the fuzzer said last may be heard after the list
                 await host.channel.kill(entry.command_id)
-        await until(lambda: open_descriptors(host.process.pid) == before, "all is closed")
+        await until(lambda: descriptor_count(host.process.pid) == before, "all is closed")
         host._last_id = 10**6
         with contextlib.suppress(SpawnFailed):  # ENOSPC, if the mutations filled the table
             await assert_serves(host)

@@ -1,0 +1,40 @@
+"""Prints what pip is to install. Run by hack/venv.
+
+`requirements.py inputs`: all of pyproject.toml that bears on what is installed.
+`requirements.py dev`: the dev group of pyproject.toml, for pips that know no groups.
+`requirements.py constraints`: the versions of uv.lock, so that every checkout tests the same ones.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tomllib
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def inputs() -> list[str]:
+    tables = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    kept = {name: tables[name] for name in ("build-system", "project", "dependency-groups")}
+    return [json.dumps({**kept, "hatch": tables["tool"]["hatch"]}, indent=1)]
+
+
+def dev() -> list[str]:
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    return [requirement for requirement in groups["dev"] if isinstance(requirement, str)]
+
+
+def constraints() -> list[str]:
+    versions: defaultdict[str, set[str]] = defaultdict(set)
+    for package in tomllib.loads((ROOT / "uv.lock").read_text())["package"]:
+        if "registry" in package["source"]:
+            versions[package["name"]].add(package["version"])
+    # A package locked to several versions differs by Python version; pip decides those.
+    return [f"{name}=={next(iter(found))}" for name, found in sorted(versions.items()) if len(found) == 1]
+
+
+if __name__ == "__main__":
+    print("\n".join({"inputs": inputs, "dev": dev, "constraints": constraints}[sys.argv[1]]()))

@@ -324,6 +324,17 @@ async def test_a_kill_can_be_repeated_and_asked_for_after_the_end() -> None:
         assert len(host.ends.log) == 2
 
 
+async def test_a_kill_that_comes_before_the_command_exists_still_kills_it() -> None:
+    """The first wave finds nobody below a keeper that has not started it yet: others have to follow."""
+    async with running_init() as host:
+        for _ in range(20):
+            starting = asyncio.ensure_future(host.spawn("sleep", "1000"))
+            await asyncio.sleep(0)  # the request is sent
+            await host.kill_and_check(host._last_id)
+            command_id, _ = await starting
+            assert (await host.ends.exited(command_id)).wait_status == signal.SIGKILL
+
+
 async def test_a_chain_of_processes_deeper_than_a_pass_is_killed() -> None:
     async with running_init() as host:
         script = 'd=$1; if [ $d -gt 0 ]; then setsid sh -c "$2" sh $((d-1)) "$2" & wait; else sleep 1000; fi'

@@ -1,4 +1,4 @@
-"""Builds `sandbox-init`, the static program that is PID 1 in every sandbox.
+"""Builds `sandbox-init`, the static program that is PID 1 in every sandbox, and `sandbox-provoke` beside it.
 
 Run by hatchling for every wheel and editable install (`[tool.hatch.build.hooks.custom]`), by the tests with
 `--sanitize`, and by hand: `python hack/build_init.py [--output FILE] [--sanitize]`.
@@ -22,8 +22,10 @@ except ImportError:  # by hand, where only the compiler is needed
     BuildHookInterface = object  # type: ignore[assignment,misc]
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "runtimes" / "init" / "init.c"
+SOURCES = ROOT / "runtimes" / "init"
+SOURCE = SOURCES / "init.c"
 BINARY = SOURCE.with_name("sandbox-init")
+PROGRAMS = {BINARY: SOURCE, SOURCES / "sandbox-provoke": SOURCES / "provoke.c"}
 
 WARNINGS = (
     "-std=c11 -Wall -Wextra -Werror -Wconversion -Wsign-conversion -Wshadow -Wstrict-prototypes "
@@ -54,8 +56,8 @@ def candidates() -> list[list[str]]:
     return [*([chosen] if chosen else []), *([name] for name in COMPILERS)]
 
 
-def compile_init(output: Path, *, sanitize: bool = False) -> None:
-    """Compiles init to `output`, replacing it atomically.
+def compile_init(output: Path, *, source: Path = SOURCE, sanitize: bool = False) -> None:
+    """Compiles `source` to `output`, replacing it atomically.
 
     Raises:
         InitBuildError: no compiler succeeded.
@@ -66,7 +68,7 @@ def compile_init(output: Path, *, sanitize: bool = False) -> None:
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".build-init-") as scratch:
         product = Path(scratch) / "sandbox-init"
         for compiler in candidates():
-            argv = [*compiler, *flags, "-o", str(product), str(SOURCE)]
+            argv = [*compiler, *flags, "-o", str(product), str(source)]
             try:
                 done = subprocess.run(argv, capture_output=True, text=True, check=False)
             except OSError as error:
@@ -78,12 +80,12 @@ def compile_init(output: Path, *, sanitize: bool = False) -> None:
                 return
             said.append(f"{shlex.join(argv)}\n{done.stderr.strip()}")
     hint = SANITIZE_HINT if sanitize else RELEASE_HINT
-    raise InitBuildError("\n".join(["cannot compile runtimes/init/init.c", *said, f"hint: {hint}"]))
+    raise InitBuildError("\n".join([f"cannot compile {source.relative_to(ROOT)}", *said, f"hint: {hint}"]))
 
 
-def is_current(output: Path) -> bool:
+def is_current(output: Path, source: Path = SOURCE) -> bool:
     """Whether `output` is newer than everything it is made from."""
-    made_from = max(SOURCE.stat().st_mtime, Path(__file__).stat().st_mtime)
+    made_from = max(source.stat().st_mtime, Path(__file__).stat().st_mtime)
     return output.exists() and output.stat().st_mtime > made_from
 
 
@@ -101,24 +103,27 @@ class InitBuildHook(BuildHookInterface):  # type: ignore[type-arg,misc,unused-ig
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if self.target_name != "wheel":
             return
-        if not is_current(BINARY):
-            compile_init(BINARY)
+        for binary, source in PROGRAMS.items():
+            if not is_current(binary, source):
+                compile_init(binary, source=source)
         build_data["pure_python"] = False
         build_data["tag"] = wheel_tag()
-        build_data["artifacts"].append(str(BINARY.relative_to(ROOT)))
+        build_data["artifacts"].extend(str(binary.relative_to(ROOT)) for binary in PROGRAMS)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Build sandbox-init.")
-    parser.add_argument("--output", type=Path, default=BINARY, metavar="FILE")
+    parser = argparse.ArgumentParser(description="Build sandbox-init, and sandbox-provoke beside it.")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="build only sandbox-init, to FILE")
     parser.add_argument("--sanitize", action="store_true", help="with AddressSanitizer and UBSan, not static")
     options = parser.parse_args()
     try:
-        compile_init(options.output, sanitize=options.sanitize)
+        wanted = PROGRAMS if options.output is None else {options.output: SOURCE}
+        for binary, source in wanted.items():
+            compile_init(binary, source=source, sanitize=options.sanitize)
     except InitBuildError as error:
         print(error, file=sys.stderr)
         return 1
-    print(options.output)
+    print(*wanted, sep="\n")
     return 0
 
 

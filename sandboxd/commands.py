@@ -252,6 +252,15 @@ class CommandTable:
             raise AssertionError("a command ended without an end record")
         return command.end
 
+    async def wait_or_kill(self, command: Command) -> CommandEnd:
+        """Wait for the end; when the wait is cancelled, kill the whole tree first."""
+        try:
+            return await self.wait(command)
+        except anyio.get_cancelled_exc_class():
+            with anyio.CancelScope(shield=True):
+                await self.kill(command)
+            raise
+
     async def signal(self, command: Command, number: int, scope: Scope) -> None:
         """Send a signal. A command that has ended takes none, which is not an error."""
         if command.gone.is_set():

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 
 import anyio
-from runtimes.detect import choose
 
 from runtimes.engine import Engine
 from runtimes.errors import EngineUnavailable
 from runtimes.model import EngineInfo, EngineName
+from runtimes.suitability import choose
 
 
 class EngineRoom:

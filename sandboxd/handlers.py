@@ -15,10 +15,12 @@ import msgspec
 import psutil
 
 from runtimes.cgroup.readings import Pressure as PressureReading
+from runtimes.cgroup.readings import Usage
 from runtimes.errors import CgroupUnreadable, RuntimeFailure
 from runtimes.init.wire import InitError, Scope
 from runtimes.model import EngineInfo, EngineName
 from sandboxd import __version__, doctor, limits, protocol, running
+from sandboxd.commands import format_command_id
 from sandboxd.engines import EngineRoom
 from sandboxd.failures import Conflict, Failure
 from sandboxd.image_builder import ImageBuilder
@@ -199,7 +201,7 @@ class Handlers:
             id=sandbox.record.id,
             limits=limits.reports(proofs),
             provocations=provocations,
-            verified=_all_verified(sandbox) and all(entry.held for entry in provocations),
+            verified=_all_verified(sandbox) and all(entry.held is not False for entry in provocations),
             timings_ms=timings.as_dict(),
         )
 
@@ -219,10 +221,10 @@ class Handlers:
         finally:
             _close(descriptors)
         timings.mark("spawn")
-        context.notify(
-            STARTED, _started(sandbox, command.id, command.pid, timings), () if pty_fd is None else (pty_fd,)
-        )
-        end = await running.wait_or_kill(sandbox, command, kill=not keep)
+        masters = () if pty_fd is None else (pty_fd,)
+        context.notify(STARTED, _started(sandbox, command.id, command.pid, timings), masters)
+        wait = sandbox.commands.wait if keep else sandbox.commands.wait_or_kill
+        end = await wait(command)
         timings.mark("command")
         return msgspec.structs.replace(end, timings_ms=timings.as_dict())
 
@@ -329,7 +331,7 @@ def engine_report(info: EngineInfo, *, default: bool) -> protocol.EngineReport:
 def _started(sandbox: Sandbox, command_id: int, pid: int | None, timings: Timings) -> protocol.CommandStarted:
     return protocol.CommandStarted(
         sandbox=sandbox.record.id,
-        command_id=running.format_command_id(command_id),
+        command_id=format_command_id(command_id),
         pid=pid or 0,
         timings_ms=timings.as_dict(),
     )
@@ -395,7 +397,7 @@ def _info(sandbox: Sandbox, timings: Timings) -> protocol.SandboxInfo:
 def _metrics(sandbox: Sandbox) -> protocol.SandboxMetrics:
     record = sandbox.record
     reason = ""
-    usage = None
+    usage = Usage()
     if record.state is State.RUNNING:
         try:
             usage = sandbox.usage()
@@ -407,22 +409,22 @@ def _metrics(sandbox: Sandbox) -> protocol.SandboxMetrics:
         id=record.id,
         name=record.name,
         state=record.state.value,
-        cpu_us=usage and usage.cpu_us,
-        cpu_percent=None if usage is None else sandbox.cpu_percent(usage.cpu_us),
+        cpu_us=usage.cpu_us,
+        cpu_percent=sandbox.cpu_percent(usage.cpu_us),
         cpu_millis=record.limits.cpu_millis,
-        throttled_periods=usage and usage.throttled_periods,
-        throttled_us=usage and usage.throttled_us,
-        memory_bytes=usage and usage.memory_bytes,
-        memory_bytes_peak=usage and usage.memory_bytes_peak,
+        throttled_periods=usage.throttled_periods,
+        throttled_us=usage.throttled_us,
+        memory_bytes=usage.memory_bytes,
+        memory_bytes_peak=usage.memory_bytes_peak,
         memory_bytes_max=record.limits.memory_bytes_max,
-        pids=usage and usage.pids,
-        pids_peak=usage and usage.pids_peak,
+        pids=usage.pids,
+        pids_peak=usage.pids_peak,
         pids_max=record.limits.pids_max,
-        pids_refused=usage and usage.pids_refused,
-        oom_kills=usage and usage.oom_kills,
-        cpu_pressure=None if usage is None else _pressure(usage.cpu_pressure),
-        memory_pressure=None if usage is None else _pressure(usage.memory_pressure),
-        io_pressure=None if usage is None else _pressure(usage.io_pressure),
+        pids_refused=usage.pids_refused,
+        oom_kills=usage.oom_kills,
+        cpu_pressure=_pressure(usage.cpu_pressure),
+        memory_pressure=_pressure(usage.memory_pressure),
+        io_pressure=_pressure(usage.io_pressure),
         reason=reason,
     )
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import msgspec
-from runtimes.cgroup.readings import UNLIMITED
-from runtimes.cgroup.verify import LimitProof
 
 from runtimes import quantities
+from runtimes.cgroup.readings import UNLIMITED
+from runtimes.cgroup.verify import LimitProof
 from runtimes.model import CPU_MILLIS_PER_CPU, Limits
 from runtimes.quantities import QuantityError
 from sandboxd.config import Defaults

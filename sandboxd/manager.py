@@ -60,7 +60,7 @@ from sandboxd.journal import Journal, SandboxRecord, WorkspaceRecord
 from sandboxd.lifecycle import Event, State
 from sandboxd.limits import Host, merged, resolve, resolve_update
 from sandboxd.protocol import SandboxCreateParams, SandboxUpdateParams
-from sandboxd.sandbox import TMPFS_TARGETS, Sandbox
+from sandboxd.sandbox import INSIDE_BIN, INSIDE_RUN, TMPFS_TARGETS, Sandbox
 from sandboxd.timings import Timings
 from sandboxd.workspace import TARGET, OpenedWorkspace, Stage, identify, open_workspace
 
@@ -71,8 +71,6 @@ _ID_ALPHABET = "abcdefghijkmnpqrstuvwxyz23456789"
 """Without characters that are taken for each other."""
 _ID_CHARS = 10
 
-INSIDE_BIN = "/.sandboxd/bin"
-INSIDE_RUN = "/.sandboxd/run"
 RUN_TMPFS_BYTES_MAX = 16 * 1024 * 1024
 
 SWEEP_PERIOD_S = 60.0
@@ -311,7 +309,7 @@ class Manager:
 
     def _new_id(self) -> str:
         while True:
-            sandbox_id = ID_PREFIX + "".join(random.choices(_ID_ALPHABET, k=_ID_CHARS))
+            sandbox_id = ID_PREFIX + "".join(random.choices(_ID_ALPHABET, k=_ID_CHARS))  # noqa: S311  (an identifier, no secret)
             if sandbox_id not in self._sandboxes:
                 return sandbox_id
 

@@ -290,7 +290,8 @@ class Provocation(Reply, frozen=True):
     """One limit, provoked."""
 
     limit: str
-    held: bool
+    held: bool | None
+    """null: it could not be run into here, and ``evidence`` says why."""
     evidence: str
     """What the control group's counters said, before and after."""
 

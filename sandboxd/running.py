@@ -8,7 +8,6 @@ import os
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 
-import anyio
 import msgspec
 
 from runtimes.engine import Engine
@@ -230,14 +229,3 @@ def _not_started(error: SpawnFailed, params: CommandParams, request: SpawnReques
             return CapacityExceeded("cannot run more commands in this sandbox at once", detail=said)
         case _:
             return CommandNotStarted(f"cannot start {params.argv[0]!r}", detail=f"{error.stage.name.lower()}: {said}")
-
-
-async def wait_or_kill(sandbox: Sandbox, command: Command, *, kill: bool) -> CommandEnd:
-    """Wait for a command's end; when the wait is cancelled, kill its whole tree first if ``kill``."""
-    try:
-        return await sandbox.commands.wait(command)
-    except anyio.get_cancelled_exc_class():
-        if kill:
-            with anyio.CancelScope(shield=True):
-                await sandbox.commands.kill(command)
-        raise

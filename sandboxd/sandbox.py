@@ -43,6 +43,12 @@ SAMPLE_AGE_S_MIN = 0.2
 
 SOCKET_NAME = "init.sock"
 
+INSIDE_BIN = "/.sandboxd/bin"
+"""Where sandbox-init and sandbox-provoke are seen inside, read-only."""
+
+INSIDE_RUN = "/.sandboxd/run"
+"""Where init binds its socket."""
+
 HOME = "/home/sandbox"
 
 TMPFS_TARGETS = ("/tmp", HOME)  # noqa: S108  (inside the sandbox)
@@ -228,15 +234,21 @@ class Sandbox:
         self.proofs = verify(self.record.limits, reported, effective, tmpfs=tmpfs, swap_total_bytes=swap_bytes)
         return self.proofs
 
+    def effective_limits(self) -> EffectiveLimits:
+        """Read what the kernel holds the sandbox to.
+
+        Raises:
+            CgroupUnreadable: its control group cannot be found or read.
+        """
+        return self._readable_cgroup().read_limits()
+
     def write_limits(self, limits: Limits) -> None:
         """Write limits straight into the control group.
 
         Raises:
             CgroupUnreadable: there is none, or the kernel says no.
         """
-        if self._cgroup is None:
-            raise CgroupUnreadable("cannot find the sandbox's control group")
-        self._cgroup.write_limits(limits)
+        self._readable_cgroup().write_limits(limits)
 
     def usage(self) -> Usage:
         """Read what the sandbox uses.
@@ -244,9 +256,12 @@ class Sandbox:
         Raises:
             CgroupUnreadable: its control group cannot be found or read.
         """
+        return self._readable_cgroup().read_usage()
+
+    def _readable_cgroup(self) -> CgroupHandle:
         if self._cgroup is None:
-            raise CgroupUnreadable("cannot find the sandbox's control group", detail=self.record.state.value)
-        return self._cgroup.read_usage()
+            raise CgroupUnreadable("cannot find the sandbox's control group", detail=f"it is {self.record.state}")
+        return self._cgroup
 
     def oom_kills(self) -> int | None:
         """The control group's counter; None when it cannot be read."""

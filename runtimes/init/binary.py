@@ -1,4 +1,4 @@
-"""Where the compiled `sandbox-init` is."""
+"""Where the compiled `sandbox-init` and `sandbox-provoke` are."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class InitBinaryMissing(InitError):
     """The program was not built; `hint` is the command that builds it."""
 
     def __init__(self, path: str, hint: str) -> None:
-        super().__init__(f"cannot find sandbox-init at {path}; {hint}")
+        super().__init__(f"cannot find {path}; {hint}")
         self.path = path
         self.hint = hint
 
@@ -22,7 +22,20 @@ def init_binary_path() -> str:
     Raises:
         InitBinaryMissing: it was never built, or cannot be executed.
     """
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sandbox-init")
+    return _path_of("sandbox-init")
+
+
+def provoke_binary_path() -> str:
+    """The absolute path of the program that runs into limits on purpose.
+
+    Raises:
+        InitBinaryMissing: likewise.
+    """
+    return _path_of("sandbox-provoke")
+
+
+def _path_of(name: str) -> str:
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
     if not os.access(path, os.X_OK):
         raise InitBinaryMissing(path, "build it: python hack/build_init.py")
     return path

@@ -142,6 +142,7 @@ enum stage {
 enum scope { SCOPE_MAIN = 0, SCOPE_GROUP = 1, SCOPE_TREE = 2 };
 
 #define SPAWN_PTY 1U
+#define SPAWN_INHERIT_ENV 2U
 #define GONE_KEEPER_LOST 1U
 #define EXITED_STATUS_UNKNOWN 2U
 
@@ -1243,6 +1244,25 @@ static void take_strings(struct reader *in, char **strings, size_t count)
     strings[in->bad ? 0 : count] = NULL;
 }
 
+/* Adds what init was started with, the image's variables, to the first `count`; a name given there wins. */
+static bool inherit_env(char **env, size_t count)
+{
+    size_t end = count;
+    for (char **own = environ; *own != NULL; own++) {
+        size_t name_length = strcspn(*own, "=");
+        size_t i = 0;
+        while (i < count && (strncmp(env[i], *own, name_length) != 0 || env[i][name_length] != '='))
+            i++;
+        if (i < count)
+            continue;
+        if (end == STRINGS_MAX)
+            return false;
+        env[end++] = *own;
+    }
+    env[end] = NULL;
+    return true;
+}
+
 static bool take_launch(struct reader *in)
 {
     launch.id = take_command_id(in);
@@ -1253,7 +1273,7 @@ static bool take_launch(struct reader *in)
     size_t argc = take_u16(in);
     size_t envc = take_u16(in);
     uint16_t zero = take_u16(in);
-    if (in->bad || zero != 0 || (launch.flags & ~SPAWN_PTY) != 0 || launch.rlimit_count > RLIMITS_MAX || argc == 0 ||
+    if (in->bad || zero != 0 || (launch.flags & ~(SPAWN_PTY | SPAWN_INHERIT_ENV)) != 0 || launch.rlimit_count > RLIMITS_MAX || argc == 0 ||
         argc > STRINGS_MAX || envc > STRINGS_MAX)
         return false;
     for (size_t i = 0; i < launch.rlimit_count; i++) {
@@ -1266,7 +1286,9 @@ static bool take_launch(struct reader *in)
     launch.cwd = take_string(in);
     take_strings(in, launch.argv, argc);
     take_strings(in, launch.env, envc);
-    return complete(in);
+    if (!complete(in))
+        return false;
+    return (launch.flags & SPAWN_INHERIT_ENV) == 0 || inherit_env(launch.env, envc);
 }
 
 static size_t count_pending_ptys(void)

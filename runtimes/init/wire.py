@@ -14,7 +14,8 @@ A string is `u32 length, bytes, NUL`: the NUL is outside of the length, and may 
 |--------|---------------|---------------------------------------------------------------------------------|
 | 0x0001 | HELLO         | u16 lowest, u16 highest version spoken                                          |
 | 0x8001 | reply         | u16 version, u16 0, 16 nonce, u32 commands, u32 capacity, string program        |
-| 0x0002 | SPAWN         | u64 command_id, u32 flags (1 pty), u16 rows, u16 cols, u16 rlimits, u16 argc,   |
+| 0x0002 | SPAWN         | u64 command_id, u32 flags (1 pty, 2 inherit env: init's own variables that are   |
+|        |               | not given are added), u16 rows, u16 cols, u16 rlimits, u16 argc,                |
 |        |               | u16 envc, u16 0, rlimits x (u32 resource, u32 0, u64 soft, u64 hard), string    |
 |        |               | cwd, argc x string, envc x string; three descriptors, with a pty none           |
 | 0x8002 | reply         | u32 pid, u32 flags (1 pty); with a pty one descriptor, its master               |
@@ -82,6 +83,7 @@ _GONE = struct.Struct("<QI")
 _LENGTH = struct.Struct("<I")
 
 _FLAG_PTY = 1
+_FLAG_INHERIT_ENV = 2
 _FLAG_KEEPER_LOST = 1
 _FLAG_STATUS_UNKNOWN = 2
 _PID_MAX = 4 * 1024 * 1024
@@ -173,7 +175,10 @@ class PtySize(msgspec.Struct, frozen=True):
 
 
 class SpawnRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A command to start. `env` is the whole environment; with `pty` no descriptors are passed."""
+    """A command to start. With `pty` no descriptors are passed.
+
+    `env` is the whole environment, or with `inherit_env` what is set on top of init's own: the image's.
+    """
 
     command_id: int
     argv: Sequence[bytes]
@@ -181,6 +186,7 @@ class SpawnRequest(msgspec.Struct, frozen=True, kw_only=True):
     cwd: bytes
     rlimits: Sequence[Rlimit] = ()
     pty: PtySize | None = None
+    inherit_env: bool = False
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -301,7 +307,7 @@ def encode_spawn(request_id: int, request: SpawnRequest) -> bytes:
         _HEADER.pack(MAGIC, MessageType.SPAWN, request_id),
         _SPAWN.pack(
             request.command_id,
-            0 if request.pty is None else _FLAG_PTY,
+            (0 if request.pty is None else _FLAG_PTY) | (_FLAG_INHERIT_ENV if request.inherit_env else 0),
             rows,
             cols,
             len(request.rlimits),

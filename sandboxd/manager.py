@@ -60,6 +60,7 @@ from sandboxd.journal import Journal, SandboxRecord, WorkspaceRecord
 from sandboxd.lifecycle import Event, State
 from sandboxd.limits import Host, merged, resolve, resolve_update
 from sandboxd.protocol import SandboxCreateParams, SandboxUpdateParams
+from sandboxd.running import identity_inside
 from sandboxd.sandbox import INSIDE_BIN, INSIDE_RUN, TMPFS_TARGETS, Sandbox
 from sandboxd.timings import Timings
 from sandboxd.workspace import TARGET, OpenedWorkspace, Stage, identify, open_workspace
@@ -253,7 +254,19 @@ class Manager:
             timings.mark("engine")
             await sandbox.connect(container_id)
             timings.mark("init")
+            if source is not None and workspace is not None and source == workspace.path:
+                await self._check_arrived(sandbox, workspace)
+                timings.mark("workspace")
         return container_id
+
+    @staticmethod
+    async def _check_arrived(sandbox: Sandbox, workspace: OpenedWorkspace) -> None:
+        """Where the engine mounted by path, see that it was the directory that we had opened and judged."""
+        if await identity_inside(sandbox, TARGET) != (workspace.device, workspace.inode):
+            raise InvalidArgument(
+                f"cannot use {workspace.path!r} as a workspace",
+                detail="it was replaced by something else while it was mounted",
+            )
 
     async def _discard(self, sandbox: Sandbox) -> None:
         """Undo a failed create. What cannot be undone now stays written down, and is undone at the next sweep."""
@@ -428,11 +441,13 @@ class Manager:
             workspace = None
             if record.workspace is not None:
                 workspace = self._open_directory(record.workspace.path, opened)
-            with self._staged(sandbox, workspace):
+            with self._staged(sandbox, workspace) as source:
                 await engine.start(container_id)
                 timings.mark("engine")
                 await sandbox.connect(container_id)
                 timings.mark("init")
+                if source is not None and workspace is not None and source == workspace.path:
+                    await self._check_arrived(sandbox, workspace)
         if not all(proof.verified for proof in self.prove(sandbox)):
             # The engine starts it with the limits of its creation; later updates are ours to repeat.
             with contextlib.suppress(CgroupUnreadable):

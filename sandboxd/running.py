@@ -19,11 +19,12 @@ from sandboxd.failures import CapacityExceeded, CommandNotStarted, Conflict, Inv
 from sandboxd.journal import CommandRecord
 from sandboxd.lifecycle import State
 from sandboxd.protocol import CommandEnd, CommandParams
-from sandboxd.sandbox import HOME, Sandbox
+from sandboxd.sandbox import HOME, INSIDE_BIN, Sandbox
 from sandboxd.timings import Timings
 from sandboxd.workspace import TARGET
 
-GRACE_S_MAX = 3600.0
+IDENTITY_DEADLINE_S = 5.0
+IDENTITY_BYTES_MAX = 64
 
 _BASE_ENV = {"HOME": HOME, "TMPDIR": "/tmp"}  # noqa: S108  (inside the sandbox)
 _TERM = "xterm-256color"
@@ -196,6 +197,35 @@ async def run_as_other_user(
         truncated=False,
         timings_ms=timings.as_dict(),
     )
+
+
+async def identity_inside(sandbox: Sandbox, path: str) -> tuple[int, int] | None:
+    """Device and inode of ``path`` as seen inside; None when it cannot be found out.
+
+    Asked by init's own program, before anything else runs inside.
+    """
+    read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    with os.fdopen(read_fd, "rb") as answer:
+        try:
+            command, _ = await sandbox.commands.start(
+                SpawnRequest(
+                    command_id=sandbox.commands.new_id(),
+                    argv=[f"{INSIDE_BIN}/sandbox-init".encode(), b"--identity", path.encode()],
+                    env=[],
+                    cwd=b"/",
+                ),
+                (null, write_fd, null),
+                background=False,
+                timeout_s=IDENTITY_DEADLINE_S,
+                grace_s=0,
+            )
+        finally:
+            os.close(write_fd)
+            os.close(null)
+        await sandbox.commands.wait_or_kill(command)
+        fields = answer.read(IDENTITY_BYTES_MAX).split()
+    return (int(fields[0]), int(fields[1])) if len(fields) == 2 and all(map(bytes.isdigit, fields)) else None
 
 
 @contextlib.contextmanager

@@ -6,7 +6,8 @@
  *
  * Init owns the processes of a sandbox so that a daemon which comes and goes need not. It listens on a
  * SOCK_SEQPACKET Unix socket; one datagram is one message (the table is in wire.py). One thread, one epoll, no
- * heap once started: every table is static and bounded, so nothing that a peer or a command does can make it grow. Pages of
+ * heap once started: every table is static and bounded, so nothing that a peer or a command does can make it grow.
+ * Pages of
  * the static buffers cost memory only once they are touched.
  *
  * Trust. Three kinds of process meet here. Peers live outside of this pid namespace (SO_PEERCRED shows pid 0) and
@@ -1854,9 +1855,23 @@ static void start(const char *directory)
     guard_own_process();
 }
 
+/* Prints which directory a path is in here, so that the daemon can see whether the mount that it asked for arrived. */
+static int print_identity(const char *path)
+{
+    struct stat status;
+    if (stat(path, &status) != 0) {
+        (void)dprintf(STDERR_FILENO, "sandbox-init: cannot stat %s: %s\n", path, strerror(errno));
+        return 1;
+    }
+    (void)printf("%ju %ju\n", (uintmax_t)status.st_dev, (uintmax_t)status.st_ino);
+    return 0;
+}
+
 int main(int argc, char **argv)
 {
     int first = 1;
+    if (argc == 3 && strcmp(argv[1], "--identity") == 0)
+        return print_identity(argv[2]);
     if (argc == 2 && strcmp(argv[1], "--version") == 0) {
         (void)printf("sandbox-init %s protocol %u\n", PROGRAM_VERSION, PROTOCOL_VERSION);
         return 0;
@@ -1870,7 +1885,7 @@ int main(int argc, char **argv)
         return 2;
     }
     if (argc != first + 1 || argv[first][0] == '-') {
-        (void)dprintf(STDERR_FILENO, "usage: sandbox-init [--no-pid1] DIRECTORY | --version\n");
+        (void)dprintf(STDERR_FILENO, "usage: sandbox-init [--no-pid1] DIRECTORY | --identity PATH | --version\n");
         return 2;
     }
     start(argv[first]);

@@ -286,7 +286,7 @@ def distribution_rootfs(
     finish = (folder / "finish.sh").read_text()
     deadline = time.monotonic() + deadline_s
     as_root = facts.uid == 0
-    report = _Stages(f"distribution ({found.tool})", progress)
+    report = _Stages(found.tool, progress)
     with _work_dir(out_tar, traversable=not as_root) as (work, lock):
         root = os.path.join(work, "root")
         os.mkdir(root, 0o755)
@@ -310,17 +310,18 @@ def distribution_rootfs(
 
 
 class _Stages:
-    """Turns a tool's lines into progress."""
+    """Turns a tool's lines into progress. Debian's tools mark theirs; of the others every line counts."""
 
-    def __init__(self, title: str, progress: Progress) -> None:
-        self._title = title
+    def __init__(self, tool: str, progress: Progress) -> None:
+        self._title = f"distribution ({tool})"
+        self._mark = "I: " if tool in ("mmdebstrap", "debootstrap") else ""
         self._progress = progress
         self._done = 0
         self._last = "starting"
 
     def line(self, text: str) -> None:
-        message = text.removeprefix("I: ").strip()
-        if message and not message.startswith("W:"):
+        message = text.removeprefix(self._mark).strip()
+        if message and text.startswith(self._mark) and "--customize-hook" not in message:
             self._last = message
             self._done += 1
             self.heartbeat()

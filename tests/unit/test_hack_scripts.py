@@ -138,7 +138,7 @@ class TestQuickstart:
         ]
         assert positions == sorted(positions)
         assert "--source busybox" in answer.stdout
-        assert "sandboxctl exec box" in answer.stdout
+        assert "sandboxctl shell box" in answer.stdout
 
     def test_an_unknown_distribution_is_told_what_to_install(self, script: Script) -> None:
         answer = script("quickstart", "--dry-run", distribution="plan9")

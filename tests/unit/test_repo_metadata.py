@@ -1,0 +1,81 @@
+"""What the checkout says about itself is true: the lock file, the links, the commands that the README opens with."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("images/*/README.md")])
+
+
+@pytest.fixture(scope="module")
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+@pytest.fixture(scope="module")
+def lock() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "uv.lock").read_text())
+
+
+def name_of(requirement: str) -> str:
+    found = re.match(r"[A-Za-z0-9_.-]+", requirement)
+    assert found is not None
+    return found[0].lower().replace("_", "-")
+
+
+def test_lock_file_holds_every_requirement(project: dict[str, Any], lock: dict[str, Any]) -> None:
+    """Else ``hack/venv`` would install a version that nobody else has."""
+    own = next(package for package in lock["package"] if package["name"] == "sandboxd")
+    locked = {(entry["name"], entry.get("specifier", "")) for entry in own["metadata"]["requires-dist"]}
+    asked = {(name_of(text), text[len(name_of(text)) :]) for text in project["project"]["dependencies"]}
+    assert asked <= locked, "type: uv lock"
+    group = {entry["name"] for entry in own["metadata"]["requires-dev"]["dev"]}
+    assert group == {name_of(text) for text in project["dependency-groups"]["dev"]}, "type: uv lock"
+
+
+def test_lock_file_names_the_public_index_only(lock: dict[str, Any]) -> None:
+    for package in lock["package"]:
+        assert package["source"] in ({"registry": "https://pypi.org/simple"}, {"editable": "."})
+    addresses = set(re.findall(r'url = "(https?://[^/"]+)', (ROOT / "uv.lock").read_text()))
+    assert addresses == {"https://files.pythonhosted.org"}
+
+
+def test_every_package_is_shipped_and_typed(project: dict[str, Any]) -> None:
+    shipped = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    assert sorted(shipped) == sorted(project["tool"]["mypy"]["packages"]) == ["images", "runtimes", "sandboxd"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        if not target.startswith(("http://", "https://", "mailto:")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_readme_opens_with_commands_that_exist() -> None:
+    block = (ROOT / "README.md").read_text().partition("```")[2].partition("```")[0]
+    commands = [line.split() for line in block.splitlines() if line.startswith("hack/")]
+    assert [words[0] for words in commands] == ["hack/quickstart", "hack/test"]
+    for words in commands:
+        assert (ROOT / words[0]).is_file()
+
+
+def test_the_changelog_has_an_entry_for_what_is_coming() -> None:
+    assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_setting_is_documented() -> None:
+    from sandboxd.config import load_config
+
+    page = (ROOT / "docs" / "CONFIGURATION.md").read_text()
+    _, entries = load_config("", origin="none", env={})
+    for entry in entries:
+        assert f"`{entry.key}`" in page, entry.key
+        assert f"`{entry.value}`" in page or not entry.value, entry.value

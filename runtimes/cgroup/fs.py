@@ -18,7 +18,7 @@ A container that is restarted gets groups of the same names. A descriptor of the
 group: reading and writing through it fails with ENODEV, and can never hit the new one. So every file is opened
 relative to a kept directory, ancestors by ``..``, and the pid's own files relative to a kept ``/proc/PID``. The files
 of ``read_usage`` are opened once, at the first reading, and read again at offset 0, which makes a reading cheap. That
-is about 16 descriptors for each container: a process that keeps many raises its soft limit of open files.
+is about 20 descriptors for each container: a process that keeps many raises its soft limit of open files.
 """
 
 from __future__ import annotations
@@ -294,10 +294,13 @@ class CgroupHandle:
 
     def _write_memory_v2(self, memory_bytes_max: int) -> None:
         group = self._required("memory", "memory.max")
-        # The kernel takes any figure here and makes room by killing: so look first.
+        # The kernel takes any figure here and makes room by killing: so look first. File cache can be dropped; what
+        # lies on a tmpfs cannot, and is not on the two lists of files.
+        stat = group.read(group.top, "memory.stat")
+        lists = [readings.parse_field(stat, key, "memory.stat") for key in (b"active_file", b"inactive_file")]
         in_use = readings.working_set(
             readings.parse_count(group.read(group.top, "memory.current"), "memory.current"),
-            readings.parse_field(group.read(group.top, "memory.stat"), b"file", "memory.stat"),
+            sum(size for size in lists if size is not None),
         )
         if in_use is not None and in_use > memory_bytes_max:
             raise _below_usage(memory_bytes_max)

@@ -276,6 +276,20 @@ def test_v2_memory_in_use_is_not_killed_for_a_lower_limit(host: Host, written: l
 
 
 @on("v2_docker")
+def test_v2_file_cache_is_no_reason_to_refuse_and_a_full_tmpfs_is(host: Host, written: list[tuple[str, str]]) -> None:
+    """The kernel drops the one for a lower limit and would kill for the other."""
+    host.find("memory.current").write_text(str(40 * MIB))
+    stat = host.find("memory.stat")
+    stat.write_text(f"file {30 * MIB}\nshmem 0\ninactive_file {20 * MIB}\nactive_file {10 * MIB}\n")
+    with host.open() as handle:
+        handle.write_limits(Limits(memory_bytes_max=32 * MIB))
+        assert ("memory.max", str(32 * MIB)) in written
+        stat.write_text(f"file {30 * MIB}\nshmem {30 * MIB}\ninactive_file 0\nactive_file 0\n")
+        with pytest.raises(LimitBelowUsage):
+            handle.write_limits(Limits(memory_bytes_max=32 * MIB))
+
+
+@on("v2_docker")
 def test_nothing_is_written_for_limits_that_were_not_asked_for(host: Host, written: list[tuple[str, str]]) -> None:
     with host.open() as handle:
         handle.write_limits(Limits(shm_bytes_max=MIB, nofile_max=64))

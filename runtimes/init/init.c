@@ -1274,8 +1274,8 @@ static bool take_launch(struct reader *in)
     size_t argc = take_u16(in);
     size_t envc = take_u16(in);
     uint16_t zero = take_u16(in);
-    if (in->bad || zero != 0 || (launch.flags & ~(SPAWN_PTY | SPAWN_INHERIT_ENV)) != 0 || launch.rlimit_count > RLIMITS_MAX || argc == 0 ||
-        argc > STRINGS_MAX || envc > STRINGS_MAX)
+    if (in->bad || zero != 0 || (launch.flags & ~(SPAWN_PTY | SPAWN_INHERIT_ENV)) != 0 ||
+        launch.rlimit_count > RLIMITS_MAX || argc == 0 || argc > STRINGS_MAX || envc > STRINGS_MAX)
         return false;
     for (size_t i = 0; i < launch.rlimit_count; i++) {
         launch.rlimits[i].resource = take_u32(in);
@@ -1855,7 +1855,7 @@ static void start(const char *directory)
     guard_own_process();
 }
 
-/* Prints which directory a path is in here, so that the daemon can see whether the mount that it asked for arrived. */
+/* Prints which directory a path is in here: the daemon compares, to see whether the mount that it asked for came. */
 static int print_identity(const char *path)
 {
     struct stat status;

@@ -197,8 +197,7 @@ class TestBusybox:
         assert {"etc/group", "etc/nsswitch.conf", "etc/os-release", "proc", "sys", "dev", "run"} <= set(names)
 
     def test_its_shell_runs(self, tmp_path: Path, busybox_tar: Path) -> None:
-        with tarfile.open(busybox_tar) as tar:
-            tar.extractall(tmp_path, filter="data")
+        subprocess.run(["tar", "--extract", f"--file={busybox_tar}", f"--directory={tmp_path}"], check=True)
         answer = subprocess.run([tmp_path / "bin/sh", "-c", "echo $((6 * 7))"], capture_output=True, check=True)
         assert answer.stdout == b"42\n"
 

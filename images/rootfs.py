@@ -214,15 +214,17 @@ def busybox_rootfs(out_tar: str, progress: Progress = lambda _message, _done, _t
 
 
 def _busybox_members(program: bytes, applets: Sequence[str]) -> list[tuple[tarfile.TarInfo, bytes]]:
+    # runc gives a tmpfs the mode of the directory below it, and root for an owner: what is to be written to by the
+    # sandbox's user, whatever its uid, is open to every uid here.
     directories = {
         "bin": 0o755,
         "dev": 0o755,
         "etc": 0o755,
         "home": 0o755,
-        "home/sandbox": 0o755,
+        "home/sandbox": 0o1777,
         "proc": 0o555,
         "root": 0o700,
-        "run": 0o755,
+        "run": 0o1777,
         "sys": 0o555,
         "tmp": 0o1777,
         "usr": 0o755,

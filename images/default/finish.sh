@@ -9,9 +9,10 @@ have sandbox group || echo 'sandbox:x:1000:' >>"$root/etc/group"
 if [ -f "$root/etc/shadow" ]; then
     have sandbox shadow || echo 'sandbox:!:19000:0:99999:7:::' >>"$root/etc/shadow"
 fi
-mkdir -p "$root/home/sandbox" "$root/workspace" "$root/tmp"
+mkdir -p "$root/home/sandbox" "$root/workspace" "$root/tmp" "$root/run"
 chown 1000:1000 "$root/home/sandbox" "$root/workspace"
-chmod 1777 "$root/tmp"
+# A tmpfs gets its mode from the directory below it (runc), and root for an owner; the user's uid may be any.
+chmod 1777 "$root/tmp" "$root/run" "$root/home/sandbox"
 
 # What the packages' own documentation and the downloads took; licences stay.
 rm -rf "$root"/var/cache/apt/archives/*.deb "$root"/var/cache/apt/*.bin "$root"/var/lib/apt/lists/*

@@ -125,12 +125,12 @@ def _one_line(text: str) -> str:
 
 
 def wire_table() -> str:
-    """Python source: each method's params and each of their structs' fields, with defaults."""
+    """Python source: each method's params, each struct's fields with defaults, each failure's exit code."""
     structs: dict[str, dict[str, Any]] = {}
     for method in METHODS:
         _add_fields(method.params, structs)
     lines = [
-        '"""Field names and defaults of every request. Generated: python -m sandboxd.openrpc --wire-table."""',
+        '"""Fields and defaults of requests, and exit codes. Made by: python -m sandboxd.openrpc --wire-table."""',
         "",
         "from __future__ import annotations",
         "",
@@ -149,6 +149,12 @@ def wire_table() -> str:
         lines.append(f'    "{name}": {{')
         lines += [f'        "{field}": {default},' for field, default in fields.items()]
         lines.append("    },")
+    lines += [
+        "}",
+        "",
+        "EXIT_CODES: dict[str, int] = {",
+        *(f'    "{failure.type}": {int(failure.exit_code)},' for failure in FAILURES),
+    ]
     return "\n".join([*lines, "}", ""])
 
 

@@ -1,4 +1,4 @@
-"""Field names and defaults of every request. Generated: python -m sandboxd.openrpc --wire-table."""
+"""Fields and defaults of requests, and exit codes. Made by: python -m sandboxd.openrpc --wire-table."""
 
 from __future__ import annotations
 
@@ -119,4 +119,21 @@ FIELDS: dict[str, dict[str, object]] = {
         "path": REQUIRED,
         "mode": "rw",
     },
+}
+
+EXIT_CODES: dict[str, int] = {
+    "internal": 1,
+    "invalid_argument": 2,
+    "not_found": 5,
+    "conflict": 1,
+    "timeout": 1,
+    "limit_not_enforceable": 4,
+    "capacity_exceeded": 1,
+    "sandbox_gone": 5,
+    "engine_unavailable": 3,
+    "unauthorized": 1,
+    "unsupported": 4,
+    "engine_refused": 1,
+    "prerequisite_missing": 4,
+    "command_not_started": 1,
 }

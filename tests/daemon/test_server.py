@@ -30,7 +30,8 @@ class Handlers:
     def __init__(self) -> None:
         self.started = threading.Event()
         self.cancelled = threading.Event()
-        self.finished = threading.Event()
+        self.may_finish = threading.Event()
+        self.told_late = threading.Event()
         self.connection_closed = threading.Event()
         self.contexts: list[Context] = []
         self.paths: list[str] = []
@@ -70,10 +71,11 @@ class Handlers:
             self.cancelled.set()
 
     async def on_sandbox_create(self, params: Params, context: Context) -> Struct:
+        context.on_close(self.connection_closed.set)
         self.started.set()
         with anyio.CancelScope(shield=True):
-            await anyio.to_thread.run_sync(self.connection_closed.wait, PATIENCE_S)
-        self.finished.set()
+            await anyio.to_thread.run_sync(self.may_finish.wait, PATIENCE_S)
+        context.on_close(self.told_late.set)
         return GONE
 
     async def on_commands_run(self, params: Params, context: Context) -> Struct:
@@ -354,7 +356,7 @@ def test_what_stands_under_a_shield_finishes_and_replies_although_cancelled(peer
     assert handlers.started.wait(PATIENCE_S)
     peer.cancel(1)
     assert peer.ask("daemon/info", request_id=2)["id"] == 2
-    handlers.connection_closed.set()
+    handlers.may_finish.set()
     assert peer.receive()["result"]["id"] == "s1"
 
 
@@ -372,12 +374,9 @@ def test_what_stands_under_a_shield_outlives_its_peer(path: str, handlers: Handl
     with Peer(path) as peer:
         peer.send("sandbox/create")
         assert handlers.started.wait(PATIENCE_S)
-    [context] = handlers.contexts
-    handlers.connection_closed.set()
-    assert handlers.finished.wait(PATIENCE_S)
-    late = threading.Event()
-    context.on_close(late.set)
-    assert late.is_set()
+    assert handlers.connection_closed.wait(PATIENCE_S)
+    handlers.may_finish.set()
+    assert handlers.told_late.wait(PATIENCE_S)
 
 
 def test_a_peer_that_only_stopped_sending_gets_its_replies(peer: Peer) -> None:

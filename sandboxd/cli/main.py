@@ -1,0 +1,115 @@
+"""``sandboxctl``: finds the verb, builds its parser and no other, and turns failures into exit codes.
+
+Verbs are one module per family, imported only when one of them is asked for. The hot ones (``exec``, ``run``, ``ls``,
+``stats``) import hardly more than argparse, json and socket: a call lives for a few milliseconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+from sandboxd import __version__
+from sandboxd.cli.session import FAILURE, INTERRUPTED, complain, exit_code_of
+from sandboxd.cli.verb import Parser
+from sandboxd.client import RpcError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from sandboxd.cli.verb import Verb
+
+FAMILIES = {
+    "run": "commands",
+    "create": "sandboxes",
+    "exec": "commands",
+    "shell": "commands",
+    "ls": "sandboxes",
+    "inspect": "sandboxes",
+    "stats": "usage",
+    "update": "sandboxes",
+    "verify": "sandboxes",
+    "stop": "sandboxes",
+    "start": "sandboxes",
+    "rm": "sandboxes",
+    "image": "images",
+    "doctor": "daemon",
+    "daemon": "daemon",
+    "config": "daemon",
+    "version": "daemon",
+    "completion": "completion",
+}
+"""In the order of ``--help``."""
+
+_STDERR = 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
+    _fill_standard_descriptors()
+    try:
+        code = _run(words)
+        sys.stdout.flush()
+    except RpcError as error:
+        complain(error)
+        return exit_code_of(error)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has seen enough. What is still buffered must not fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+    return code
+
+
+def _fill_standard_descriptors() -> None:
+    """Put /dev/null where the caller left stdin, stdout or stderr closed: our socket must not get that number."""
+    while (number := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= _STDERR:
+        continue
+    os.close(number)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - for the life of the process
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 - for the life of the process
+
+
+def _run(words: list[str]) -> int:
+    name = words[0] if words else ""
+    if name not in FAMILIES:
+        return _without_verb(words)
+    verb = find_verb(name)
+    parser = Parser(prog=f"sandboxctl {name}", description=verb.summary)
+    verb.add_arguments(parser)
+    return verb.run(parser.parse_args(words[1:]))
+
+
+def _without_verb(words: list[str]) -> int:
+    parser = build_parser()
+    if not words:
+        parser.print_help(sys.stderr)
+        return 2
+    parser.parse_args(words)
+    return 0
+
+
+def find_verb(name: str) -> Verb:
+    """The verb, from its family's module."""
+    family = importlib.import_module(f"sandboxd.cli.{FAMILIES[name]}")
+    verb: Verb = family.VERBS[name]
+    return verb
+
+
+def build_parser() -> Parser:
+    """The parser of everything, for help and for completion."""
+    parser = Parser(prog="sandboxctl", description="Local sandboxes in milliseconds, with limits that are proven.")
+    parser.add_argument("--version", action="version", version=f"sandboxctl {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for name in FAMILIES:
+        verb = find_verb(name)
+        verb.add_arguments(verbs.add_parser(name, help=verb.summary, description=verb.summary))
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

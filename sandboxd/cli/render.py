@@ -1,0 +1,243 @@
+"""Replies as text for people. Pure: replies in, text out.
+
+Unknown values are a dash: never a zero, never an empty column.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from typing import Any
+
+UNKNOWN = "-"
+GAP = "   "
+ID_CHARACTERS = 12
+
+_SIZES = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
+_AGES = ((86_400, "d"), (3_600, "h"), (60, "m"), (1, "s"))
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell."""
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "".join(
+        GAP.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() + "\n"
+        for line in lines
+    )
+
+
+def size(count: int | None) -> str:
+    """Bytes, in the largest unit that fits."""
+    if count is None:
+        return UNKNOWN
+    for unit, name in _SIZES:
+        if count >= unit:
+            value = count / unit
+            return f"{value:.0f} {name}" if value >= 100 or count % unit == 0 else f"{value:.1f} {name}"
+    return f"{count} B"
+
+
+def age(since_ms: int | None, now_ms: int) -> str:
+    """How long ago, in the largest unit that fits."""
+    if since_ms is None:
+        return UNKNOWN
+    seconds = max(now_ms - since_ms, 0) // 1000
+    for unit, name in _AGES:
+        if seconds >= unit:
+            return f"{seconds // unit}{name}"
+    return "now"
+
+
+def yes_no(flag: bool) -> str:
+    """A flag in words."""
+    return "yes" if flag else "no"
+
+
+def _known(value: object) -> str:
+    return UNKNOWN if value is None or value == "" else str(value)
+
+
+def limit_value(value: int | str | None, unit: str) -> str:
+    """One figure of a limit, in the unit that people use."""
+    if value is None or isinstance(value, str):
+        return _known(value)
+    if unit == "bytes":
+        return size(value)
+    if unit == "millicpu":
+        return f"{value / 1000:g}"
+    return str(value)
+
+
+def limits_table(limits: Sequence[dict[str, Any]]) -> str:
+    """What was asked, what the engine says, what the kernel enforces."""
+    return table(
+        ("LIMIT", "REQUESTED", "REPORTED", "EFFECTIVE", "VERIFIED"),
+        [
+            (
+                limit["name"],
+                *(limit_value(limit[view], limit["unit"]) for view in ("requested", "reported", "effective")),
+                _verdict(limit),
+            )
+            for limit in limits
+        ],
+    )
+
+
+def _verdict(limit: dict[str, Any]) -> str:
+    word = yes_no(limit["verified"])
+    return f"{word} ({limit['reason']})" if limit["reason"] else word
+
+
+def sandbox_list(sandboxes: Sequence[dict[str, Any]], now_ms: int) -> str:
+    """One line per sandbox."""
+    return table(
+        ("ID", "NAME", "STATE", "ENGINE", "IMAGE", "WORKSPACE", "AGE", "COMMANDS", "VERIFIED"),
+        [
+            (
+                row["id"][:ID_CHARACTERS],
+                _known(row["name"]),
+                row["state"],
+                row["engine"],
+                row["image"],
+                _known(row["workspace"]),
+                age(row["created_at_ms"], now_ms),
+                str(row["commands_running"]),
+                yes_no(row["verified"]),
+            )
+            for row in sandboxes
+        ],
+    )
+
+
+def sandbox(info: dict[str, Any], now_ms: int) -> str:
+    """Everything about one sandbox."""
+    workspace = info["workspace"]
+    facts = [
+        ("id", info["id"]),
+        ("name", _known(info["name"])),
+        ("state", " ".join(text for text in (info["state"], info["state_reason"]) if text)),
+        ("engine", info["engine"]),
+        ("image", info["image"]),
+        ("container", _known(info["container_id"])),
+        ("pid", _known(info["pid"])),
+        ("user", info["user"]),
+        ("workspace", f"{workspace['path']} ({workspace['mode']}, {workspace['mounted']})" if workspace else UNKNOWN),
+        ("network", info["network"]),
+        ("env", _known(" ".join(sorted(info["env"])))),
+        ("metadata", _known(" ".join(f"{name}={value}" for name, value in sorted(info["metadata"].items())))),
+        ("age", age(info["created_at_ms"], now_ms)),
+        ("ephemeral", yes_no(info["ephemeral"])),
+        ("commands", str(info["commands_running"])),
+    ]
+    width = max(len(name) for name, _ in facts)
+    text = "".join(f"{name.ljust(width)}{GAP}{value}\n" for name, value in facts)
+    return f"{text}\n{limits_table(info['limits'])}"
+
+
+def metrics_table(sandboxes: Sequence[dict[str, Any]]) -> str:
+    """Usage against limits, one line per sandbox."""
+    return table(
+        ("ID", "NAME", "STATE", "CPU", "MEMORY", "PEAK", "PIDS", "THROTTLED", "OOM KILLS", "WAITING"),
+        [
+            (
+                row["id"][:ID_CHARACTERS],
+                _known(row["name"]),
+                row["state"],
+                _cpu(row["cpu_percent"], row["cpu_millis"]),
+                f"{size(row['memory_bytes'])} / {size(row['memory_bytes_max'])}",
+                size(row["memory_bytes_peak"]),
+                f"{_known(row['pids'])} / {_known(row['pids_max'])}",
+                UNKNOWN if row["throttled_us"] is None else f"{row['throttled_us'] / 1e6:.1f}s",
+                _known(row["oom_kills"]),
+                _waiting(row),
+            )
+            for row in sandboxes
+        ],
+    )
+
+
+def _cpu(percent: float | None, millis: int | None) -> str:
+    used = UNKNOWN if percent is None else f"{percent:.1f}%"
+    return f"{used} / {UNKNOWN if millis is None else f'{millis / 10:g}%'}"
+
+
+def _waiting(row: dict[str, Any]) -> str:
+    """The share of time in which something waited for a resource, where it is worth a word."""
+    shares = [
+        f"{name} {pressure['some_avg10_percent']:.0f}%"
+        for name in ("cpu", "memory", "io")
+        if (pressure := row[f"{name}_pressure"]) and (pressure["some_avg10_percent"] or 0) >= 1
+    ]
+    return " ".join(shares) or row["reason"] or UNKNOWN
+
+
+def verification(proof: dict[str, Any]) -> str:
+    """The proof, and how it was made."""
+    text = limits_table(proof["limits"])
+    if proof["provocations"]:
+        text += "\n" + table(
+            ("PROVOKED", "HELD", "EVIDENCE"),
+            [(row["limit"], yes_no(row["held"]), row["evidence"]) for row in proof["provocations"]],
+        )
+    return text
+
+
+def doctor(report: dict[str, Any]) -> str:
+    """All findings, and below them what mends what is wrong."""
+    text = table(
+        ("CHECK", "STATUS", "DETAIL"),
+        [(check["name"], check["status"], _known(check["detail"])) for check in report["checks"]],
+    )
+    fixes = [f"  {check['fix']}\n" for check in report["checks"] if check["fix"]]
+    return text + "\nto mend it:\n" + "".join(dict.fromkeys(fixes)) if fixes else text
+
+
+def config(entries: Sequence[dict[str, Any]]) -> str:
+    """All settings in force."""
+    return table(
+        ("SETTING", "VALUE", "ORIGIN", ""),
+        [(entry["key"], entry["value"], entry["origin"], entry["description"]) for entry in entries],
+    )
+
+
+def images(rows: Sequence[dict[str, Any]], now_ms: int) -> str:
+    """One line per image."""
+    return table(
+        ("ENGINE", "IMAGE", "ID", "SIZE", "AGE"),
+        [
+            (
+                row["engine"],
+                _known(" ".join(row["tags"])),
+                row["image_id"].removeprefix("sha256:")[:ID_CHARACTERS],
+                size(row["size_bytes"]),
+                age(row["created_at_ms"], now_ms),
+            )
+            for row in rows
+        ],
+    )
+
+
+def daemon(info: dict[str, Any], now_ms: int) -> str:
+    """The daemon, and the engines that it drives."""
+    text = (
+        f"running     pid {info['pid']}, version {info['version']}, for {age(info['started_at_ms'], now_ms)}\n"
+        f"socket      {info['socket']}\n"
+        f"state       {info['state_dir']}\n"
+        f"sandboxes   {info['sandboxes']}\n"
+        f"memory      {size(info['rss_bytes'])}\n"
+    )
+    engines = [
+        (
+            f"{engine['name']} (default)" if engine["default"] else engine["name"],
+            yes_no(engine["usable"]),
+            _known(engine["server_version"] or engine["client_version"]),
+            UNKNOWN if engine["rootless"] is None else yes_no(engine["rootless"]),
+            _known(engine["cgroup_version"]),
+            _known(engine["reason"]),
+        )
+        for engine in info["engines"]
+    ]
+    header = ("ENGINE", "USABLE", "VERSION", "ROOTLESS", "CGROUP", "REASON")
+    return f"{text}\n{table(header, engines)}" if engines else text

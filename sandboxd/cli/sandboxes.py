@@ -1,0 +1,270 @@
+"""``create ls inspect update verify stop start rm``: sandboxes themselves."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+
+from sandboxd.cli import render, verb, wire
+from sandboxd.cli.session import (
+    FAILURE,
+    Interrupted,
+    call,
+    call_each,
+    complain,
+    connect,
+    exit_code_of,
+    request,
+    say,
+    show,
+    show_json,
+)
+from sandboxd.cli.verb import USAGE, Verb
+from sandboxd.client import Connection, RpcError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+
+def add_create_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ``create`` and ``run`` have in common."""
+    parser.add_argument("--name", help="a name of your own for it")
+    verb.add_engine(parser)
+    parser.add_argument("--image", metavar="REFERENCE", help="default: the daemon's")
+    parser.add_argument("-w", "--workspace", metavar="DIR", help="the project, seen inside at /workspace")
+    parser.add_argument("--ro", action="store_true", help="the workspace cannot be written to")
+    parser.add_argument("--network", choices=("none", "full"), help="default: the daemon's, which is none")
+    verb.add_env(parser)
+    parser.add_argument(
+        "--label",
+        "--metadata",
+        dest="metadata",
+        action="append",
+        default=[],
+        type=verb.pair,
+        metavar="NAME=VALUE",
+        help="something to find it by",
+    )
+    verb.add_limits(parser, create=True)
+
+
+def create(connection: Connection, arguments: argparse.Namespace, *, ephemeral: bool) -> dict[str, Any]:
+    """Make the sandbox that the flags describe."""
+    workspace = None
+    if arguments.workspace is not None:
+        mode = "ro" if arguments.ro else "rw"
+        workspace = wire.part("WorkspaceParams", path=os.path.abspath(arguments.workspace), mode=mode)
+    try:
+        sandbox = call(
+            connection,
+            "sandbox/create",
+            name=arguments.name,
+            engine=arguments.engine,
+            image=arguments.image,
+            workspace=workspace,
+            limits=wire.part("LimitsParams", **verb.limits_of(arguments)),
+            limits_policy=arguments.degraded,
+            env=verb.env_of(arguments),
+            network=arguments.network,
+            metadata=dict(arguments.metadata),
+            ephemeral=ephemeral,
+        )
+    except Interrupted as late:
+        name = late.result["id"]
+        if not ephemeral:
+            say(f"sandbox {name} was there before the interrupt; to remove it: sandboxctl rm {name}")
+        raise
+    for warning in sandbox["warnings"]:
+        say(f"warning: {warning}")
+    return sandbox
+
+
+def _add_create(parser: argparse.ArgumentParser) -> None:
+    add_create_arguments(parser)
+    verb.add_json(parser)
+
+
+def _create(arguments: argparse.Namespace) -> int:
+    with connect() as connection:
+        sandbox = create(connection, arguments, ephemeral=False)
+    if arguments.json:
+        show_json(sandbox)
+        return 0
+    show(sandbox["id"])
+    sys.stdout.flush()
+    if sys.stderr.isatty() or not sandbox["verified"]:
+        sys.stderr.write(render.limits_table(sandbox["limits"]))
+    return 0
+
+
+def _add_ls(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-q", "--quiet", action="store_true", help="print ids only")
+    parser.add_argument(
+        "--label",
+        "--metadata",
+        dest="metadata",
+        action="append",
+        default=[],
+        type=verb.pair,
+        metavar="NAME=VALUE",
+        help="only those that carry it",
+    )
+    verb.add_json(parser)
+
+
+def _ls(arguments: argparse.Namespace) -> int:
+    reply = request("sandbox/list", metadata=dict(arguments.metadata))
+    if arguments.json:
+        show_json(reply)
+    elif arguments.quiet:
+        sys.stdout.writelines(f"{row['id']}\n" for row in reply["sandboxes"])
+    else:
+        show(render.sandbox_list(reply["sandboxes"], _now_ms()))
+    return 0
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    verb.add_sandboxes(parser)
+    verb.add_json(parser)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    now_ms = _now_ms()
+    return _each(arguments, "sandbox/get", {}, lambda reply: render.sandbox(reply, now_ms))
+
+
+def _add_update(parser: argparse.ArgumentParser) -> None:
+    verb.add_limits(parser, create=False)
+    verb.add_sandbox(parser)
+    verb.add_json(parser)
+
+
+def _update(arguments: argparse.Namespace) -> int:
+    limits = wire.part("LimitsParams", **verb.limits_of(arguments))
+    if not limits:
+        say("which limit?")
+        sys.stderr.write("hint: sandboxctl update --help\n")
+        return USAGE
+    reply = request("sandbox/update", sandbox=arguments.sandbox, limits=limits, limits_policy=arguments.degraded)
+    if arguments.json:
+        show_json(reply)
+    else:
+        show(render.limits_table(reply["limits"]))
+    return 0
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--provoke", action="store_true", help="allocate past memory, fork past pids, spin past the quota"
+    )
+    verb.add_sandbox(parser)
+    verb.add_json(parser)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    proof = request("sandbox/verify", sandbox=arguments.sandbox, provoke=arguments.provoke)
+    if arguments.json:
+        show_json(proof)
+    else:
+        show(render.verification(proof))
+    return 0 if proof["verified"] else FAILURE
+
+
+def _add_stop(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--grace", metavar="TIME", help="between TERM and KILL, such as 5s")
+    verb.add_sandboxes(parser)
+    verb.add_json(parser)
+
+
+def _stop(arguments: argparse.Namespace) -> int:
+    return _each(arguments, "sandbox/stop", {"grace": arguments.grace}, _name_of)
+
+
+def _add_start(parser: argparse.ArgumentParser) -> None:
+    verb.add_sandboxes(parser)
+    verb.add_json(parser)
+
+
+def _start(arguments: argparse.Namespace) -> int:
+    return _each(arguments, "sandbox/start", {}, _name_of)
+
+
+def _add_rm(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-f", "--force", action="store_true", help="no error if it is not there; no question")
+    parser.add_argument("--all", action="store_true", help="all of them")
+    parser.add_argument("-y", "--yes", action="store_true", help="do not ask")
+    verb.add_sandboxes(parser, optional=True)
+    verb.add_json(parser)
+
+
+def _rm(arguments: argparse.Namespace) -> int:
+    if bool(arguments.sandboxes) == arguments.all:
+        say("which sandboxes? name them, or use --all")
+        return USAGE
+    forgiven = {"not_found", "sandbox_gone"} if arguments.force else set()
+    if arguments.all:
+        arguments.sandboxes = [row["id"] for row in request("sandbox/list")["sandboxes"]]
+        forgiven = {"not_found", "sandbox_gone"}
+        if not arguments.sandboxes:
+            return 0
+        if not (arguments.yes or arguments.force or _agreed(len(arguments.sandboxes))):
+            return FAILURE
+    return _each(arguments, "sandbox/kill", {}, _name_of, forgiven=forgiven)
+
+
+def _agreed(count: int) -> bool:
+    if not sys.stdin.isatty():
+        say(f"would remove {count} sandboxes; to do it without a question: --yes")
+        return False
+    sys.stderr.write(f"remove {count} sandboxes and all that runs in them? [y/N] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in {"y", "yes"}
+
+
+def _each(
+    arguments: argparse.Namespace,
+    method: str,
+    fields: dict[str, Any],
+    text_of: Callable[[dict[str, Any]], str],
+    *,
+    forgiven: set[str] | None = None,
+) -> int:
+    """Do it to every sandbox that was named, whatever happens to the others; the first failure gives the code."""
+    code = 0
+    requests = [{"sandbox": sandbox, **fields} for sandbox in dict.fromkeys(arguments.sandboxes)]
+    with connect() as connection:
+        for outcome in call_each(connection, method, requests):
+            if isinstance(outcome, RpcError):
+                if outcome.type not in (forgiven or ()):
+                    complain(outcome)
+                    code = code or exit_code_of(outcome)
+            elif arguments.json:
+                show_json(outcome)
+            else:
+                show(text_of(outcome))
+    return code
+
+
+def _name_of(reply: dict[str, Any]) -> str:
+    name: str = reply["name"] or reply["id"]
+    return name
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
+
+
+VERBS = {
+    "create": Verb("make a sandbox and print its id", _add_create, _create),
+    "ls": Verb("list sandboxes", _add_ls, _ls),
+    "inspect": Verb("show everything about sandboxes", _add_inspect, _inspect),
+    "update": Verb("change limits while it runs, and prove them again", _add_update, _update),
+    "verify": Verb("prove the limits", _add_verify, _verify),
+    "stop": Verb("stop sandboxes; they can be started again", _add_stop, _stop),
+    "start": Verb("start stopped sandboxes", _add_start, _start),
+    "rm": Verb("end sandboxes and remove them without a trace", _add_rm, _rm),
+}

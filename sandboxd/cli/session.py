@@ -1,0 +1,126 @@
+"""Between a verb and the daemon: connect, call, and turn what went wrong into words and an exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+from sandboxd.cli import wire
+from sandboxd.cli.wire_table import EXIT_CODES
+from sandboxd.client import Connection, NotRunning, RpcError
+from sandboxd.paths import socket_path
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from typing import Any
+
+    from sandboxd.client import Message
+
+FAILURE = 1
+INTERRUPTED = 130
+"""128 and SIGINT."""
+
+CANCEL_TIMEOUT_S = 30.0
+"""How long an interrupted request may take to end in good order. A second Ctrl-C does not wait."""
+
+AT_ONCE_MAX = 8
+"""Requests under way in a verb that is given many sandboxes: the engines slow each other down beyond that."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C came, and the request had its result all the same."""
+
+    def __init__(self, result: dict[str, Any]) -> None:
+        super().__init__()
+        self.result = result
+
+
+def connect() -> Connection:
+    """A connection to the daemon, which is started if it does not run."""
+    path = socket_path(os.environ)
+    try:
+        return Connection.connect(path)
+    except NotRunning:
+        from sandboxd.cli import starting
+
+        return starting.start(path, os.environ)
+
+
+def call(
+    connection: Connection, method: str, on_notification: Callable[[Message], None] | None = None, **fields: object
+) -> dict[str, Any]:
+    """Call a method. Ctrl-C cancels it and waits until that is done, so that nothing is left half-made.
+
+    Raises:
+        Interrupted: It was cancelled too late.
+    """
+    request_id = connection.send(method, wire.build(method, **fields))
+    try:
+        return connection.wait(request_id, on_notification)
+    except KeyboardInterrupt:
+        connection.cancel(request_id)
+        try:
+            result = connection.wait(request_id, timeout_s=CANCEL_TIMEOUT_S)
+        except RpcError:
+            raise KeyboardInterrupt from None
+        raise Interrupted(result) from None
+
+
+def call_each(
+    connection: Connection, method: str, requests: Iterable[dict[str, Any]]
+) -> Iterator[dict[str, Any] | RpcError]:
+    """Call a method for each set of fields, several at once; yield results and errors in the order asked."""
+    under_way: list[int] = []
+    for fields in requests:
+        under_way.append(connection.send(method, wire.build(method, **fields)))
+        if len(under_way) == AT_ONCE_MAX:
+            yield _outcome(connection, under_way.pop(0))
+    for request_id in under_way:
+        yield _outcome(connection, request_id)
+
+
+def _outcome(connection: Connection, request_id: int) -> dict[str, Any] | RpcError:
+    try:
+        return connection.wait(request_id)
+    except RpcError as error:
+        if not error.code:
+            raise
+        return error
+
+
+def request(method: str, **fields: object) -> dict[str, Any]:
+    """Connect, call, and close."""
+    with connect() as connection:
+        return call(connection, method, None, **fields)
+
+
+def exit_code_of(error: RpcError) -> int:
+    """The exit code that a failure of this type has."""
+    return EXIT_CODES.get(error.type, FAILURE)
+
+
+def complain(error: RpcError) -> None:
+    """Say on stderr what happened, why, and what to type next. A wrong value gets a single line."""
+    if error.type == "invalid_argument":
+        say("; ".join(text for text in (str(error), error.hint) if text))
+        return
+    say(str(error))
+    if error.hint:
+        sys.stderr.write(f"hint: {error.hint}\n")
+
+
+def say(text: str) -> None:
+    """One line on stderr."""
+    sys.stderr.write(f"sandboxctl: {text}\n")
+
+
+def show(text: str) -> None:
+    """Text on stdout, with a newline at its end."""
+    sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
+
+
+def show_json(reply: dict[str, Any]) -> None:
+    """A reply as it came."""
+    show(json.dumps(reply, indent=2, ensure_ascii=False))

@@ -1,0 +1,176 @@
+"""What a verb of the command line is, and the flags that several of them share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, NoReturn
+
+USAGE = 2
+
+COLUMNS_DEFAULT = 80
+COLUMNS_MAX = 120
+"""Longer lines are hard to read."""
+
+
+class Verb:
+    """One verb: what it is for, its flags, and what carries it out and returns the exit code."""
+
+    __slots__ = ("add_arguments", "run", "summary")
+
+    def __init__(
+        self,
+        summary: str,
+        add_arguments: Callable[[argparse.ArgumentParser], object],
+        run: Callable[[argparse.Namespace], int],
+    ) -> None:
+        self.summary = summary
+        self.add_arguments = add_arguments
+        self.run = run
+
+
+class _Help(argparse.HelpFormatter):
+    """Knows its width: argparse makes one per flag, and to find the width itself it would import shutil."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=_help_columns())
+
+
+def _help_columns() -> int:
+    try:
+        columns = os.get_terminal_size(1).columns
+    except OSError:
+        columns = 0
+    return min(columns or COLUMNS_DEFAULT, COLUMNS_MAX) - 2
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and where to read more."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with the code for wrong usage."""
+        sys.stderr.write(f"sandboxctl: {message}\nhint: {self.prog} --help\n")
+        raise SystemExit(USAGE)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """``--json``."""
+    parser.add_argument("--json", action="store_true", help="print the daemon's reply as JSON")
+
+
+def add_sandbox(parser: argparse.ArgumentParser) -> None:
+    """One sandbox."""
+    parser.add_argument("sandbox", metavar="SANDBOX", help="id, unambiguous beginning of one, or name")
+
+
+def add_sandboxes(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    """Several sandboxes."""
+    parser.add_argument(
+        "sandboxes",
+        metavar="SANDBOX",
+        nargs="*" if optional else "+",
+        help="ids, unambiguous beginnings of ids, or names",
+    )
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """``--engine``."""
+    parser.add_argument("--engine", choices=("podman", "docker"), help="default: the daemon's")
+
+
+LIMITS = (
+    (("-m", "--memory"), "SIZE", "memory and swap together, such as 512m or 2g"),
+    (("--cpus",), "NUMBER", "CPUs, such as 0.5"),
+    (("--pids",), "NUMBER", "processes and threads at once"),
+    (("--cpuset",), "LIST", "host CPUs to run on, such as 0-2,4"),
+)
+LIMITS_OF_CREATE = (
+    (("--shm",), "SIZE", "size of /dev/shm"),
+    (("--tmp",), "SIZE", "size of /tmp, and of the home directory"),
+    (("--nofile",), "NUMBER", "open files per process"),
+)
+
+
+def add_limits(parser: argparse.ArgumentParser, *, create: bool) -> None:
+    """The limits: all of them on create, those that can change on update."""
+    group = parser.add_argument_group("limits")
+    for names, metavar, text in (*LIMITS, *LIMITS_OF_CREATE) if create else LIMITS:
+        group.add_argument(*names, metavar=metavar, help=text)
+    group.add_argument(
+        "--degraded",
+        action="store_const",
+        const="degraded",
+        help="go on, and say so, where this host cannot enforce a limit",
+    )
+
+
+def limits_of(arguments: argparse.Namespace) -> dict[str, str]:
+    """The limits that were given."""
+    names = (names[-1].lstrip("-") for names, _, _ in (*LIMITS, *LIMITS_OF_CREATE))
+    return {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
+
+
+def add_env(parser: argparse.ArgumentParser) -> None:
+    """``--env`` and ``--env-file``."""
+    parser.add_argument(
+        "-e",
+        "--env",
+        action="append",
+        default=[],
+        type=_assignment_or_name,
+        metavar="NAME[=VALUE]",
+        help="set a variable; without a value it is taken from the caller's environment",
+    )
+    parser.add_argument(
+        "--env-file",
+        action="append",
+        default=[],
+        type=_env_file,
+        metavar="FILE",
+        help="the same, one per line; lines that start with # are comments",
+    )
+
+
+def env_of(arguments: argparse.Namespace) -> dict[str, str]:
+    """The variables that were given; a name that the caller's environment lacks is left out."""
+    env: dict[str, str] = {}
+    for text in (line for lines in (*arguments.env_file, arguments.env) for line in lines):
+        name, equals, value = text.partition("=")
+        if equals:
+            env[name] = value
+        elif name in os.environ:
+            env[name] = os.environ[name]
+    return env
+
+
+def pair(text: str) -> tuple[str, str]:
+    """``NAME=VALUE``."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
+    return name, value
+
+
+def _assignment_or_name(text: str) -> str:
+    # The value may be a secret, so it is not repeated in the message.
+    if not text.partition("=")[0]:
+        raise argparse.ArgumentTypeError("a variable needs a name: NAME=VALUE or NAME")
+    return text
+
+
+def _env_file(path: str) -> list[str]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [line.strip() for line in file]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise argparse.ArgumentTypeError(f"cannot read {path!r}: {reason}") from None
+    return [_assignment_or_name(line) for line in lines if line and not line.startswith("#")]

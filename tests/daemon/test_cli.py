@@ -1,0 +1,507 @@
+"""The command line as people and scripts use it: exit codes, stdout, stderr, signals."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sandboxd.cli.main import FAMILIES
+from tests.daemon.sandboxctl import CTL, PATIENCE_S, Ctl, environment, stub_daemon
+
+
+@pytest.fixture(scope="module")
+def ctl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ctl]:
+    with stub_daemon(tmp_path_factory.mktemp("daemon")) as env:
+        yield Ctl(env)
+
+
+@pytest.fixture
+def box(ctl: Ctl) -> Iterator[str]:
+    """A sandbox of this test's own."""
+    sandbox = ctl("create").stdout.strip()
+    yield sandbox
+    ctl("rm", "-f", sandbox)
+
+
+def replies(text: str) -> list[dict[str, Any]]:
+    """A stream of JSON values, as jq reads it."""
+    decoder, values = json.JSONDecoder(), []
+    while text := text.lstrip():
+        value, end = decoder.raw_decode(text)
+        values.append(value)
+        text = text[end:]
+    return values
+
+
+def inspected(ctl: Ctl, sandbox: str) -> dict[str, Any]:
+    [reply] = replies(ctl("inspect", sandbox, "--json").stdout)
+    return reply
+
+
+# --- create
+
+
+def test_create_prints_the_id_and_nothing_else(ctl: Ctl) -> None:
+    """``box=$(sandboxctl create)`` is how scripts begin."""
+    done = ctl("create")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(r"[0-9a-f]{32}\n", done.stdout)
+
+
+def test_create_json_is_the_reply(ctl: Ctl) -> None:
+    """The same struct as on the wire, so that there is one thing to learn."""
+    [reply] = replies(ctl("create", "--json").stdout)
+    assert {"id", "limits", "verified", "timings_ms"} <= reply.keys()
+
+
+def test_create_flags_reach_the_daemon(ctl: Ctl, tmp_path: Path) -> None:
+    """Each flag is one field of the request."""
+    done = ctl(
+        *("create", "--name", "flags", "--engine", "docker", "--image", "i", "-w", ".", "--ro", "--network", "full"),
+        *("-m", "512m", "--cpus", "0.5", "--pids", "64", "--degraded", "--label", "a=b", "--metadata", "c=d=e"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0
+    reply = inspected(ctl, "flags")
+    assert (reply["engine"], reply["image"], reply["network"]) == ("docker", "i", "full")
+    assert reply["workspace"] == {"path": str(tmp_path), "mode": "ro", "mounted": "as-is"}
+    assert reply["metadata"] == {"a": "b", "c": "d=e"}
+    assert reply["limits_policy"] == "degraded"
+
+
+def test_variables_come_from_flags_files_and_the_callers_environment(ctl: Ctl, tmp_path: Path) -> None:
+    """As with docker: a name alone takes the caller's value, and nothing if there is none; flags win over files."""
+    (tmp_path / "env").write_text("# a comment\n\nFILE=1\nBOTH=file\nCALLER\n")
+    box = ctl(
+        *("create", "-e", "A=b=c", "-e", "CALLER2", "-e", "ABSENT", "-e", "BOTH=flag", "-e", "EMPTY="),
+        *("--env-file", str(tmp_path / "env")),
+        env={"CALLER": "x", "CALLER2": "y"},
+    ).stdout.strip()
+    assert inspected(ctl, box)["env"] == {
+        "A": "b=c",
+        "FILE": "1",
+        "BOTH": "flag",
+        "CALLER": "x",
+        "CALLER2": "y",
+        "EMPTY": "",
+    }
+
+
+def test_a_secret_is_never_repeated(ctl: Ctl) -> None:
+    """Terminals are recorded and logs are kept."""
+    done = ctl("create", "-e", "=hunter2")
+    assert done.returncode == 2
+    box = ctl("create", "-e", "TOKEN=hunter2").stdout.strip()
+    shown = ctl("inspect", box)
+    assert "TOKEN" in shown.stdout
+    assert "hunter2" not in done.stderr + shown.stdout + shown.stderr
+
+
+@pytest.mark.parametrize("verb", [("create",), ("run",)])
+def test_a_bad_limit_is_one_line_and_exit_code_2(ctl: Ctl, verb: tuple[str, ...]) -> None:
+    """It says what is allowed, and there is nothing else to read."""
+    done = ctl(*verb, "--memory", "banana")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "sandboxctl: cannot use memory 'banana': a size is a number, or such as 512m\n"
+
+
+def test_limits_that_are_not_verified_are_shown(ctl: Ctl) -> None:
+    """Nobody should have to ask whether what they asked for is in force."""
+    done = ctl("create", "--image", "unverified")
+    assert "LIMIT" in done.stderr
+    assert "LIMIT" not in done.stdout
+
+
+def test_warnings_go_to_stderr(ctl: Ctl) -> None:
+    """Data to stdout, the rest to stderr."""
+    assert ctl("create", "--image", "warned").stderr == "sandboxctl: warning: the sky is low\n"
+
+
+def test_ctrl_c_cancels_a_create(ctl: Ctl) -> None:
+    """And the daemon is told, so that nothing is left half-made."""
+    with ctl.start("create", "--image", "slow", stderr=subprocess.PIPE) as process:
+        wait_for_request(process)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE_S) == 130
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+
+
+def wait_for_request(process: "subprocess.Popen[str]") -> None:
+    """Until the process sleeps in a read from its socket, which is after it has sent its request."""
+    stack = Path(f"/proc/{process.pid}/syscall")
+    recvmsg = {"x86_64": "47", "aarch64": "212"}[os.uname().machine]
+    while not stack.read_text().startswith(f"{recvmsg} "):
+        assert process.poll() is None, "it ended instead"
+
+
+# --- exit codes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("inspect", "absent"), 5, "hint: sandboxctl ls"),
+        (("create", "--image", "no-engine"), 3, "hint: sandboxctl doctor"),
+        (("create", "--no-such-flag"), 2, "hint: sandboxctl create --help"),
+        (("create", "--label", "novalue"), 2, "NAME=VALUE"),
+        (("create", "--env-file", "/absent"), 2, "cannot read '/absent'"),
+        (("no-such-verb",), 2, "invalid choice"),
+        ((), 2, "usage:"),
+        (("update", "absent"), 2, "which limit?"),
+        (("rm",), 2, "which sandboxes?"),
+        (("rm", "--all", "x"), 2, "which sandboxes?"),
+        (("exec", "absent", "true"), 125, "cannot find 'absent'"),
+        (("exec", "absent"), 2, "which command?"),
+        (("exec", "-t", "absent", "true"), 2, "stdin is not a terminal"),
+    ],
+)
+def test_failures_have_their_exit_codes_and_say_what_to_do(
+    ctl: Ctl, arguments: tuple[str, ...], code: int, says: str
+) -> None:
+    """Scripts react to the code, people to the hint."""
+    done = ctl(*arguments)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (("true",), 0),
+        (("sh", "-c", "exit 7"), 7),
+        (("sh", "-c", "kill -TERM $$"), 128 + 15),
+        (("/no/such/program",), 127),
+        (("/etc/passwd",), 126),
+    ],
+)
+def test_exec_exits_as_its_command_did(ctl: Ctl, box: str, command: tuple[str, ...], code: int) -> None:
+    """And with the shells' codes when there was no command to speak of."""
+    assert ctl("exec", box, *command).returncode == code
+
+
+def test_a_command_beyond_its_time_is_124(ctl: Ctl, box: str) -> None:
+    """As ``timeout`` has it; and it says so, for 124 could be the command's own."""
+    done = ctl("exec", "--timeout", "0.05s", box, "sleep", "60")
+    assert done.returncode == 124
+    assert "time limit" in done.stderr
+
+
+# --- exec
+
+
+def test_exec_hands_over_output_byte_for_byte(ctl: Ctl, box: str) -> None:
+    """Stdout and stderr are the caller's own; nothing is decoded, merged or cut."""
+    script = "head -c 3000000 /dev/zero; printf '\\377\\000' ; echo oops >&2"
+    done = subprocess.run([*CTL, "exec", box, "sh", "-c", script], env=ctl.env, capture_output=True, check=True)
+    assert done.stdout == bytes(3_000_000) + b"\xff\x00"
+    assert done.stderr == b"oops\n"
+
+
+def test_stdin_is_handed_over_only_when_asked(ctl: Ctl, box: str) -> None:
+    """A loop over ``read`` that calls exec must not lose its input, as docker's users learned."""
+    assert ctl("exec", "-i", box, "cat", input="hello").stdout == "hello"
+    assert ctl("exec", box, "cat", input="hello").stdout == ""
+
+
+def test_a_commands_own_flags_are_its_own(ctl: Ctl, box: str) -> None:
+    """Everything after the sandbox belongs to the command, also what looks like ours."""
+    for dashes in ((), ("--",)):
+        done = ctl("exec", box, *dashes, "echo", "--json", "-it", "-e", "--", "--help")
+        assert done.stdout == "--json -it -e -- --help\n"
+
+
+def test_variables_and_directory_reach_the_command(ctl: Ctl, box: str) -> None:
+    """The two things that every command needs."""
+    assert ctl("exec", "-e", "A=b", "-w", "/usr", box, "sh", "-c", "echo $A; pwd").stdout == "b\n/usr\n"
+
+
+def test_a_closed_stdout_does_no_harm(ctl: Ctl, box: str) -> None:
+    """``>&-`` is rare and legal."""
+    command = [*CTL, "exec", box, "sh", "-c", "echo x; exit 3"]
+    done = subprocess.run(["/bin/sh", "-c", '"$@" >&-', "sh", *command], env=ctl.env, check=False)
+    assert done.returncode == 3
+
+
+def test_a_reader_that_has_seen_enough_does_no_harm(ctl: Ctl) -> None:
+    """``| head -1``: no traceback."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = ctl("ls", capture_output=False, stdout=write_end, stderr=subprocess.PIPE)
+    os.close(write_end)
+    assert done.stderr == ""
+
+
+TRAP = "trap 'echo got; exit 9' {name}; echo up; while :; do sleep 0.01; done"
+
+
+@pytest.mark.parametrize("name", ["INT", "TERM", "HUP", "QUIT"])
+def test_a_signal_to_us_reaches_the_command(ctl: Ctl, box: str, name: str) -> None:
+    """Supervisors stop what they started by signals."""
+    script = TRAP.format(name=name)
+    with ctl.start("exec", box, "sh", "-c", script, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        process.send_signal(getattr(signal, f"SIG{name}"))
+        assert process.stdout.readline() == "got\n"
+        assert process.wait(PATIENCE_S) == 9
+
+
+def test_a_second_ctrl_c_kills(ctl: Ctl, box: str) -> None:
+    """Some commands do not want to go."""
+    script = "trap 'echo no' INT; echo up; while :; do sleep 0.01; done"
+    with ctl.start("exec", box, "sh", "-c", script, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "no\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE_S) == 128 + 9
+
+
+def test_a_signal_that_the_caller_ignores_stays_ignored(ctl: Ctl, box: str) -> None:
+    """``nohup`` means it."""
+    script = TRAP.format(name="HUP")
+    command = [*CTL, "exec", box, "sh", "-c", script]
+    with subprocess.Popen(
+        ["/bin/sh", "-c", 'trap "" HUP; exec "$@"', "sh", *command], env=ctl.env, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE_S) == 128 + 15
+        assert process.stdout.read() == ""
+
+
+def test_a_detached_command_prints_its_id(ctl: Ctl, box: str) -> None:
+    """Other verbs name it by that."""
+    assert re.fullmatch(r"[0-9a-f]{12}\n", ctl("exec", "-d", box, "sleep", "0").stdout)
+    [reply] = replies(ctl("exec", "-d", "--json", box, "sleep", "0").stdout)
+    assert reply["command_id"]
+
+
+# --- run
+
+
+def test_run_prints_only_what_the_command_prints(ctl: Ctl) -> None:
+    """Its stdout is data for the next program; the sandbox that stays is a matter for stderr."""
+    done = ctl("run", "--label", "test=run", "sh", "-c", "echo hello; exit 4")
+    assert (done.returncode, done.stdout) == (4, "hello\n")
+    [row] = replies(ctl("ls", "--json", "--label", "test=run").stdout)[0]["sandboxes"]
+    assert f"sandboxctl rm {row['id']}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "code"), [(("true",), 0), (("/no/such/program",), 127), (("sh", "-c", "kill -9 $$"), 137)]
+)
+def test_run_rm_leaves_nothing(ctl: Ctl, command: tuple[str, ...], code: int) -> None:
+    """Whatever happens to the command."""
+    done = ctl("run", "--rm", "--label", "test=rm", *command)
+    assert done.returncode == code
+    assert replies(ctl("ls", "--json", "--label", "test=rm").stdout)[0]["sandboxes"] == []
+
+
+def test_run_rm_leaves_nothing_when_it_is_killed(ctl: Ctl) -> None:
+    """The daemon sees the connection end, and removes what was made for it."""
+    with ctl.start(
+        "run", "--rm", "--label", "test=k", "sh", "-c", "echo up; sleep 60", stdout=subprocess.PIPE
+    ) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "up\n"
+        run.kill()
+        # The command held the other end; it is gone when this reads to the end.
+        assert run.stdout.read() == ""
+    assert replies(ctl("ls", "--json", "--label", "test=k").stdout)[0]["sandboxes"] == []
+
+
+def test_run_takes_the_first_word_as_the_command(ctl: Ctl) -> None:
+    """With or without dashes before it, flags after it are its own."""
+    for dashes in ((), ("--",)):
+        assert ctl("run", "--rm", "-m", "1g", *dashes, "echo", "-m", "--rm").stdout == "-m --rm\n"
+
+
+def test_run_without_a_command_runs_a_shell(ctl: Ctl) -> None:
+    """As ``docker run`` of most images does."""
+    assert ctl("run", "--rm", "-i", input="echo $((6 * 7))\n").stdout == "42\n"
+
+
+def test_a_shell_reads_commands_also_without_a_terminal(ctl: Ctl, box: str) -> None:
+    """A heredoc is a way to use it."""
+    assert ctl("shell", box, input="echo $((6 * 7))\n").stdout == "42\n"
+
+
+# --- the other verbs
+
+
+def test_ls_can_be_a_table_ids_or_json(ctl: Ctl, box: str) -> None:
+    """For people, for xargs, for programs."""
+    assert ctl("ls").stdout.startswith("ID ")
+    assert box in ctl("ls", "-q").stdout.split()
+    assert box in [row["id"] for row in replies(ctl("ls", "--json").stdout)[0]["sandboxes"]]
+
+
+def test_several_replies_are_a_stream_of_json(ctl: Ctl) -> None:
+    """One sandbox or ten: jq reads both alike, each exactly as on the wire."""
+    names = [ctl("create").stdout.strip() for _ in range(12)]
+    assert [reply["id"] for reply in replies(ctl("inspect", "--json", *names).stdout)] == names
+    assert ctl("rm", *names).stdout.split() == names
+
+
+def test_one_failure_does_not_stop_the_others_and_gives_the_code(ctl: Ctl) -> None:
+    """Half done and silent would be the worst of both."""
+    one, two = (ctl("create").stdout.strip() for _ in range(2))
+    done = ctl("rm", one, "absent", two)
+    assert (done.returncode, done.stdout.split()) == (5, [one, two])
+    assert "'absent'" in done.stderr
+
+
+def test_rm_force_forgives_what_is_not_there(ctl: Ctl) -> None:
+    """Cleanup scripts do not know what is left."""
+    done = ctl("rm", "-f", "absent")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_rm_all_wants_to_be_sure(tmp_path: Path) -> None:
+    """It is the one line that loses everything."""
+    with stub_daemon(tmp_path) as env:
+        ctl = Ctl(env)
+        ctl("create")
+        refused = ctl("rm", "--all")
+        assert (refused.returncode, "--yes" in refused.stderr) == (1, True)
+        assert ctl("rm", "--all", "--yes").returncode == 0
+        assert ctl("ls", "-q").stdout == ""
+
+
+def test_verify_fails_when_a_limit_is_not_proven(ctl: Ctl, box: str) -> None:
+    """It is a check, so it has a verdict."""
+    proven = ctl("verify", "--provoke", box)
+    assert proven.returncode == 0
+    assert "oom_kill 0 -> 1" in proven.stdout
+    unproven = ctl("create", "--image", "unverified").stdout.strip()
+    assert ctl("verify", unproven).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "shows"),
+    [
+        (("stats",), 0, "MEMORY"),
+        (("doctor",), 1, "  systemctl fix-it"),
+        (("config",), 0, "ORIGIN"),
+        (("image", "list"), 0, "default"),
+        (("image", "build"), 0, "default"),
+        (("daemon", "start"), 0, "running"),
+        (("daemon", "status"), 0, "running"),
+        (("version",), 0, "sandboxd 0.0.0"),
+        (("--version",), 0, "sandboxctl"),
+        (("--help",), 0, "verbs:"),
+        (("exec", "--help"), 0, "--interactive"),
+    ],
+)
+def test_the_quiet_verbs_show_what_they_found(ctl: Ctl, arguments: tuple[str, ...], code: int, shows: str) -> None:
+    """Each has a text for people."""
+    done = ctl(*arguments)
+    assert done.returncode == code
+    assert shows in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("stats",),
+        ("doctor",),
+        ("config",),
+        ("image", "list"),
+        ("image", "build"),
+        ("daemon", "status"),
+        ("version",),
+        ("ls",),
+    ],
+)
+def test_json_is_one_object_and_nothing_else(ctl: Ctl, arguments: tuple[str, ...]) -> None:
+    """Whatever else there is to say goes to stderr."""
+    [reply] = replies(ctl(*arguments, "--json").stdout)
+    assert isinstance(reply, dict)
+
+
+def test_progress_is_lines_where_nobody_watches(ctl: Ctl) -> None:
+    """A log wants each step once and no moving bar."""
+    assert ctl("image", "build").stderr == "sandboxctl: copying files\nsandboxctl: importing\n"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_knows_every_verb(ctl: Ctl, shell: str) -> None:
+    """It is generated from the same parser."""
+    script = ctl("completion", shell).stdout
+    assert all(verb in script for verb in FAMILIES)
+    if shell == "bash":
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+# --- without a daemon
+
+
+def test_status_and_version_do_not_start_a_daemon(tmp_path: Path) -> None:
+    """To look is not to start."""
+    ctl = Ctl(environment(tmp_path))
+    status = ctl("daemon", "status")
+    assert (status.returncode, status.stdout.startswith("not running")) == (1, True)
+    [reply] = replies(ctl("daemon", "status", "--json").stdout)
+    assert reply == {"pid": None, "socket": str(tmp_path / "run" / "sandboxd.sock")}
+    assert ctl("version").returncode == 0
+    assert ctl("daemon", "stop").returncode == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stop_returns_when_the_daemon_is_gone(tmp_path: Path) -> None:
+    """Whoever starts the next one wants the socket free."""
+    with stub_daemon(tmp_path) as env:
+        ctl = Ctl(env)
+        assert ctl("daemon", "stop").returncode == 0
+        assert ctl("daemon", "status").returncode == 1
+
+
+HEAVY = {
+    "msgspec",
+    "psutil",
+    "python_on_whales",
+    "runtimes",
+    "anyio",
+    "asyncio",
+    "subprocess",
+    "shutil",
+    "typing",
+    "rich",
+    "shtab",
+    "sandboxd.protocol",
+    "sandboxd.failures",
+    "importlib.metadata",
+}
+SHOW_MODULES = """
+import sys
+from sandboxd.cli.main import main
+main()
+print(*sys.modules, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("verb", ["ls", "stats", "exec", "run"])
+def test_a_hot_verb_imports_nothing_heavy(ctl: Ctl, box: str, verb: str) -> None:
+    """Each of these would cost more than the work itself."""
+    arguments = {"exec": ["exec", box, "true"], "run": ["run", "--rm", "true"]}.get(verb, [verb])
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", SHOW_MODULES, *arguments],
+        env=ctl.env,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not HEAVY & set(done.stderr.split())

@@ -1,0 +1,185 @@
+"""A terminal in front, a terminal inside, and the terminal as it was afterwards."""
+
+import contextlib
+import fcntl
+import os
+import select
+import signal
+import struct
+import subprocess
+import termios
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.daemon.sandboxctl import CTL, PATIENCE_S, Ctl, stub_daemon
+
+
+@pytest.fixture(scope="module")
+def ctl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ctl]:
+    with stub_daemon(tmp_path_factory.mktemp("daemon")) as env:
+        yield Ctl(env)
+
+
+@pytest.fixture(scope="module")
+def box(ctl: Ctl) -> str:
+    return ctl("create").stdout.strip()
+
+
+class Terminal:
+    """A terminal with a person in front of it."""
+
+    def __init__(self) -> None:
+        self.master, self.slave = os.openpty()
+        self.resize(30, 100)
+        self.seen = b""
+
+    def resize(self, rows: int, cols: int) -> None:
+        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("4H", rows, cols, 0, 0))
+
+    def attributes(self) -> list[object]:
+        return list(termios.tcgetattr(self.slave))
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def read_until(self, text: str) -> None:
+        """Wait for it on the screen, and look no further than that next time."""
+        while text.encode() not in self.seen:
+            assert select.select([self.master], [], [], PATIENCE_S)[0], f"{text!r} did not come: {self.seen!r}"
+            self.seen += os.read(self.master, 4096)
+        self.seen = self.seen.partition(text.encode())[2]
+
+    def take(self) -> None:
+        """Become the controlling terminal of this new session."""
+        fcntl.ioctl(self.slave, termios.TIOCSCTTY, 0)
+
+
+@pytest.fixture
+def terminal() -> Iterator[Terminal]:
+    opened = Terminal()
+    yield opened
+    os.close(opened.master)
+    os.close(opened.slave)
+
+
+@contextlib.contextmanager
+def running(ctl: Ctl, terminal: Terminal, *arguments: str, **env: str) -> Iterator["subprocess.Popen[bytes]"]:
+    with subprocess.Popen(
+        [*CTL, *arguments],
+        env={**ctl.env, **env},
+        stdin=terminal.slave,
+        stdout=terminal.slave,
+        stderr=terminal.slave,
+        start_new_session=True,
+        preexec_fn=terminal.take,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_shell_is_usable_and_the_terminal_is_as_before_at_the_end(ctl: Ctl, box: str, terminal: Terminal) -> None:
+    """Typing, its echo, Ctrl-C for what runs inside and not for us, the exit code."""
+    before = terminal.attributes()
+    with running(ctl, terminal, "exec", "-it", box, "sh") as process:
+        prompt = "$ " if os.geteuid() else "# "
+        terminal.read_until(prompt)
+        assert terminal.attributes() != before
+        terminal.type("sh -c 'tty; echo $((6 * 7)); exec sleep 60'\r")
+        terminal.read_until("/dev/pts/")
+        terminal.read_until("42\r\n")
+        terminal.type("\x03")
+        terminal.read_until(prompt)
+        terminal.type("exit 5\r")
+        assert process.wait(PATIENCE_S) == 5
+    assert terminal.attributes() == before
+
+
+def test_the_window_size_is_passed_on_and_follows(ctl: Ctl, box: str, terminal: Terminal) -> None:
+    """Editors inside draw for it."""
+    script = "trap 'stty size; exit' WINCH; stty size; while :; do sleep 0.01; done"
+    with running(ctl, terminal, "exec", "-it", box, "sh", "-c", script) as process:
+        terminal.read_until("30 100\r\n")
+        terminal.resize(40, 120)
+        terminal.read_until("40 120\r\n")
+        assert process.wait(PATIENCE_S) == 0
+
+
+def test_nothing_that_was_printed_last_is_lost(ctl: Ctl, box: str, terminal: Terminal) -> None:
+    """The end of the command is told on another way than its output comes."""
+    with running(ctl, terminal, "exec", "-it", box, "sh", "-c", "seq 1 5000") as process:
+        terminal.read_until("5000\r\n")
+        assert process.wait(PATIENCE_S) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_terminal_is_restored_when_we_are_told_to_go(
+    ctl: Ctl, box: str, terminal: Terminal, number: signal.Signals
+) -> None:
+    """A shell inside would ignore it, so we leave, and the command with us."""
+    before = terminal.attributes()
+    with running(ctl, terminal, "exec", "-it", box, "sh", "-c", "echo up; sleep 60") as process:
+        terminal.read_until("up")
+        process.send_signal(number)
+        assert process.wait(PATIENCE_S) == 128 + number
+    assert terminal.attributes() == before
+
+
+def test_a_terminal_is_restored_when_the_command_cannot_start(ctl: Ctl, box: str, terminal: Terminal) -> None:
+    """The most common mistake must not cost a ``reset``."""
+    before = terminal.attributes()
+    with running(ctl, terminal, "exec", "-it", box, "/no/such/program") as process:
+        terminal.read_until("cannot execute")
+        assert process.wait(PATIENCE_S) == 127
+    assert terminal.attributes() == before
+
+
+def test_a_terminal_is_restored_when_the_daemon_dies(tmp_path: Path, terminal: Terminal) -> None:
+    """Restarting it is a thing that happens."""
+    before = terminal.attributes()
+    with stub_daemon(tmp_path) as env:
+        ctl = Ctl(env)
+        box = ctl("create").stdout.strip()
+        with running(ctl, terminal, "exec", "-it", box, "sh", "-c", "echo up; sleep 60") as process:
+            terminal.read_until("up")
+            ctl("daemon", "stop")
+            assert process.wait(PATIENCE_S) == 125
+    assert terminal.attributes() == before
+
+
+def test_the_kind_of_terminal_is_passed_on(ctl: Ctl, box: str, terminal: Terminal) -> None:
+    """Without it, colours and cursor keys fail in ways that are hard to guess."""
+    with running(ctl, terminal, "exec", "-it", box, "sh", "-c", "echo is $TERM", TERM="screen") as process:
+        terminal.read_until("is screen")
+        assert process.wait(PATIENCE_S) == 0
+
+
+def test_a_terminal_without_input_leaves_the_keyboard_alone(ctl: Ctl, box: str, terminal: Terminal) -> None:
+    """``-t`` alone is for colours; Ctrl-C is ours then, and forwarded."""
+    before = terminal.attributes()
+    script = "trap 'echo got; exit 9' INT; echo up; while :; do sleep 0.01; done"
+    with running(ctl, terminal, "exec", "-t", box, "sh", "-c", script) as process:
+        terminal.read_until("up")
+        assert terminal.attributes() == before
+        terminal.type("\x03")
+        terminal.read_until("got")
+        assert process.wait(PATIENCE_S) == 9
+
+
+def test_run_with_a_terminal_opens_a_shell_and_removes_the_sandbox(ctl: Ctl, terminal: Terminal) -> None:
+    """The line that people type first."""
+    with running(ctl, terminal, "run", "--rm", "-it", "--label", "test=tty") as process:
+        terminal.type("echo $((6 * 7)); exit 3\r")
+        terminal.read_until("42\r\n")
+        assert process.wait(PATIENCE_S) == 3
+    assert "test" not in ctl("ls", "--label", "test=tty", "-q").stdout
+
+
+def test_progress_is_drawn_where_somebody_watches(ctl: Ctl, terminal: Terminal) -> None:
+    """And the result is a table all the same."""
+    with running(ctl, terminal, "image", "build", TERM="xterm") as process:
+        terminal.read_until("ENGINE")
+        assert process.wait(PATIENCE_S) == 0

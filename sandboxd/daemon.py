@@ -78,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     env = dict(os.environ)
     if options.socket:
         env["SANDBOXD_SOCKET"] = os.path.abspath(options.socket)
+    _raise_descriptor_limit()
     try:
         with open_listener(socket_path(env)) as listener:
             anyio.run(functools.partial(run, listener, env, ready_fd=options.ready_fd))
@@ -91,6 +92,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RuntimeFailure, InitError) as error:
         return _fail(failure_from(error), options.ready_fd)
     return Exit.OK
+
+
+def _raise_descriptor_limit() -> None:
+    """Use what the host allows: a sandbox takes about twenty descriptors, most of them for its counters."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _fail(error: Failure, ready_fd: int | None) -> int:

@@ -212,8 +212,10 @@ class Manager:
                 created_at_ms=time.time_ns() // 1_000_000,
                 warnings=(identity.warning,) if identity.warning else (),
             )
-            sandbox = self._register(record)
+            # Again, for others may have come in between; from here to the registration nothing waits.
+            self._check_room(params.name)
             self._journal.put(record)
+            sandbox = self._register(record)
             timings.mark("journal")
             with anyio.CancelScope(shield=True):
                 await self._make(sandbox, engine, workspace, timings)
@@ -609,17 +611,28 @@ class Manager:
             await self.sweep()
 
     async def sweep(self) -> None:
-        """Remove what nobody owns, and finish removals that failed."""
+        """Remove what nobody owns, finish removals that failed, and find again what was out of reach."""
+        usable = {engine.name.value for engine in self._engines.usable()}
+        if any(sandbox.record.engine not in usable for sandbox in self._sandboxes.values()):
+            await self._engines.refresh()
         listed = await self._listed()
         records = [sandbox.record for sandbox in self._sandboxes.values()]
         for decision in reconcile.decide(records, listed, reachable=set(listed)):
-            unfinished = decision.action is reconcile.Action.FORGET and not self._busy(decision.sandbox_id)
-            if decision.action is reconcile.Action.REMOVE_CONTAINER or unfinished:
+            if decision.action is reconcile.Action.REMOVE_CONTAINER or self._is_due(decision):
                 await self._carry_out(decision)
 
-    def _busy(self, sandbox_id: str) -> bool:
-        sandbox = self._sandboxes.get(sandbox_id)
-        return sandbox is None or sandbox.lock.locked() or sandbox.record.state is not State.REMOVING
+    def _is_due(self, decision: reconcile.Decision) -> bool:
+        """Whether a sweep may act: what is under way is left to whoever does it."""
+        sandbox = self._sandboxes.get(decision.sandbox_id)
+        if sandbox is None or sandbox.lock.locked():
+            return False
+        match decision.action:
+            case reconcile.Action.FORGET:
+                return sandbox.record.state is State.REMOVING
+            case reconcile.Action.ADOPT | reconcile.Action.NOTE_STOPPED:
+                return sandbox.record.state in (State.BROKEN, State.LOST)
+            case _:
+                return False
 
     def disconnect_all(self) -> None:
         """Let go of every sandbox; they and their commands go on."""

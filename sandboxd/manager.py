@@ -254,7 +254,7 @@ class Manager:
             timings.mark("prepare")
             container_id = await engine.create(spec)
             timings.mark("engine")
-            await sandbox.connect(container_id)
+            await sandbox.connect(container_id, engine)
             timings.mark("init")
             if source is not None and workspace is not None and source == workspace.path:
                 await self._check_arrived(sandbox, workspace)
@@ -393,7 +393,7 @@ class Manager:
             user=record.user,
             keep_id=record.keep_id,
             hostname=record.name or record.id,
-            limits=record.limits,
+            limits=_passable(record.limits, info),
             mounts=tuple(binds),
             tmpfs=(
                 *(Tmpfs(target=target, size_bytes_max=tmp, executable=True) for target in TMPFS_TARGETS),
@@ -446,7 +446,7 @@ class Manager:
             with self._staged(sandbox, workspace) as source:
                 await engine.start(container_id)
                 timings.mark("engine")
-                await sandbox.connect(container_id)
+                await sandbox.connect(container_id, engine)
                 timings.mark("init")
                 if source is not None and workspace is not None and source == workspace.path:
                     await self._check_arrived(sandbox, workspace)
@@ -516,16 +516,16 @@ class Manager:
             self._note(sandbox, Event.UNREACHABLE, str(error))
         else:
             if facts.state is ContainerState.RUNNING:
-                await self._adopt(sandbox, container_id)
+                await self._adopt(sandbox, engine, container_id)
             else:
                 self._note(sandbox, Event.EXITED, _why_stopped(facts))
 
-    async def _adopt(self, sandbox: Sandbox, container_id: str) -> None:
+    async def _adopt(self, sandbox: Sandbox, engine: Engine, container_id: str) -> None:
         try:
             if not sandbox.connected:
-                await sandbox.connect(container_id)
+                await sandbox.connect(container_id, engine)
                 await sandbox.adopt_commands()
-        except (SandboxGone, InitError) as error:
+        except (SandboxGone, InitError, RuntimeFailure) as error:
             self._note(sandbox, Event.UNREACHABLE, str(error))
             return
         sandbox.change(Event.ADOPTED, container_id=container_id)
@@ -584,7 +584,7 @@ class Manager:
         match decision.action:
             case reconcile.Action.ADOPT:
                 if decision.container is not None:
-                    await self._adopt(sandbox, decision.container.container_id)
+                    await self._adopt(sandbox, self._engine_of(sandbox), decision.container.container_id)
             case reconcile.Action.NOTE_STOPPED:
                 self._note(sandbox, Event.EXITED, decision.reason)
             case reconcile.Action.NOTE_LOST:
@@ -695,6 +695,9 @@ class Manager:
 
     async def _write_limits(self, sandbox: Sandbox, engine: Engine, limits: Limits) -> None:
         """Through the engine, so that its records stay right; what it cannot, straight into the control group."""
+        limits = _passable(limits, engine.info)
+        if limits == Limits():
+            return
         left = await engine.update(_container_id(sandbox), limits)
         if left != Limits():
             sandbox.write_limits(left)
@@ -715,6 +718,22 @@ class Manager:
                 detail=f"{usage.pids} are in use",
                 hint=f"sandboxctl stats {sandbox.record.id}",
             )
+
+
+_FIELD_BY_LIMIT = {
+    "memory": "memory_bytes_max",
+    "cpus": "cpu_millis",
+    "pids": "pids_max",
+    "cpuset": "cpuset_cpus",
+}
+
+
+def _passable(limits: Limits, info: EngineInfo) -> Limits:
+    """The limits that the engine is told: all, unless the caller goes on without those that cannot be enforced."""
+    missing = {entry.limit for entry in enforceable(limits, info)}
+    return msgspec.structs.replace(
+        limits, **{field: None for name, field in _FIELD_BY_LIMIT.items() if name in missing}
+    )
 
 
 def _container_id(sandbox: Sandbox) -> str:

@@ -22,12 +22,13 @@ from collections.abc import Callable
 import anyio.abc
 import msgspec
 
-from runtimes.cgroup.fs import CgroupHandle
+from runtimes.cgroup.fs import CgroupHandle, read_fixed_limits
 from runtimes.cgroup.readings import EffectiveLimits, Usage
 from runtimes.cgroup.verify import LimitProof, verify
+from runtimes.engine import Engine
 from runtimes.errors import CgroupUnreadable
 from runtimes.init.channel import InitChannel
-from runtimes.init.peer import is_container_init
+from runtimes.init.peer import is_container_init, is_namespace_init
 from runtimes.init.wire import CommandState, InitError
 from runtimes.model import Limits
 from sandboxd.commands import CommandTable, remaining_s
@@ -137,8 +138,10 @@ class Sandbox:
 
     # --- init and the control group -------------------------------------------------------------------
 
-    async def connect(self, container_id: str) -> None:
+    async def connect(self, container_id: str, engine: Engine) -> None:
         """Connect to init, make sure that it is the container's PID 1, and take its socket out of reach.
+
+        The kernel says so where the container has a control group of its own; else the engine is asked.
 
         Raises:
             SandboxGone: nobody answers, or somebody else does.
@@ -164,7 +167,7 @@ class Sandbox:
             raise SandboxGone(
                 f"cannot reach the init of sandbox {self.record.id}", detail=str(error), hint="sandboxctl doctor"
             ) from error
-        if not is_container_init(channel.peer.pid, container_id):
+        if not await _is_init_of(channel.peer.pid, container_id, engine):
             channel.close()
             raise SandboxGone(
                 f"cannot trust the init of sandbox {self.record.id}",
@@ -229,10 +232,15 @@ class Sandbox:
 
     def prove(self, *, swap_bytes: int, reported: Limits | None = None) -> tuple[LimitProof, ...]:
         """Read the limits from the control group and compare them with what was requested; kept in ``proofs``."""
-        effective = EffectiveLimits() if self._cgroup is None else self._cgroup.read_limits()
+        effective = self._effective_or_unknown()
         tmpfs = {} if self.record.tmp_bytes_max is None else dict.fromkeys(TMPFS_TARGETS, self.record.tmp_bytes_max)
         self.proofs = verify(self.record.limits, reported, effective, tmpfs=tmpfs, swap_total_bytes=swap_bytes)
         return self.proofs
+
+    def _effective_or_unknown(self) -> EffectiveLimits:
+        if self._cgroup is not None:
+            return self._cgroup.read_limits()
+        return EffectiveLimits() if self.pid is None else read_fixed_limits(self.pid)
 
     def effective_limits(self) -> EffectiveLimits:
         """Read what the kernel holds the sandbox to.
@@ -286,3 +294,9 @@ class Sandbox:
         if age_s >= SAMPLE_AGE_S_MIN:
             self._sample = (now_s, cpu_us)
         return round((cpu_us - sampled_us) / age_s / 10_000, 2)
+
+
+async def _is_init_of(pid: int, container_id: str, engine: Engine) -> bool:
+    if is_container_init(pid, container_id):
+        return True
+    return is_namespace_init(pid) and (await engine.inspect(container_id)).pid == pid

@@ -79,6 +79,22 @@ def host_swap_bytes(*, proc: str = "/proc") -> int:
     return readings.parse_meminfo_swap(_read_path(f"{proc}/meminfo"))
 
 
+def read_fixed_limits(pid: int, *, proc: str = "/proc") -> EffectiveLimits:
+    """The limits of a container that has no control group of its own: open files, /dev/shm and every tmpfs.
+
+    Raises:
+        CgroupUnreadable: the process is gone.
+    """
+    return readings.effective_limits(
+        CgroupVersion.V2,
+        {name: () for name in readings.LIMIT_FILES_V2},
+        cpuset_own=None,
+        cpuset_effective=None,
+        mountinfo=_read_path(f"{proc}/{pid}/mountinfo", bytes_max=TABLE_BYTES_MAX),
+        limits=_read_path(f"{proc}/{pid}/limits"),
+    )
+
+
 class CgroupHandle:
     """The groups of one running container, kept open.
 

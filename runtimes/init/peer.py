@@ -25,21 +25,33 @@ def peer_credentials(connected: socket.socket) -> PeerCredentials:
     return PeerCredentials(*_UCRED.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)))
 
 
-def is_container_init(pid: int, container_id: str) -> bool:
-    """Whether `pid` is PID 1 of that container, one pid namespace below ours.
+def is_namespace_init(pid: int) -> bool:
+    """Whether `pid` is PID 1 of a pid namespace that lies directly below ours.
 
     False also when the process is gone or when anything cannot be read: the question is asked before trusting.
     """
-    if pid <= 0 or _CONTAINER_ID.fullmatch(container_id) is None:
+    if pid <= 0:
         return False
     try:
         theirs = _namespaced_pids(f"/proc/{pid}/status")
         ours = _namespaced_pids("/proc/self/status")
-        with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="replace") as file:
-            in_cgroup = any(container_id in line for line in file)
     except OSError:
         return False
-    return len(ours) > 0 and len(theirs) == len(ours) + 1 and theirs[-1] == "1" and in_cgroup
+    return len(ours) > 0 and len(theirs) == len(ours) + 1 and theirs[-1] == "1"
+
+
+def is_container_init(pid: int, container_id: str) -> bool:
+    """Whether `pid` is PID 1 of that container, whose control group is named for it.
+
+    False where the container has no control group of its own (rootless on cgroup v1): then only the engine knows.
+    """
+    if not is_namespace_init(pid) or _CONTAINER_ID.fullmatch(container_id) is None:
+        return False
+    try:
+        with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="replace") as file:
+            return any(container_id in line for line in file)
+    except OSError:
+        return False
 
 
 def _namespaced_pids(path: str) -> list[str]:

@@ -7,13 +7,14 @@ Four hosts: ``v1`` (nested below another container, swap not counted), ``hybrid`
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 from pathlib import Path
 
 import pytest
 
 from runtimes.cgroup import fs
-from runtimes.cgroup.fs import CgroupHandle, LimitBelowUsage
+from runtimes.cgroup.fs import CgroupHandle, LimitBelowUsage, read_fixed_limits
 from runtimes.cgroup.readings import UNLIMITED, EffectiveLimits, OwnLimits, Pressure, Usage
 from runtimes.errors import CgroupUnreadable
 from runtimes.model import CgroupVersion, Limits
@@ -413,3 +414,11 @@ def test_the_process_that_runs_this_can_be_located() -> None:
 
 def test_the_swap_of_this_host_is_read() -> None:
     assert 0 <= fs.host_swap_bytes() < UNLIMITED
+
+
+def test_limits_that_are_no_control_group_are_read_without_one() -> None:
+    """Rootless on cgroup v1 a container has no group of its own; its open files are limited all the same."""
+    limits = read_fixed_limits(os.getpid())
+    assert limits.nofile_soft_max == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    assert limits.memory_bytes_max is None
+    assert limits.pids_max is None

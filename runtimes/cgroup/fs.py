@@ -87,7 +87,7 @@ def read_fixed_limits(pid: int, *, proc: str = "/proc") -> EffectiveLimits:
     """
     return readings.effective_limits(
         CgroupVersion.V2,
-        {name: () for name in readings.LIMIT_FILES_V2},
+        dict.fromkeys(readings.LIMIT_FILES_V2, ()),
         cpuset_own=None,
         cpuset_effective=None,
         mountinfo=_read_path(f"{proc}/{pid}/mountinfo", bytes_max=TABLE_BYTES_MAX),

@@ -23,6 +23,7 @@ from runtimes.model import (
     Mount,
     Network,
     Tmpfs,
+    User,
 )
 
 CONTAINER_NAME_PREFIX = "sandboxd-"
@@ -89,7 +90,7 @@ def run_argv(client: Client, spec: ContainerSpec) -> list[str]:
         *_limit_flags(client, spec),
         *_environment_flags(client, spec),
         *(flag for mount in spec.mounts for flag in ("--mount", _mount(mount))),
-        *(flag for tmpfs in spec.tmpfs for flag in ("--tmpfs", _tmpfs(client, tmpfs))),
+        *(flag for tmpfs in spec.tmpfs for flag in ("--tmpfs", _tmpfs(client, spec.user, tmpfs))),
         *_network_flags(spec.network),
         f"--hostname={spec.hostname}",
         f"--workdir={spec.working_dir}",
@@ -310,15 +311,20 @@ def _csv_field(field: str) -> str:
     return f'"{escaped}"'
 
 
-def _tmpfs(client: Client, tmpfs: Tmpfs) -> str:
+def _tmpfs(client: Client, user: User, tmpfs: Tmpfs) -> str:
+    """One ``--tmpfs``, owned by the user as well as open to all.
+
+    runc before 1.2 puts back the mode that the image's own folder has (0755 for /run, in most), and the user could
+    not write there. Ownership stays.
+    """
     options = ["rw", f"size={tmpfs.size_bytes_max}", "mode=1777", "nosuid", "nodev"]
     options.append("exec" if tmpfs.executable else "noexec")
     match client.engine:
         case EngineName.DOCKER:
-            pass
+            options += [f"uid={user.uid}", f"gid={user.gid}"]
         case EngineName.PODMAN:
-            # Podman alone would fill it with what the image has at that path.
-            options.append("notmpcopyup")
+            # U is Podman's word for the user of --user. And Podman alone would fill it with what the image has there.
+            options += ["U", "notmpcopyup"]
         case _:
             assert_never(client.engine)
     return f"{tmpfs.target}:{','.join(options)}"

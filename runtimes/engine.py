@@ -9,8 +9,9 @@ Rules that hold for every method:
 * Output of the client is bounded; more than the bound raises ``UnreadableAnswer``.
 * A container is addressed by its full 64-digit id, and only containers that carry both identity labels are
   listed. Names are for people who read ``docker ps``.
-* Cancelling a call ends its client, except ``create``, whose client is left to end by itself: a client that is
-  killed half-way can leave a container without a label. Whoever cancels a create removes by label afterwards.
+* Cancelling a call ends its client, except ``create``, whose client is left to end by itself, for some seconds at
+  most, before the cancellation goes on: a client that is killed half-way can leave a container that appears later.
+  Whoever cancels a create removes by label afterwards, and finds all there is.
 * ``EngineUnavailable`` where the engine is gone, ``EngineRefused`` where it said no; the other errors are
   named per method. No error of python-on-whales, and no OSError, leaves this contract.
 """
@@ -60,6 +61,7 @@ class Engine(Protocol):
 
         Raises:
             ImageNotFound: the image is not held locally; nothing is pulled by surprise.
+            Unsupported: a limit that this engine cannot enforce here, or something it has no words for.
             EngineRefused: the engine said no. A container may have been left behind: remove by label.
 
         Not idempotent: a second create of the same sandbox id is refused by the engine.
@@ -170,6 +172,6 @@ class Engine(Protocol):
             The image id.
 
         Raises:
-            ImageNotFound: a base image cannot be fetched.
+            EngineRefused: a base image cannot be fetched, or a step failed.
         """
         ...

@@ -62,7 +62,10 @@ class Mount(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tmpfs(msgspec.Struct, frozen=True, kw_only=True):
-    """A sized tmpfs, nosuid and nodev, writable by every uid inside (mode 1777)."""
+    """A sized tmpfs, nosuid and nodev, that belongs to PID 1's user and is writable by every uid (mode 1777).
+
+    An old OCI runtime may put back the mode that the image's folder has: then it is writable by that user alone.
+    """
 
     target: str
     size_bytes_max: int

@@ -90,7 +90,7 @@ class TestPlan:
     def test_each_distribution_uses_its_own_tool(self, facts: HostFacts, tool: str) -> None:
         found = recipe(facts)
         assert isinstance(found, Recipe)
-        argv = found.argv("/work/root", ("bash", "git"), "true")
+        argv = found.argv("/build/root", ("bash", "git"), "true")
         assert (found.tool, argv[0]) == (tool, tool)
         assert any("bash" in word for word in argv)
         assert facts.suite in " ".join(argv)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ except ImportError:  # by hand, where only the compiler is needed
     BuildHookInterface = object  # type: ignore[assignment,misc]
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ROOT / "runtimes" / "init"
-SOURCE = SOURCES / "init.c"
-BINARY = SOURCE.with_name("sandbox-init")
-PROGRAMS = {BINARY: SOURCE, SOURCES / "sandbox-provoke": SOURCES / "provoke.c"}
+FOLDER = ROOT / "runtimes" / "init"
+SOURCES = tuple(FOLDER / name for name in ("init.c", "message.c"))
+BINARY = FOLDER / "sandbox-init"
+PROGRAMS = {BINARY: SOURCES, FOLDER / "sandbox-provoke": (FOLDER / "provoke.c",)}
 
 WARNINGS = (
     "-std=c11 -Wall -Wextra -Werror -Wconversion -Wsign-conversion -Wshadow -Wstrict-prototypes "
@@ -56,8 +57,8 @@ def candidates() -> list[list[str]]:
     return [*([chosen] if chosen else []), *([name] for name in COMPILERS)]
 
 
-def compile_init(output: Path, *, source: Path = SOURCE, sanitize: bool = False) -> None:
-    """Compiles `source` to `output`, replacing it atomically.
+def compile_init(output: Path, *, sources: Sequence[Path] = SOURCES, sanitize: bool = False) -> None:
+    """Compiles `sources` to `output`, replacing it atomically.
 
     Raises:
         InitBuildError: no compiler succeeded.
@@ -68,7 +69,7 @@ def compile_init(output: Path, *, source: Path = SOURCE, sanitize: bool = False)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".build-init-") as scratch:
         product = Path(scratch) / "sandbox-init"
         for compiler in candidates():
-            argv = [*compiler, *flags, "-o", str(product), str(source)]
+            argv = [*compiler, *flags, "-o", str(product), *map(str, sources)]
             try:
                 done = subprocess.run(argv, capture_output=True, text=True, check=False)
             except OSError as error:
@@ -80,13 +81,13 @@ def compile_init(output: Path, *, source: Path = SOURCE, sanitize: bool = False)
                 return
             said.append(f"{shlex.join(argv)}\n{done.stderr.strip()}")
     hint = SANITIZE_HINT if sanitize else RELEASE_HINT
-    raise InitBuildError("\n".join([f"cannot compile {source.relative_to(ROOT)}", *said, f"hint: {hint}"]))
+    raise InitBuildError("\n".join([f"cannot compile {sources[0].relative_to(ROOT)}", *said, f"hint: {hint}"]))
 
 
-def is_current(output: Path, source: Path = SOURCE) -> bool:
+def is_current(output: Path, sources: Sequence[Path] = SOURCES) -> bool:
     """Whether `output` is newer than everything it is made from."""
-    made_from = max(source.stat().st_mtime, Path(__file__).stat().st_mtime)
-    return output.exists() and output.stat().st_mtime > made_from
+    made_from = [Path(__file__), *sources, *FOLDER.glob("*.h")]
+    return output.exists() and output.stat().st_mtime > max(file.stat().st_mtime for file in made_from)
 
 
 def wheel_tag() -> str:
@@ -103,9 +104,9 @@ class InitBuildHook(BuildHookInterface):  # type: ignore[type-arg,misc,unused-ig
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if self.target_name != "wheel":
             return
-        for binary, source in PROGRAMS.items():
-            if not is_current(binary, source):
-                compile_init(binary, source=source)
+        for binary, sources in PROGRAMS.items():
+            if not is_current(binary, sources):
+                compile_init(binary, sources=sources)
         build_data["pure_python"] = False
         build_data["tag"] = wheel_tag()
         build_data["artifacts"].extend(str(binary.relative_to(ROOT)) for binary in PROGRAMS)
@@ -117,9 +118,9 @@ def main() -> int:
     parser.add_argument("--sanitize", action="store_true", help="with AddressSanitizer and UBSan, not static")
     options = parser.parse_args()
     try:
-        wanted = PROGRAMS if options.output is None else {options.output: SOURCE}
-        for binary, source in wanted.items():
-            compile_init(binary, source=source, sanitize=options.sanitize)
+        wanted = PROGRAMS if options.output is None else {options.output: SOURCES}
+        for binary, sources in wanted.items():
+            compile_init(binary, sources=sources, sanitize=options.sanitize)
     except InitBuildError as error:
         print(error, file=sys.stderr)
         return 1

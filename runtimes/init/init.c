@@ -82,6 +82,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "message.h"
+
 #define PROGRAM_VERSION "0.1.0"
 #define PROTOCOL_VERSION 1U
 
@@ -91,8 +93,7 @@ enum {
     COMMANDS_MAX = 1024,
     CONNECTIONS_MAX = 8,             /* one bit each in a uint8_t */
     MESSAGE_BYTES_MAX = 192 * 1024,  /* below the kernel's default wmem_max of 208 KiB */
-    REPLY_BYTES_MAX = 16 * 1024,
-    LIST_PAGE_MAX = 256,             /* 256 * 56 bytes fit into REPLY_BYTES_MAX */
+    LIST_PAGE_MAX = 256,             /* 256 * 56 bytes fit into the 16 KiB that the daemon reads at once */
     STRINGS_MAX = 4096,              /* entries of argv, and of env */
     RLIMITS_MAX = 16,                /* as many as Linux has */
     DESCRIPTORS_MAX = 16,            /* received at most; more than 3 are refused */
@@ -284,58 +285,7 @@ static void set_blocked(int index, bool blocked)
     connection->blocked = blocked;
 }
 
-/* ---- reading and writing messages --------------------------------------------------------------------- */
-
-struct reader {
-    unsigned char *at;
-    size_t left;
-    bool bad; /* sticky: checked once, when everything was taken */
-};
-
-static uint64_t take(struct reader *in, size_t width)
-{
-    uint64_t value = 0;
-    if (in->left < width) {
-        in->bad = true;
-        in->left = 0;
-        return 0;
-    }
-    for (size_t i = 0; i < width; i++)
-        value |= (uint64_t)in->at[i] << (8 * i);
-    in->at += width;
-    in->left -= width;
-    return value;
-}
-
-static uint16_t take_u16(struct reader *in)
-{
-    return (uint16_t)take(in, 2);
-}
-
-static uint32_t take_u32(struct reader *in)
-{
-    return (uint32_t)take(in, 4);
-}
-
-static uint64_t take_u64(struct reader *in)
-{
-    return take(in, 8);
-}
-
-/* A string carries its NUL on the wire, outside of its length, so that it can be used where it lies. */
-static char *take_string(struct reader *in)
-{
-    size_t length = take_u32(in);
-    unsigned char *text = in->at;
-    if (in->bad || in->left == 0 || length > in->left - 1 || memchr(text, 0, length) != NULL || text[length] != 0) {
-        in->bad = true;
-        in->left = 0;
-        return NULL;
-    }
-    in->at += length + 1;
-    in->left -= length + 1;
-    return (char *)text;
-}
+/* ---- messages of this protocol ------------------------------------------------------------------------- */
 
 static uint64_t take_command_id(struct reader *in)
 {
@@ -343,34 +293,6 @@ static uint64_t take_command_id(struct reader *in)
     if (id > INT64_MAX)
         in->bad = true;
     return id;
-}
-
-static bool complete(const struct reader *in)
-{
-    return !in->bad && in->left == 0;
-}
-
-struct writer {
-    unsigned char data[REPLY_BYTES_MAX];
-    size_t used;
-};
-
-static struct writer out;
-
-static void put(uint64_t value, size_t width)
-{
-    if (sizeof out.data - out.used < width)
-        abort();
-    for (size_t i = 0; i < width; i++)
-        out.data[out.used++] = (unsigned char)(value >> (8 * i));
-}
-
-static void put_bytes(const void *data, size_t length)
-{
-    if (sizeof out.data - out.used < length)
-        abort();
-    memcpy(out.data + out.used, data, length);
-    out.used += length;
 }
 
 static void put_usage(const struct usage *usage)
@@ -383,10 +305,7 @@ static void put_usage(const struct usage *usage)
 
 static void begin(uint32_t type, uint32_t request_id)
 {
-    out.used = 0;
-    put(MAGIC, 2);
-    put(type, 2);
-    put(request_id, 4);
+    begin_message(MAGIC, type, request_id);
 }
 
 /* ---- signals to processes ----------------------------------------------------------------------------- */
@@ -1060,22 +979,7 @@ static void drop_connection(int index)
 /* Sends what `out` holds. False: it could not be sent; the connection is then blocked or gone. */
 static bool send_out(int index, int descriptor)
 {
-    struct iovec part = {.iov_base = out.data, .iov_len = out.used};
-    union {
-        struct cmsghdr header;
-        char space[CMSG_SPACE(sizeof(int))];
-    } control;
-    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
-    if (descriptor >= 0) {
-        memset(&control, 0, sizeof control);
-        message.msg_control = &control;
-        message.msg_controllen = sizeof control.space;
-        control.header.cmsg_level = SOL_SOCKET;
-        control.header.cmsg_type = SCM_RIGHTS;
-        control.header.cmsg_len = CMSG_LEN(sizeof(int));
-        memcpy(CMSG_DATA(&control.header), &descriptor, sizeof descriptor);
-    }
-    if (sendmsg(connections[index].fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL) >= 0)
+    if (send_message(connections[index].fd, descriptor, MSG_DONTWAIT) == 0)
         return true;
     /* ENOBUFS, ENOMEM and ETOOMANYREFS pass, like a full socket. */
     if (errno == EAGAIN || errno == ENOBUFS || errno == ENOMEM || errno == ETOOMANYREFS)
@@ -1233,8 +1137,7 @@ static void handle_hello(int index, uint32_t request_id, struct reader *in)
     put_bytes(nonce, sizeof nonce);
     put(count_commands(), 4);
     put(COMMANDS_MAX, 4);
-    put(sizeof PROGRAM_VERSION - 1, 4);
-    put_bytes(PROGRAM_VERSION, sizeof PROGRAM_VERSION);
+    put_string(PROGRAM_VERSION, sizeof PROGRAM_VERSION - 1);
     answer(index);
 }
 

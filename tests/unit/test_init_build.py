@@ -79,7 +79,7 @@ def test_a_wheel_holds_the_program_and_is_tagged_for_this_platform(tmp_path: Pat
     with zipfile.ZipFile(wheel) as archive:
         member = archive.getinfo("runtimes/init/sandbox-init")
         assert member.external_attr >> 16 & 0o111 == 0o111
-        assert "runtimes/init/init.c" not in archive.namelist()
+        assert not [name for name in archive.namelist() if name.endswith((".c", ".h"))]
 
 
 def test_a_missing_program_is_an_error_with_the_command_that_builds_it(

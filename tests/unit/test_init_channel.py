@@ -13,15 +13,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import pytest
 
 from runtimes.init import wire
-from runtimes.init.channel import (
-    ChannelClosed,
-    InitChannel,
-    InitProtocolError,
-    InitTimeout,
-    InitUnavailable,
-    RequestRefused,
-    SendFailed,
-)
+from runtimes.init.channel import InitChannel, InitUnavailable, RequestRefused
+from runtimes.init.exchange import ChannelClosed, InitProtocolError, InitTimeout, SendFailed
 from runtimes.init.peer import is_container_init
 from runtimes.init.wire import PtySize, SpawnRequest
 from tests.unit.init_harness import DEADLINE_S, Ends, devnull, open_descriptors, running_init, until
@@ -198,7 +191,7 @@ async def test_a_master_that_arrives_in_the_turn_of_the_cancellation_is_closed()
         fake.say(message(0x8002, request_id, struct.pack("<II", 5, 1)), [master])
         os.close(master)
         os.close(slave)
-        channel._readable()
+        channel._exchange._readable()
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
@@ -264,7 +257,7 @@ async def test_requests_wait_for_room_and_one_that_is_withdrawn_is_never_sent() 
         with devnull() as null:
             asking = [asyncio.ensure_future(channel.spawn(big, (null,) * 3)) for _ in range(6)]
             await asyncio.sleep(0)
-            assert channel._outgoing
+            assert channel._exchange._outgoing
             asking[-1].cancel()
             for task in asking[:-1]:
                 fake.say(message(0x8002, await fake.heard(), struct.pack("<II", 5, 0)))

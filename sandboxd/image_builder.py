@@ -13,7 +13,7 @@ import images
 from images import RootfsError, RootfsFacts, Source
 from runtimes.engine import Engine
 from runtimes.errors import EngineRefused, ImageNotFound, RuntimeFailure
-from runtimes.model import EngineName, ImageFacts
+from runtimes.model import ImageFacts
 from sandboxd.engines import EngineRoom
 from sandboxd.failures import PrerequisiteMissing
 from sandboxd.protocol import ImageBuildParams, ImageBuilt, ImageInfo
@@ -41,7 +41,7 @@ class ImageBuilder:
 
     async def list(self, engine: str | None) -> list[ImageInfo]:
         """The images of one engine, or of all that can be used."""
-        chosen = self._chosen(engine)
+        chosen = await self._chosen(engine)
         return [_image(each, facts) for each in chosen for facts in await each.list_images()]
 
     async def build(self, params: ImageBuildParams, progress: Progress) -> ImageBuilt:
@@ -52,7 +52,7 @@ class ImageBuilder:
         """
         timings = Timings()
         reference = params.reference or self._reference
-        engines = self._chosen(params.engine)
+        engines = await self._chosen(params.engine)
         async with self._building:
             if not params.force:
                 engines = [each for each in engines if not await each.image_exists(reference)]
@@ -70,14 +70,10 @@ class ImageBuilder:
             timings_ms=timings.as_dict(),
         )
 
-    def _chosen(self, engine: str | None) -> Sequence[Engine]:
+    async def _chosen(self, engine: str | None) -> Sequence[Engine]:
         if engine is not None:
-            return [self._engines.get(EngineName(engine))]
-        usable = self._engines.usable()
-        if not usable:
-            default = self._engines.default() or EngineName.PODMAN
-            return [self._engines.get(default)]
-        return usable
+            return [await self._engines.choose(engine)]
+        return self._engines.usable() or [await self._engines.choose("auto")]
 
     async def _make(self, engines: Sequence[Engine], reference: str, source: str, progress: Progress) -> str:
         said: list[str] = []

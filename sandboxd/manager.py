@@ -63,7 +63,7 @@ from sandboxd.protocol import SandboxCreateParams, SandboxUpdateParams
 from sandboxd.running import identity_inside
 from sandboxd.sandbox import INSIDE_BIN, INSIDE_RUN, TMPFS_TARGETS, Sandbox
 from sandboxd.timings import Timings
-from sandboxd.workspace import TARGET, OpenedWorkspace, Stage, identify, open_workspace
+from sandboxd.workspace import TARGET, Identity, OpenedWorkspace, Stage, identify, open_workspace
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +210,7 @@ class Manager:
                 metadata=params.metadata,
                 ephemeral=params.ephemeral,
                 created_at_ms=time.time_ns() // 1_000_000,
-                warnings=(identity.warning,) if identity.warning else (),
+                warnings=_warnings(identity, engine.info),
             )
             # Again, for others may have come in between; from here to the registration nothing waits.
             self._check_room(params.name)
@@ -718,6 +718,11 @@ class Manager:
                 detail=f"{usage.pids} are in use",
                 hint=f"sandboxctl stats {sandbox.record.id}",
             )
+
+
+def _warnings(identity: Identity, info: EngineInfo) -> tuple[str, ...]:
+    selinux = "SELinux does not separate this sandbox from the host" if info.selinux_enforcing else ""
+    return tuple(warning for warning in (identity.warning, selinux) if warning)
 
 
 _FIELD_BY_LIMIT = {

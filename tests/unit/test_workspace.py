@@ -33,7 +33,7 @@ def test_a_directory_that_is_no_project_is_refused(path: str) -> None:
 @pytest.mark.parametrize(
     "path",
     ["/home/me/project", "/home/me/.config/app", "/srv/project", "/tmp/x", "/opt/src", "/run/media/me/stick",
-     "/mnt/disk/project", "/etcetera", "/home/me/.sshfs", "/work/main", "/usr/src/linux"],
+     "/mnt/disk/project", "/etcetera", "/home/me/.sshfs", "/data/project", "/usr/src/linux"],
 )  # fmt: skip
 def test_a_project_is_allowed(path: str) -> None:
     """People keep projects in many places; a name that only begins like a refused one is not refused."""

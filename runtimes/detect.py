@@ -155,7 +155,11 @@ def connect(endpoint: str) -> SocketState:
         return SocketState.REMOTE
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as door:
         door.setblocking(False)
-        code = door.connect_ex(path)
+        try:
+            code = door.connect_ex(path)
+        except (OSError, ValueError):
+            # Longer than a socket's path can be, or with a NUL in it.
+            return SocketState.MISSING
     match code:
         case 0 | errno.EAGAIN | errno.EINPROGRESS:
             return SocketState.OPEN

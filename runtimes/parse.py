@@ -120,7 +120,7 @@ class DockerInfo(msgspec.Struct, frozen=True, rename="pascal"):
     pids_limit: bool = False
     security_options: tuple[str, ...] | None = None
     client_info: DockerClientInfo = DockerClientInfo()
-    host: msgspec.Raw | None = msgspec.field(default=None, name="host")
+    host: dict[str, Any] | None = msgspec.field(default=None, name="host")
     """Only Podman says this: its own stand-in for the ``docker`` program answered."""
 
 

@@ -45,7 +45,7 @@ class Bench:
         self.seccomp_profile = scratch / "seccomp.json"
 
     def held(self, limits: Limits) -> Limits:
-        """Those of the limits that this engine can enforce on this host, a rootless one on v1 none but its rlimits."""
+        """Those of the limits that this engine can enforce here: a rootless one on v1 only its rlimits."""
         able = self.engine.info.capabilities
         assert able is not None
         return msgspec.structs.replace(

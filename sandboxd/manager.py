@@ -498,7 +498,7 @@ class Manager:
         self._tasks.start_soon(self._look_into, sandbox)
 
     async def _look_into(self, sandbox: Sandbox) -> None:
-        """Find out why an init fell silent."""
+        """Find out what became of a sandbox whose init is silent."""
         async with sandbox.lock:
             if sandbox.record.id not in self._sandboxes or sandbox.connected:
                 return
@@ -646,11 +646,14 @@ class Manager:
         return sandbox.prove(swap_bytes=self._host.swap_bytes, reported=reported)
 
     async def facts(self, sandbox: Sandbox) -> ContainerFacts | None:
-        """The engine's view; None when it has none, or does not answer."""
+        """The engine's view; None when it has none, or does not answer. That there is none is written down."""
         if sandbox.record.container_id is None:
             return None
         try:
             return await self._engine_of(sandbox).inspect(sandbox.record.container_id)
+        except ContainerNotFound:
+            await self._look_into(sandbox)
+            return None
         except RuntimeFailure as error:
             logger.warning("cannot inspect %s: %s", sandbox.record.id, error)
             return None

@@ -1,0 +1,307 @@
+"""A real daemon for tests: a process of its own, spoken to as its users do, and what is left when it has gone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from runtimes.model import LABEL_OWNER
+from sandboxd.client import Connection, RpcError
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+IMAGE = "localhost/sandboxd/test:latest"
+ENGINES = ("podman", "docker")
+
+PATIENCE_S = 30.0
+"""A bound for what must happen; nothing takes that long unless it is broken, or the host very busy."""
+
+POLL_S = 0.01
+
+
+def wait_until(condition: Callable[[], Any], what: str) -> Any:
+    """Return what ``condition`` returns, as soon as that is true. Processes and engines tell nobody: they are asked."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"it never happened that {what}"
+        time.sleep(POLL_S)
+    return value
+
+
+class Ran(NamedTuple):
+    """A command that ran in a sandbox."""
+
+    end: dict[str, Any]
+    stdout: bytes
+    stderr: bytes
+
+
+class Daemon:
+    """One daemon with a directory of its own.
+
+    Args:
+        directory: Made if it is not there; socket, state and log are in it.
+        env: On top of this process's environment; None takes a variable away.
+        launcher: What the interpreter is called through, to become another user.
+        python: The interpreter.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        env: Mapping[str, str | None] | None = None,
+        launcher: Sequence[str] = (),
+        python: str = sys.executable,
+    ) -> None:
+        self.directory = directory
+        self.socket = directory / "run" / "s.sock"
+        self.boxes = directory / "run" / "boxes"
+        self.state = directory / "state"
+        self.log = directory / "log"
+        self._launcher = launcher
+        self._python = python
+        self._process: subprocess.Popen[bytes] | None = None
+        changes: dict[str, str | None] = {
+            "SANDBOXD_SOCKET": str(self.socket),
+            "SANDBOXD_STATE_DIR": str(self.state),
+            "SANDBOXD_DEFAULTS_IMAGE": IMAGE,
+            "XDG_CONFIG_HOME": str(directory / "config"),
+            "PYTHONPATH": str(CHECKOUT),
+            **(env or {}),
+        }
+        merged = {**os.environ, **changes}
+        self.env = {name: value for name, value in merged.items() if value is not None}
+        (directory / "run").mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    # --- its life -------------------------------------------------------------------------------------
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def spawn(self) -> tuple[subprocess.Popen[bytes], int]:
+        """Start a process; return it, and the pipe on which it says that it is ready."""
+        ready, told = os.pipe()
+        try:
+            with open(self.log, "ab") as log:
+                process = subprocess.Popen(
+                    [*self._launcher, self._python, "-m", "sandboxd.daemon", "--ready-fd", str(told)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=self.env,
+                    cwd="/",
+                    pass_fds=(told,),
+                )
+        finally:
+            os.close(told)
+        return process, ready
+
+    def start(self) -> None:
+        """Start it and wait until it serves."""
+        self._process, ready = self.spawn()
+        said = read_line(ready)
+        assert said == "ready", f"{said}\n{self.log.read_text()}"
+
+    def stop(self) -> int:
+        """SIGTERM, as a service manager does; return its exit status."""
+        assert self._process is not None
+        self._process.terminate()
+        return self.wait()
+
+    def kill(self) -> None:
+        """SIGKILL, as the kernel does when memory runs out."""
+        assert self._process is not None
+        self._process.kill()
+        self.wait()
+
+    def wait(self) -> int:
+        """Wait until it has ended by itself."""
+        assert self._process is not None
+        status = self._process.wait(PATIENCE_S)
+        self._process = None
+        return status
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None
+
+    # --- speaking to it -------------------------------------------------------------------------------
+
+    def connect(self) -> Connection:
+        return Connection.connect(str(self.socket))
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        """One request over a connection of its own."""
+        with self.connect() as connection:
+            return connection.call(method, params, timeout_s=PATIENCE_S)
+
+    def refusal(self, method: str, **params: Any) -> RpcError:
+        """The error that a request is answered with."""
+        try:
+            reply = self.call(method, **params)
+        except RpcError as error:
+            return error
+        raise AssertionError(f"{method} was not refused: {reply}")
+
+    def create(self, engine: str, **params: Any) -> dict[str, Any]:
+        return self.call("sandbox/create", engine=engine, **params)
+
+    def remove(self, sandbox: Mapping[str, Any]) -> None:
+        self.call("sandbox/kill", sandbox=sandbox["id"])
+
+    @contextlib.contextmanager
+    def box(self, engine: str, **params: Any) -> Iterator[dict[str, Any]]:
+        """A sandbox for the length of a ``with``."""
+        sandbox = self.create(engine, **params)
+        try:
+            yield sandbox
+        finally:
+            with contextlib.suppress(RpcError):
+                self.remove(sandbox)
+
+    def sandboxes(self) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = self.call("sandbox/list")["sandboxes"]
+        return rows
+
+    def state_of(self, sandbox: Mapping[str, Any]) -> str:
+        state: str = self.call("sandbox/get", sandbox=sandbox["id"])["state"]
+        return state
+
+    def run(self, sandbox: Mapping[str, Any], *argv: str, stdin: bytes = b"", **params: Any) -> Ran:
+        """Run a command; its stdio are files in memory, which it writes to by itself."""
+        files = [os.memfd_create(name) for name in ("stdin", "stdout", "stderr")]
+        try:
+            os.write(files[0], stdin)
+            os.lseek(files[0], 0, os.SEEK_SET)
+            fields = {"sandbox": sandbox["id"], "argv": list(argv), "stdio": "descriptors", **params}
+            with self.connect() as connection:
+                end = connection.call("commands/run", fields, files, timeout_s=PATIENCE_S)
+            written = [os.pread(number, os.fstat(number).st_size, 0) for number in files[1:]]
+        finally:
+            for number in files:
+                os.close(number)
+        return Ran(end, *written)
+
+    def sh(self, sandbox: Mapping[str, Any], script: str, **params: Any) -> str:
+        """What a shell script prints that must succeed."""
+        ran = self.run(sandbox, "sh", "-c", script, **params)
+        assert ran.end["exit_code"] == 0, (ran.end, ran.stdout, ran.stderr)
+        return ran.stdout.decode()
+
+    def ctl_argv(self, *words: str) -> list[str]:
+        return [*self._launcher, self._python, "-m", "sandboxd.cli.main", *words]
+
+    def ctl(self, *words: str, stdin: bytes = b"", cwd: str | Path = "/") -> subprocess.CompletedProcess[bytes]:
+        """``sandboxctl``, to its end."""
+        return subprocess.run(
+            self.ctl_argv(*words),
+            input=stdin,
+            capture_output=True,
+            env=self.env,
+            cwd=cwd,
+            timeout=PATIENCE_S,
+            check=False,
+        )
+
+    def ctl_json(self, *words: str) -> Any:
+        done = self.ctl(*words, "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    # --- what there is of it, by others' word ---------------------------------------------------------
+
+    @property
+    def owner(self) -> str:
+        """What its containers are labelled with, read from its journal."""
+        return str(self._query("SELECT value FROM meta WHERE key = 'owner'")[0][0])
+
+    def journal(self) -> list[dict[str, Any]]:
+        """The sandboxes that are written down."""
+        return [json.loads(row[0]) for row in self._query("SELECT record FROM sandboxes")]
+
+    def _query(self, statement: str) -> list[tuple[Any, ...]]:
+        with contextlib.closing(sqlite3.connect(self.state / "journal.sqlite3", timeout=PATIENCE_S)) as database:
+            return database.execute(statement).fetchall()
+
+    def containers(self, engine: str) -> list[str]:
+        """Ids of its containers, running or not, by the engine's own client."""
+        return self.client(engine, "ps", "-aq", "--no-trunc", f"--filter=label={LABEL_OWNER}={self.owner}").split()
+
+    def client(self, engine: str, *words: str) -> str:
+        """What an engine's own client prints."""
+        argv = [*self._launcher, engine, *words]
+        done = subprocess.run(argv, capture_output=True, text=True, env=self.env, timeout=PATIENCE_S, check=False)
+        assert done.returncode == 0, (words, done.stderr)
+        return done.stdout
+
+    def mounts(self) -> list[str]:
+        """Mount points on the host that lie in its directory."""
+        with open("/proc/self/mountinfo", encoding="utf-8") as file:
+            targets = [line.split(" ")[4] for line in file]
+        return [target for target in targets if target.startswith(f"{self.directory}/")]
+
+    def boxes_left(self) -> list[str]:
+        """The directories of sandboxes that are there."""
+        return sorted(os.listdir(self.boxes)) if self.boxes.exists() else []
+
+    def remove_everything(self) -> None:
+        for sandbox in self.sandboxes():
+            self.remove(sandbox)
+
+    def assert_nothing_left(self, engines: Sequence[str] = ENGINES) -> None:
+        """No container, no mount, no directory."""
+        assert {engine: self.containers(engine) for engine in engines} == {engine: [] for engine in engines}
+        assert self.mounts() == []
+        assert self.boxes_left() == []
+
+
+@contextlib.contextmanager
+def running(daemon: Daemon, engines: Sequence[str] = ENGINES) -> Iterator[Daemon]:
+    """The daemon, started; in the end everything that it made is removed, and nothing may be left."""
+    daemon.start()
+    try:
+        yield daemon
+    finally:
+        if not daemon.running:
+            daemon.start()
+        daemon.remove_everything()
+        assert daemon.stop() == 0, daemon.log.read_text()
+        daemon.assert_nothing_left(engines)
+
+
+def read_line(descriptor: int) -> str:
+    """One line from a pipe, or what came before it was closed; the pipe is closed."""
+    said = b""
+    try:
+        while not said.endswith(b"\n"):
+            readable = select.select([descriptor], [], [], PATIENCE_S)[0]
+            portion = os.read(descriptor, 4096) if readable else b""
+            if not portion:
+                break
+            said += portion
+    finally:
+        os.close(descriptor)
+    return said.decode().rstrip("\n")
+
+
+@contextlib.contextmanager
+def ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that is ended, if it has not, and whose pipes are closed."""
+    with process:
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGKILL)

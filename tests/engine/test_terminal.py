@@ -1,0 +1,125 @@
+"""``sandboxctl exec -it``: a terminal of its own inside, and the caller's as it was before, on each engine."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import struct
+import subprocess
+import termios
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from tests.engine.conftest import Box
+from tests.engine.daemons import PATIENCE_S, Daemon, ended, wait_until
+from tests.engine.test_commands import nothing_runs
+
+pytestmark = pytest.mark.engine
+
+
+class Terminal:
+    """A terminal with a person before it."""
+
+    def __init__(self, rows: int, cols: int) -> None:
+        self.master, self.slave = os.openpty()
+        self.said = b""
+        self.resize(rows, cols)
+
+    def close(self) -> None:
+        os.close(self.master)
+        os.close(self.slave)
+
+    def resize(self, rows: int, cols: int) -> None:
+        """The kernel tells the foreground process group by SIGWINCH."""
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
+
+    def type(self, keys: bytes) -> None:
+        os.write(self.master, keys)
+
+    def wait_for(self, text: bytes) -> None:
+        """Read until this was shown."""
+        while text not in self.said:
+            assert select.select([self.master], [], [], PATIENCE_S)[0], f"{text!r} was not shown: {self.said!r}"
+            self.said += os.read(self.master, 65536)
+        self.said = self.said.partition(text)[2]
+
+    @contextmanager
+    def runs(self, daemon: Daemon, *words: str) -> Iterator[subprocess.Popen[bytes]]:
+        """``sandboxctl`` with this for its controlling terminal."""
+        argv = ["setsid", "--ctty", "--wait", *daemon.ctl_argv(*words)]
+        with ended(
+            subprocess.Popen(argv, stdin=self.slave, stdout=self.slave, stderr=self.slave, env=daemon.env)
+        ) as it:
+            yield it
+
+
+@pytest.fixture
+def terminal() -> Iterator[Terminal]:
+    terminal = Terminal(40, 100)
+    yield terminal
+    terminal.close()
+
+
+def test_it_is_a_terminal_inside_with_the_size_of_the_one_outside(
+    daemon: Daemon, box: Box, terminal: Terminal
+) -> None:
+    before = termios.tcgetattr(terminal.slave)
+    script = """
+        tty; echo "<$(stty size)>"
+        until [ "$(stty size)" = "50 120" ]; do sleep 0.05; done
+        echo resized; read line; echo "<$line>"; exit 9
+    """
+    with terminal.runs(daemon, "exec", "-it", box["id"], "sh", "-c", script) as client:
+        terminal.wait_for(b"/dev/pts/")
+        terminal.wait_for(b"<40 100>")
+        terminal.resize(50, 120)
+        terminal.wait_for(b"resized")
+        terminal.type(b"typed\r")
+        terminal.wait_for(b"<typed>")
+        assert client.wait(PATIENCE_S) == 9
+    assert termios.tcgetattr(terminal.slave) == before, "the caller's terminal is as it was"
+
+
+def test_ctrl_c_is_the_commands_to_take(daemon: Daemon, box: Box, terminal: Terminal) -> None:
+    """The caller's terminal passes it on as a byte, and the one inside makes a signal of it."""
+    script = "trap 'echo caught; exit 3' INT; echo ready; while true; do sleep 0.05; done"
+    with terminal.runs(daemon, "exec", "-it", box["id"], "sh", "-c", script) as client:
+        terminal.wait_for(b"ready")
+        terminal.type(b"\x03")
+        terminal.wait_for(b"caught")
+        assert client.wait(PATIENCE_S) == 3
+
+
+def test_a_shell_is_one_line_away(daemon: Daemon, box: Box, terminal: Terminal) -> None:
+    with terminal.runs(daemon, "shell", box["id"]) as client:
+        terminal.wait_for(b"$ ")
+        terminal.type(b"echo $((6 * 7)) $TERM\r")
+        terminal.wait_for(b"42 " + os.environ.get("TERM", "xterm").encode())
+        terminal.type(b"\x04")
+        assert client.wait(PATIENCE_S) == 0
+    wait_until(lambda: nothing_runs(box), "the shell was gone")
+
+
+def test_the_last_words_are_not_lost(daemon: Daemon, box: Box, terminal: Terminal) -> None:
+    with terminal.runs(daemon, "exec", "-it", box["id"], "sh", "-c", "seq 1 20000; echo end") as client:
+        terminal.wait_for(b"19999\r\n20000\r\nend\r\n")
+        assert client.wait(PATIENCE_S) == 0
+
+
+def test_a_terminal_that_is_closed_takes_its_command_along(daemon: Daemon, box: Box, terminal: Terminal) -> None:
+    """As when a window is closed: the kernel hangs up."""
+    with terminal.runs(daemon, "exec", "-it", box["id"], "sh", "-c", "trap '' HUP; echo ready; sleep 1000") as client:
+        terminal.wait_for(b"ready")
+        os.close(terminal.master)
+        terminal.master = os.open(os.devnull, os.O_RDWR)
+        assert client.wait(PATIENCE_S) != 0
+    wait_until(lambda: nothing_runs(box), "nothing of the command was left")
+
+
+def test_a_terminal_that_there_is_not_is_refused(daemon: Daemon, box: Box) -> None:
+    done = daemon.ctl("exec", "-it", box["id"], "true")
+    assert done.returncode == 2
+    assert b"not a terminal" in done.stderr

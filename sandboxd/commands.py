@@ -17,11 +17,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import anyio
-import anyio.abc
 import msgspec
 
 from runtimes.init.channel import InitChannel, RequestRefused, SpawnFailed
 from runtimes.init.wire import Exited, Gone, InitError, InvalidSpawn, Scope, SpawnRequest, SpawnTooLarge
+from sandboxd.background import Background
 from sandboxd.failures import Conflict, NotFound, Timeout
 from sandboxd.journal import CommandRecord
 from sandboxd.protocol import CommandEnd, CommandInfo
@@ -113,18 +113,18 @@ class CommandTable:
     """The commands of one sandbox.
 
     Args:
-        tasks: Where timeouts run: the daemon's own task group.
+        background: Where timeouts run.
         read_oom_kills: The sandbox's counter, from its control group; None when it cannot be read.
         on_forgotten: Told the id of a background command once its end is recorded and nothing of it is left.
     """
 
     def __init__(
         self,
-        tasks: anyio.abc.TaskGroup,
+        background: Background,
         read_oom_kills: Callable[[], int | None],
         on_forgotten: Callable[[int], None],
     ) -> None:
-        self._tasks = tasks
+        self._background = background
         self._read_oom_kills = read_oom_kills
         self._on_forgotten = on_forgotten
         self._channel: InitChannel | None = None
@@ -202,11 +202,11 @@ class CommandTable:
             raise
         except InitError:
             self._live.pop(command.id, None)
-            self._tasks.start_soon(self._kill_unconfirmed, channel, command.id)
+            self._background.start(self._kill_unconfirmed, channel, command.id)
             raise
         command.pid = spawned.pid
         if timeout_s is not None:
-            self._tasks.start_soon(self._enforce_timeout, command, timeout_s, grace_s)
+            self._background.start(self._enforce_timeout, command, timeout_s, grace_s)
         return command, spawned.pty_fd
 
     def adopt(self, record: CommandRecord, *, pid: int, remaining_s: float | None) -> Command:
@@ -222,7 +222,7 @@ class CommandTable:
         command.pid = pid
         self._live[command.id] = command
         if remaining_s is not None:
-            self._tasks.start_soon(self._enforce_timeout, command, remaining_s, record.grace_s)
+            self._background.start(self._enforce_timeout, command, remaining_s, record.grace_s)
         return command
 
     def on_event(self, event: Exited | Gone) -> None:
@@ -351,7 +351,7 @@ class CommandTable:
         self._live.pop(command.id, None)
         command.gone.set()
         if self._channel is not None:
-            self._tasks.start_soon(self._forget, self._channel, command.id)
+            self._background.start(self._forget, self._channel, command.id)
         if command.background:
             self._ended[command.id] = command
             while len(self._ended) > ENDED_KEPT_MAX:

@@ -37,6 +37,7 @@ from runtimes.model import LABEL_OWNER, EngineInfo, EngineName, User
 from runtimes.podman import PodmanEngine
 from runtimes.userns import open_swapped_userns
 from sandboxd import __version__, doctor
+from sandboxd.background import Background
 from sandboxd.config import Config, load_config
 from sandboxd.engines import EngineRoom
 from sandboxd.failures import Conflict, Exit, Failure
@@ -145,7 +146,7 @@ async def run(listener: Listener, env: Mapping[str, str], *, ready_fd: int | Non
                 ),
                 journal=journal,
                 engines=engines,
-                tasks=tasks,
+                background=Background(tasks),
                 userns_fd=userns_fd,
             )
             handlers = _handlers(

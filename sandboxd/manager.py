@@ -7,6 +7,7 @@ shield, so that a client that goes away leaves nothing half-made, and read back 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import os
@@ -17,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from typing import assert_never
 
 import anyio
-import anyio.abc
 import anyio.lowlevel
 import msgspec
 
@@ -45,6 +45,7 @@ from runtimes.model import (
     User,
 )
 from sandboxd import reconcile
+from sandboxd.background import Background
 from sandboxd.config import Config
 from sandboxd.engines import EngineRoom
 from sandboxd.failures import (
@@ -109,7 +110,7 @@ class Manager:
         places: Places,
         journal: Journal,
         engines: EngineRoom,
-        tasks: anyio.abc.TaskGroup,
+        background: Background,
         userns_fd: int | None,
     ) -> None:
         self._config = config
@@ -119,7 +120,7 @@ class Manager:
         self._journal = journal
         self._owner = journal.owner()
         self._engines = engines
-        self._tasks = tasks
+        self._background = background
         self._userns_fd = userns_fd
         self._sandboxes: dict[str, Sandbox] = {}
 
@@ -333,7 +334,7 @@ class Manager:
             record,
             directory=os.path.join(self._places.boxes_dir, record.id),
             journal=self._journal,
-            tasks=self._tasks,
+            background=self._background,
             on_init_lost=self._on_init_lost,
         )
         self._sandboxes[record.id] = sandbox
@@ -473,7 +474,7 @@ class Manager:
 
     def remove_soon(self, sandbox: Sandbox) -> None:
         """Remove a sandbox in the background: an ephemeral one whose connection has closed."""
-        self._tasks.start_soon(self._remove_quietly, sandbox)
+        self._background.start(self._remove_quietly, sandbox)
 
     async def _remove_quietly(self, sandbox: Sandbox) -> None:
         try:
@@ -495,7 +496,7 @@ class Manager:
     # --- noticing what happened -----------------------------------------------------------------------
 
     def _on_init_lost(self, sandbox: Sandbox) -> None:
-        self._tasks.start_soon(self._look_into, sandbox)
+        self._background.start(self._look_into, sandbox)
 
     async def _look_into(self, sandbox: Sandbox) -> None:
         """Find out what became of a sandbox whose init is silent."""
@@ -577,7 +578,7 @@ class Manager:
             elif sandbox is not None:
                 async with sandbox.lock:
                     await self._settle(sandbox, decision)
-        except (RuntimeFailure, Failure) as error:
+        except (RuntimeFailure, Failure, InitError, OSError) as error:
             logger.warning("cannot %s %s: %s", decision.action.value, decision.sandbox_id, error)
 
     async def _settle(self, sandbox: Sandbox, decision: reconcile.Decision) -> None:
@@ -603,12 +604,12 @@ class Manager:
 
     async def sweep_periodically(self) -> None:
         """Look for containers of ours that nobody owns, a few times soon after the start and then now and then."""
-        for pause_s in SWEEP_AFTER_START_S:
+        for pause_s in itertools.chain(SWEEP_AFTER_START_S, itertools.repeat(SWEEP_PERIOD_S)):
             await anyio.sleep(pause_s)
-            await self.sweep()
-        while True:
-            await anyio.sleep(SWEEP_PERIOD_S)
-            await self.sweep()
+            try:
+                await self.sweep()
+            except (RuntimeFailure, Failure, OSError) as error:
+                logger.warning("cannot sweep: %s", error)
 
     async def sweep(self) -> None:
         """Remove what nobody owns, finish removals that failed, and find again what was out of reach."""

@@ -19,7 +19,7 @@ import shutil
 import time
 from collections.abc import Callable
 
-import anyio.abc
+import anyio
 import msgspec
 
 from runtimes.cgroup.fs import CgroupHandle, read_fixed_limits
@@ -31,6 +31,7 @@ from runtimes.init.channel import InitChannel
 from runtimes.init.peer import is_container_init, is_namespace_init
 from runtimes.init.wire import CommandState, InitError
 from runtimes.model import Limits
+from sandboxd.background import Background
 from sandboxd.commands import CommandTable, remaining_s
 from sandboxd.failures import SandboxGone
 from sandboxd.journal import CommandRecord, Journal, SandboxRecord
@@ -65,14 +66,14 @@ class Sandbox:
         *,
         directory: str,
         journal: Journal,
-        tasks: anyio.abc.TaskGroup,
+        background: Background,
         on_init_lost: Callable[[Sandbox], None],
     ) -> None:
         self.record = record
         self.directory = directory
         self.lock = anyio.Lock()
         self.proofs: tuple[LimitProof, ...] = ()
-        self.commands = CommandTable(tasks, self.oom_kills, self._forget_command)
+        self.commands = CommandTable(background, self.oom_kills, self._forget_command)
         self.pid: int | None = None
         self._journal = journal
         self._on_init_lost = on_init_lost

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 UNKNOWN = "-"
 GAP = "   "
-ID_CHARACTERS = 12
+IMAGE_ID_CHARACTERS = 12
 
 _SIZES = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 _AGES = ((86_400, "d"), (3_600, "h"), (60, "m"), (1, "s"))
@@ -96,7 +96,7 @@ def sandbox_list(sandboxes: Sequence[dict[str, Any]], now_ms: int) -> str:
         ("ID", "NAME", "STATE", "ENGINE", "IMAGE", "WORKSPACE", "AGE", "COMMANDS", "VERIFIED"),
         [
             (
-                row["id"][:ID_CHARACTERS],
+                row["id"],
                 _known(row["name"]),
                 row["state"],
                 row["engine"],
@@ -142,7 +142,7 @@ def metrics_table(sandboxes: Sequence[dict[str, Any]]) -> str:
         ("ID", "NAME", "STATE", "CPU", "MEMORY", "PEAK", "PIDS", "THROTTLED", "OOM KILLS", "WAITING"),
         [
             (
-                row["id"][:ID_CHARACTERS],
+                row["id"],
                 _known(row["name"]),
                 row["state"],
                 _cpu(row["cpu_percent"], row["cpu_millis"]),
@@ -210,7 +210,7 @@ def images(rows: Sequence[dict[str, Any]], now_ms: int) -> str:
             (
                 row["engine"],
                 _known(" ".join(row["tags"])),
-                row["image_id"].removeprefix("sha256:")[:ID_CHARACTERS],
+                row["image_id"].removeprefix("sha256:")[:IMAGE_ID_CHARACTERS],
                 size(row["size_bytes"]),
                 age(row["created_at_ms"], now_ms),
             )

@@ -10,18 +10,20 @@ import time
 from sandboxd.cli import render, verb, wire
 from sandboxd.cli.session import (
     FAILURE,
+    USAGE,
     Interrupted,
     call,
     call_each,
     complain,
     connect,
+    env_of,
     exit_code_of,
     request,
     say,
     show,
     show_json,
 )
-from sandboxd.cli.verb import USAGE, Verb
+from sandboxd.cli.verb import Verb
 from sandboxd.client import Connection, RpcError
 
 TYPE_CHECKING = False
@@ -68,7 +70,7 @@ def create(connection: Connection, arguments: argparse.Namespace, *, ephemeral: 
             workspace=workspace,
             limits=wire.part("LimitsParams", **verb.limits_of(arguments)),
             limits_policy=arguments.degraded,
-            env=verb.env_of(arguments),
+            env=env_of(arguments.env_file, arguments.env),
             network=arguments.network,
             metadata=dict(arguments.metadata),
             ephemeral=ephemeral,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from sandboxd.client import Message
 
 FAILURE = 1
+USAGE = 2
 INTERRUPTED = 130
 """128 and SIGINT."""
 
@@ -96,6 +96,18 @@ def request(method: str, **fields: object) -> dict[str, Any]:
         return call(connection, method, None, **fields)
 
 
+def env_of(files: Iterable[Iterable[str]], flags: Iterable[str]) -> dict[str, str]:
+    """The variables that were given; one without a value has the caller's, and is left out if there is none."""
+    env: dict[str, str] = {}
+    for text in (line for lines in (*files, flags) for line in lines):
+        name, equals, value = text.partition("=")
+        if equals:
+            env[name] = value
+        elif name in os.environ:
+            env[name] = os.environ[name]
+    return env
+
+
 def exit_code_of(error: RpcError) -> int:
     """The exit code that a failure of this type has."""
     return EXIT_CODES.get(error.type, FAILURE)
@@ -123,4 +135,6 @@ def show(text: str) -> None:
 
 def show_json(reply: dict[str, Any]) -> None:
     """A reply as it came."""
+    import json
+
     show(json.dumps(reply, indent=2, ensure_ascii=False))

@@ -6,12 +6,12 @@ import argparse
 import os
 import sys
 
+from sandboxd.cli.session import USAGE
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, NoReturn
-
-USAGE = 2
 
 COLUMNS_DEFAULT = 80
 COLUMNS_MAX = 120
@@ -137,18 +137,6 @@ def add_env(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="the same, one per line; lines that start with # are comments",
     )
-
-
-def env_of(arguments: argparse.Namespace) -> dict[str, str]:
-    """The variables that were given; a name that the caller's environment lacks is left out."""
-    env: dict[str, str] = {}
-    for text in (line for lines in (*arguments.env_file, arguments.env) for line in lines):
-        name, equals, value = text.partition("=")
-        if equals:
-            env[name] = value
-        elif name in os.environ:
-            env[name] = os.environ[name]
-    return env
 
 
 def pair(text: str) -> tuple[str, str]:

@@ -12,7 +12,8 @@ PATIENCE_S = 20
 ROOT = Path(__file__).parents[2]
 STUB = Path(__file__).with_name("stub_server.py")
 
-CTL = (sys.executable, "-m", "sandboxd.cli.main")
+CTL = (sys.executable, "-P", str(ROOT / "sandboxd" / "cli" / "sandboxctl"))
+"""As it is installed. ``-P``: its directory is no place to import from."""
 
 
 def environment(directory: Path, **more: str) -> dict[str, str]:

@@ -345,6 +345,7 @@ def test_a_shell_reads_commands_also_without_a_terminal(ctl: Ctl, box: str) -> N
 def test_ls_can_be_a_table_ids_or_json(ctl: Ctl, box: str) -> None:
     """For people, for xargs, for programs."""
     assert ctl("ls").stdout.startswith("ID ")
+    assert f"\n{box} " in ctl("ls").stdout
     assert box in ctl("ls", "-q").stdout.split()
     assert box in [row["id"] for row in replies(ctl("ls", "--json").stdout)[0]["sandboxes"]]
 
@@ -446,6 +447,11 @@ def test_completion_knows_every_verb(ctl: Ctl, shell: str) -> None:
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
+def test_stats_show_ids_that_can_be_typed(ctl: Ctl, box: str) -> None:
+    """Whole, as ``ls`` does: half an id is no name."""
+    assert f"\n{box} " in ctl("stats").stdout
+
+
 # --- without a daemon
 
 
@@ -505,3 +511,27 @@ def test_a_hot_verb_imports_nothing_heavy(ctl: Ctl, box: str, verb: str) -> None
         check=True,
     )
     assert not HEAVY & set(done.stderr.split())
+
+
+WRAPPERS = {
+    *("re", "enum", "argparse", "json", "socket", "signal", "selectors", "gettext", "locale", "typing", "functools"),
+    *("collections", "importlib", "contextlib", "fcntl", "termios"),
+}
+
+
+def imported(command: tuple[str, ...], env: dict[str, str]) -> set[str]:
+    """All modules that a Python process imports."""
+    interpreter, *arguments = command
+    done = subprocess.run(
+        [interpreter, "-X", "importtime", *arguments], env=env, capture_output=True, text=True, check=True
+    )
+    return {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+
+
+@pytest.mark.parametrize("flags", [(), ("-i", "-e", "A=b", "-w", "/"), ("--timeout", "9s"), ("-d",)])
+def test_exec_imports_no_more_than_it_needs(ctl: Ctl, box: str, flags: tuple[str, ...]) -> None:
+    """Each call of it is a process: what these cost together is more than all the rest, the interpreter included."""
+    anyway = imported((sys.executable, "-c", "pass"), ctl.env)
+    ours = imported((*CTL, "exec", *flags, box, "true"), ctl.env) - anyway
+    assert "sandboxd.cli.execution" in ours
+    assert not WRAPPERS & ours

@@ -126,6 +126,14 @@ def test_text_that_is_not_utf_8_is_refused_before_it_is_sent(connection: Connect
     assert connection.call("daemon/info", {}) == {}
 
 
+def test_a_number_that_json_lacks_is_refused_before_it_is_sent(connection: Connection) -> None:
+    """The daemon could only say that it cannot read the message, and not which."""
+    with pytest.raises(RpcError) as raised:
+        connection.call("commands/run", RUN | {"timeout": float("nan")})
+    assert raised.value.type == "invalid_argument"
+    assert connection.call("daemon/info", {}) == {}
+
+
 def test_a_request_that_is_too_large_is_told_so(connection: Connection) -> None:
     """The daemon hangs up in the middle of it, and its reason must not be lost in a broken pipe."""
     with pytest.raises(RpcError) as raised:
@@ -219,4 +227,5 @@ def test_importing_the_client_imports_little() -> None:
     script = "import sys, sandboxd.client; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     heavy = {"msgspec", "anyio", "asyncio", "subprocess", "typing", "argparse", "sandboxd.protocol", "logging"}
+    heavy |= {"json", "socket", "re", "enum", "selectors"}
     assert not heavy & set(loaded)

@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from sandboxd import failures, protocol
-from sandboxd.cli import commands, wire, wire_table
+from sandboxd.cli import execution, wire, wire_table
 from sandboxd.cli.verb import LIMITS, LIMITS_OF_CREATE
 
 
@@ -35,6 +35,6 @@ def test_every_limit_has_a_flag() -> None:
 def test_exit_codes_are_those_of_the_failures() -> None:
     """They are written twice, because the failures are too heavy to import there."""
     assert {failure.type: int(failure.exit_code) for failure in failures.FAILURES} == wire_table.EXIT_CODES
-    ours = (commands.EXEC_FAILED, commands.NOT_EXECUTABLE, commands.NOT_FOUND, commands.SIGNAL_BASE)
+    ours = (execution.EXEC_FAILED, execution.NOT_EXECUTABLE, execution.NOT_FOUND, execution.SIGNAL_BASE)
     theirs = failures.Exit
     assert ours == (theirs.EXEC_FAILED, theirs.NOT_EXECUTABLE, theirs.NOT_FOUND, theirs.SIGNAL_BASE)

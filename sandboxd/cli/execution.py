@@ -1,0 +1,134 @@
+"""Carries out ``exec``, and what ``run`` and ``shell`` share with it: a command to its end, and its exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from sandboxd.cli.attach import Attached
+from sandboxd.cli.session import USAGE, call, complain, connect, env_of, say, show, show_json
+from sandboxd.cli.shortcut import without_dashes
+from sandboxd.client import RpcError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from typing import Any
+
+    from sandboxd.cli.shortcut import ExecArguments
+    from sandboxd.client import Connection
+
+EXEC_FAILED = 125
+NOT_EXECUTABLE = 126
+NOT_FOUND = 127
+TIMED_OUT = 124
+"""As ``timeout`` of the coreutils has it."""
+SIGNAL_BASE = 128
+
+SHELLS = ("bash", "sh")
+DEFAULT_TERM = "xterm"
+
+VERDICTS = {
+    "timeout": "the command ran into its time limit",
+    "oom": "the kernel ended processes of this sandbox because its memory limit was reached",
+    "lost": "nobody knows how the command ended",
+}
+
+
+def execute(arguments: argparse.Namespace | ExecArguments) -> int:
+    """Run the command of ``exec`` and return the exit code."""
+    argv = without_dashes(arguments.command)
+    if not argv:
+        say("which command?")
+        sys.stderr.write("hint: sandboxctl exec --help\n")
+        return USAGE
+    env = env_of(arguments.env_file, arguments.env)
+    try:
+        if arguments.detach:
+            return _start(arguments, argv, env)
+        if not tty_is_possible(arguments.tty):
+            return USAGE
+        with connect() as connection:
+            return run_in(connection, arguments.sandbox, argv, arguments, env)
+    except RpcError as error:
+        return fail(error)
+
+
+def _start(arguments: argparse.Namespace | ExecArguments, argv: list[str], env: dict[str, str]) -> int:
+    with connect() as connection:
+        started = call(
+            connection,
+            "commands/start",
+            sandbox=arguments.sandbox,
+            argv=argv,
+            env=env,
+            cwd=arguments.cwd,
+            user=arguments.user,
+            timeout=arguments.timeout,
+        )
+    if arguments.json:
+        show_json(started)
+    else:
+        show(started["command_id"])
+    return 0
+
+
+def run_in(
+    connection: Connection,
+    sandbox: str,
+    argv: list[str],
+    arguments: argparse.Namespace | ExecArguments,
+    env: dict[str, str],
+) -> int:
+    """Run ``argv``, or the first shell that there is, and return the exit code."""
+    if arguments.tty:
+        env.setdefault("TERM", os.environ.get("TERM", DEFAULT_TERM))
+    fields = {
+        "sandbox": sandbox,
+        "env": env,
+        "cwd": arguments.cwd,
+        "user": arguments.user,
+        "timeout": arguments.timeout,
+    }
+    candidates = [argv] if argv else [[shell] for shell in SHELLS]
+    for candidate in candidates:
+        attached = Attached(connection, tty=arguments.tty, interactive=arguments.interactive)
+        try:
+            return _exit_code_of(attached.run({**fields, "argv": candidate}))
+        except RpcError as error:
+            if candidate is candidates[-1] or not _is_not_found(error):
+                raise
+    raise AssertionError("there is always a last candidate")
+
+
+def _exit_code_of(end: dict[str, Any]) -> int:
+    status = end["status"]
+    if status in VERDICTS:
+        say(VERDICTS[status])
+    if status == "timeout":
+        return TIMED_OUT
+    if end["exit_code"] is not None:
+        return int(end["exit_code"])
+    return SIGNAL_BASE + int(end["signal"]) if end["signal"] else EXEC_FAILED
+
+
+def _is_not_found(error: RpcError) -> bool:
+    return error.type == "command_not_started" and error.detail.startswith("ENOENT")
+
+
+def fail(error: RpcError) -> int:
+    """Complain; our own failures have codes that are not the command's, as those of ``docker run``."""
+    complain(error)
+    if error.type == "invalid_argument":
+        return USAGE
+    if error.type == "command_not_started":
+        return NOT_FOUND if _is_not_found(error) else NOT_EXECUTABLE
+    return EXEC_FAILED
+
+
+def tty_is_possible(wanted: bool) -> bool:
+    """Whether there is a terminal to give, if one is wanted; says so if not."""
+    if wanted and not os.isatty(0):
+        say("cannot use -t: stdin is not a terminal")
+        return False
+    return True

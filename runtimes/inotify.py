@@ -1,0 +1,176 @@
+"""Being woken when a file changes: all watches of the process on one inotify instance.
+
+A watch is armed for one event. A program that writes a million times between two looks at its file causes one
+event and one wake-up, the kernel's queue holds two entries per armed watch at most, and while nobody waits the
+writer pays nothing.
+
+inotify does not tell everything: a write through a shared mapping or through io_submit(2) makes no event. Whoever
+must not miss those looks now and then as well.
+
+Works directly on the asyncio loop, as `runtimes.init.channel` does. Source: inotify(7), inotify_add_watch(2).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import struct
+from types import TracebackType
+from typing import Self
+
+from runtimes.errors import Unsupported
+
+IN_MODIFY = 0x2
+_IN_Q_OVERFLOW = 0x4000
+_IN_ONESHOT = 0x80000000
+_EVENT = struct.Struct("=iIII")
+"""struct inotify_event: wd, mask, cookie, and how many bytes of a name follow."""
+_READ_BYTES = 16 * 1024
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.inotify_add_watch.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32)
+
+
+class WatchRefused(Unsupported):
+    """The kernel gives no more watches, or no more inotify instances."""
+
+
+class Inotify:
+    """One inotify instance, of one running event loop.
+
+    Raises:
+        WatchRefused: this user has too many instances.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._fd: int = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        if self._fd < 0:
+            raise _refused("cannot follow files", "fs.inotify.max_user_instances")
+        self._armed: dict[int, set[Watch]] = {}
+        self._loop.add_reader(self._fd, self._on_readable)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wake all, and watch no more. Idempotent."""
+        if self._fd < 0:
+            return
+        self._loop.remove_reader(self._fd)
+        os.close(self._fd)
+        self._fd = -1
+        self._wake_all()
+
+    def watch(self, fd: int) -> Watch:
+        """A watch on the file behind ``fd``, not yet armed. The descriptor must outlive it."""
+        return Watch(self, fd)
+
+    @property
+    def armed_count(self) -> int:
+        """On how many files the kernel is asked to tell of a change."""
+        return len(self._armed)
+
+    def arm(self, watch: Watch, fd: int) -> int:
+        """Ask for the next event of the file behind ``fd``; used by `Watch.arm`.
+
+        Returns:
+            The kernel's number for it. Several watches of one file share one.
+
+        Raises:
+            WatchRefused: the kernel gives no more watches.
+        """
+        number: int = _libc.inotify_add_watch(self._fd, b"/proc/self/fd/%d" % fd, IN_MODIFY | _IN_ONESHOT)
+        if number < 0:
+            raise _refused("cannot follow a file", "fs.inotify.max_user_watches")
+        self._armed.setdefault(number, set()).add(watch)
+        return number
+
+    def disarm(self, watch: Watch, number: int) -> None:
+        """Take back what ``arm`` asked for; used by `Watch`. Idempotent."""
+        watches = self._armed.get(number, set())
+        watches.discard(watch)
+        if number in self._armed and not watches:
+            del self._armed[number]
+            # EINVAL when its event is in the queue already; then it is gone, and the event finds nobody.
+            _libc.inotify_rm_watch(self._fd, number)
+
+    def _on_readable(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            data = os.read(self._fd, _READ_BYTES)
+            position = 0
+            while position < len(data):
+                number, mask, _, name_bytes = _EVENT.unpack_from(data, position)
+                position += _EVENT.size + name_bytes
+                if mask & _IN_Q_OVERFLOW:
+                    self._wake_all()
+                for watch in self._armed.pop(number, ()):
+                    watch.on_event()
+
+    def _wake_all(self) -> None:
+        armed, self._armed = self._armed, {}
+        for watches in armed.values():
+            for watch in watches:
+                watch.on_event()
+
+
+class Watch:
+    """Wakes one waiter when one file was written to, truncated or punched, or when somebody says ``wake``.
+
+    In this order, so that nothing is missed: ``arm``, look at the file, and ``wait`` if there was nothing new.
+    """
+
+    def __init__(self, inotify: Inotify, fd: int) -> None:
+        self._inotify = inotify
+        self._fd = fd
+        self._number: int | None = None
+        self._woken = asyncio.Event()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def arm(self) -> None:
+        """Let the next ``wait`` last until something happens after this call.
+
+        Raises:
+            WatchRefused: the kernel gives no more watches.
+        """
+        self._woken.clear()
+        if self._number is None:
+            self._number = self._inotify.arm(self, self._fd)
+
+    async def wait(self) -> None:
+        """Wait until the file has changed since ``arm``, or ``wake`` was called. May be cancelled."""
+        await self._woken.wait()
+
+    def wake(self) -> None:
+        """End the wait."""
+        self._woken.set()
+
+    def on_event(self) -> None:
+        """Take note that the file changed; called by `Inotify`."""
+        self._number = None
+        self.wake()
+
+    def close(self) -> None:
+        """Watch no more. Idempotent."""
+        if self._number is not None:
+            self._inotify.disarm(self, self._number)
+            self._number = None
+
+
+def _refused(brief: str, setting: str) -> WatchRefused:
+    code = ctypes.get_errno()
+    return WatchRefused(brief, detail=f"inotify: {os.strerror(code)}", hint=f"sysctl {setting} shows the limit")

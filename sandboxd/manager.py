@@ -591,7 +591,10 @@ class Manager:
             case reconcile.Action.NOTE_LOST:
                 self._note(sandbox, Event.VANISHED, decision.reason)
             case reconcile.Action.NOTE_UNREACHABLE:
-                if sandbox.record.state not in (State.CREATING, State.REMOVING):
+                if sandbox.record.state in (State.CREATING, State.REMOVING) or sandbox.record.ephemeral:
+                    # Nobody waits for it: it goes as soon as its engine answers again.
+                    sandbox.change(Event.REMOVE, reason=decision.reason)
+                else:
                     self._note(sandbox, Event.UNREACHABLE, decision.reason)
             case reconcile.Action.FORGET:
                 sandbox.change(Event.REMOVE, reason=decision.reason)
@@ -632,6 +635,8 @@ class Manager:
                 return sandbox.record.state is State.REMOVING
             case reconcile.Action.ADOPT | reconcile.Action.NOTE_STOPPED:
                 return sandbox.record.state in (State.BROKEN, State.LOST)
+            case reconcile.Action.NOTE_LOST:
+                return sandbox.record.state in (State.BROKEN, State.STOPPED)
             case _:
                 return False
 

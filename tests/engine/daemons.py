@@ -29,7 +29,7 @@ POLL_S = 0.01
 
 
 def wait_until(condition: Callable[[], Any], what: str) -> Any:
-    """Return what ``condition`` returns, as soon as that is true. Processes and engines tell nobody: they are asked."""
+    """Return what ``condition`` returns, as soon as that is true. Kernel and engines tell nobody: they are asked."""
     deadline = time.monotonic() + PATIENCE_S
     while not (value := condition()):
         assert time.monotonic() < deadline, f"it never happened that {what}"

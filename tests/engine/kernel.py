@@ -1,13 +1,9 @@
-"""What the kernel says of a process's limits and of its control group, read by hand: no code of the product is used."""
+"""What the kernel says of a process's limits and of its control group, read without any code of the product."""
 
 from __future__ import annotations
 
 import os
 from typing import NamedTuple
-
-PERIOD_US = 100_000
-UNLIMITED_V1 = 1 << 62
-"""v1 says a huge number for "none"."""
 
 
 class Held(NamedTuple):

@@ -112,8 +112,8 @@ def test_the_root_file_system_is_read_only(daemon: Daemon, cell: Box, user: str 
 def test_only_sized_places_and_the_project_can_be_written_to(daemon: Daemon, cell: Box) -> None:
     """Anything else would be a place on the host that no limit bounds."""
     script = r"""
-        { awk '{print $2}' /proc/mounts; find / \( -path /proc -o -path /sys \) -prune -o -type d -print; } | sort -u |
-        while read -r place; do
+        { awk '{print $2}' /proc/mounts; find / \( -path /proc -o -path /sys \) -prune -o -type d -print; } |
+        sort -u | while read -r place; do
             if [ -d "$place" ]; then touch "$place/probe" && rm "$place/probe" && echo "$place"
             elif [ -w "$place" ] && ! [ -c "$place" ]; then echo "$place"; fi
         done 2>/dev/null; true

@@ -1,0 +1,306 @@
+"""The use cases when an engine fails them: what is undone, what is kept, and what is finished later."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import anyio
+import pytest
+
+from runtimes.errors import EngineRefused, EngineTimeout, EngineUnavailable, ImageNotFound, RuntimeFailure
+from runtimes.model import ContainerSpec, EngineInfo, User
+from sandboxd.background import Background
+from sandboxd.config import Config, Daemon
+from sandboxd.engines import EngineRoom
+from sandboxd.failures import CapacityExceeded, Conflict, InvalidArgument, NotFound, SandboxGone
+from sandboxd.journal import Journal, SandboxRecord
+from sandboxd.lifecycle import State
+from sandboxd.limits import Host
+from sandboxd.manager import Caller, Manager, Places
+from sandboxd.protocol import LimitsParams, SandboxCreateParams
+from sandboxd.timings import Timings
+from sandboxd.translation import failure_from
+from tests.fakes.fake_engine import FakeEngine
+from tests.unit.records import record
+
+pytestmark = pytest.mark.anyio
+
+IMAGE = "localhost/sandboxd/default:latest"
+UNAVAILABLE = EngineUnavailable("cannot reach podman", detail="nobody answers", hint="podman info")
+REFUSED = EngineRefused("cannot create a container", detail="the disk is full")
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers of the fake engine have no init, and nobody is to wait for one."""
+    monkeypatch.setattr("sandboxd.sandbox.INIT_DEADLINE_S", 0.05)
+
+
+class World:
+    """A manager over one fake engine, and what is written down."""
+
+    def __init__(self, directory: Path) -> None:
+        self.engine = FakeEngine(images=(IMAGE,))
+        self.boxes = directory / "boxes"
+        self.boxes.mkdir()
+        self.journal = Journal.open(str(directory / "journal.sqlite3"))
+        self.manager: Manager
+
+    @asynccontextmanager
+    async def managed(self, config: Config | None = None) -> AsyncIterator[Manager]:
+        """A manager as a daemon has one, for as long as that daemon lives."""
+
+        async def detect() -> Sequence[EngineInfo]:
+            return [self.engine.info]
+
+        room = EngineRoom(detect, lambda _: self.engine)
+        await room.refresh()
+        async with anyio.create_task_group() as tasks:
+            self.manager = Manager(
+                config=config or Config(),
+                host=Host(cpus_online=(0, 1), memory_bytes=2**33, swap_bytes=0, pid_max=2**22),
+                caller=Caller(user=User(uid=1000, gid=1000), home="/home/somebody"),
+                places=Places(boxes_dir=str(self.boxes), bin_dir="/bin", seccomp_profile="/seccomp.json"),
+                journal=self.journal,
+                engines=room,
+                background=Background(tasks),
+                userns_fd=None,
+            )
+            yield self.manager
+            tasks.cancel_scope.cancel()
+
+    async def container_of(self, box: SandboxRecord) -> SandboxRecord:
+        """A container for a record, as a former daemon had made it; the record with its id."""
+        container_id = await self.engine.create(
+            ContainerSpec(
+                sandbox_id=box.id,
+                owner=self.journal.owner(),
+                image=IMAGE,
+                command=("/init",),
+                user=box.user,
+                seccomp_profile="/seccomp.json",
+            )
+        )
+        found = record(id=box.id, state=box.state, ephemeral=box.ephemeral, container_id=container_id)
+        self.journal.put(found)
+        return found
+
+    async def containers(self) -> list[str]:
+        return [row.container_id for row in await self.engine.list_containers(owner=self.journal.owner())]
+
+    async def assert_empty(self) -> None:
+        assert self.manager.all() == []
+        assert self.journal.sandboxes() == []
+        assert await self.containers() == []
+        assert os.listdir(self.boxes) == []
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("said", "type_"),
+    [
+        (REFUSED, "engine_refused"),
+        (EngineTimeout("cannot create a container", detail="`podman run` took too long"), "engine_unavailable"),
+        (UNAVAILABLE, "engine_unavailable"),
+        (ImageNotFound("cannot create a container", hint="sandboxctl image build"), "prerequisite_missing"),
+    ],
+    ids=["refused", "timeout", "unavailable", "no image"],
+)
+async def test_a_create_that_the_engine_fails_leaves_nothing(world: World, said: RuntimeFailure, type_: str) -> None:
+    """And what the engine said arrives as it was: nobody can mend "something went wrong"."""
+    async with world.managed() as manager:
+        world.engine.fail_next("create", said)
+        with pytest.raises(RuntimeFailure) as caught:
+            await manager.create(SandboxCreateParams(), Timings())
+        failure = failure_from(caught.value)
+        assert (failure.type, failure.detail, failure.hint) == (type_, said.detail, said.hint)
+        assert "remove_sandbox" in world.engine.calls, "a client that failed may have left a container"
+        await world.assert_empty()
+
+
+async def test_a_container_whose_init_is_silent_is_removed(world: World) -> None:
+    async with world.managed() as manager:
+        with pytest.raises(SandboxGone):
+            await manager.create(SandboxCreateParams(), Timings())
+        await world.assert_empty()
+
+
+async def test_an_image_that_is_not_there_is_the_engines_word(world: World) -> None:
+    async with world.managed() as manager:
+        with pytest.raises(ImageNotFound):
+            await manager.create(SandboxCreateParams(image="localhost/no/such:image"), Timings())
+        await world.assert_empty()
+
+
+async def test_what_a_failed_create_cannot_undo_is_undone_by_the_next_sweep(world: World) -> None:
+    """An engine that stops answering in the middle must not leave a container that nobody owns."""
+    async with world.managed() as manager:
+        world.engine.fail_next("remove_sandbox", UNAVAILABLE)
+        with pytest.raises(SandboxGone):
+            await manager.create(SandboxCreateParams(), Timings())
+        (left,) = manager.all()
+        assert left.record.state is State.REMOVING
+        assert "nobody answers" not in left.record.state_reason, "it is one clause"
+        assert [row.state for row in world.journal.sandboxes()] == [State.REMOVING]
+        assert len(await world.containers()) == 1
+        await manager.sweep()
+        await world.assert_empty()
+
+
+async def test_a_removal_that_failed_says_so_and_is_finished_by_the_next_sweep(world: World) -> None:
+    async with world.managed() as manager:
+        await world.container_of(record(state=State.STOPPED))
+        await manager.recover()
+        (box,) = manager.all()
+        world.engine.fail_next("remove", UNAVAILABLE)
+        with pytest.raises(EngineUnavailable):
+            await manager.remove(box, Timings())
+        assert box.record.state is State.REMOVING
+        assert len(await world.containers()) == 1
+        await manager.sweep()
+        await world.assert_empty()
+
+
+async def test_a_removal_that_failed_can_be_asked_for_again(world: World) -> None:
+    async with world.managed() as manager:
+        await world.container_of(record(state=State.STOPPED))
+        await manager.recover()
+        (box,) = manager.all()
+        world.engine.fail_next("remove", UNAVAILABLE)
+        with pytest.raises(EngineUnavailable):
+            await manager.remove(box, Timings())
+        await manager.remove(box, Timings())
+        await world.assert_empty()
+
+
+async def test_a_sandbox_whose_engine_does_not_answer_is_kept_and_looked_at_again(world: World) -> None:
+    """An engine that starts later than the daemon must not cost anybody a sandbox."""
+    box = await world.container_of(record())
+    async with world.managed() as manager:
+        world.engine.fail_next("list_containers", UNAVAILABLE)
+        await manager.recover()
+        (kept,) = manager.all()
+        assert kept.record.state is State.BROKEN
+        assert "does not answer" in kept.record.state_reason
+        assert await world.containers() == [box.container_id]
+        world.engine.end(str(box.container_id))
+        await manager.sweep()
+        assert (kept.record.state, kept.record.state_reason) == (State.STOPPED, "its container is exited")
+
+
+@pytest.mark.parametrize(
+    "left",
+    [record(state=State.CREATING, container_id=None), record(state=State.REMOVING), record(ephemeral=True)],
+    ids=["being created", "being removed", "ephemeral"],
+)
+async def test_what_nobody_waits_for_goes_as_soon_as_its_engine_answers(world: World, left: SandboxRecord) -> None:
+    await world.container_of(left)
+    world.journal.put(left)
+    async with world.managed() as manager:
+        world.engine.fail_next("list_containers", UNAVAILABLE)
+        await manager.recover()
+        assert [box.record.state for box in manager.all()] == [State.REMOVING]
+        await manager.sweep()
+        await world.assert_empty()
+
+
+async def test_a_stopped_sandbox_whose_container_vanished_is_lost(world: World) -> None:
+    """Docker tells of the end of a container before it has removed it."""
+    box = await world.container_of(record(state=State.STOPPED))
+    async with world.managed() as manager:
+        world.engine.end(str(box.container_id))
+        await manager.recover()
+        (kept,) = manager.all()
+        assert kept.record.state is State.STOPPED
+        await world.engine.remove(str(box.container_id))
+        await manager.sweep()
+        assert kept.record.state is State.LOST
+        await manager.remove(kept, Timings())
+        await world.assert_empty()
+
+
+async def test_a_container_with_our_label_that_nobody_owns_is_removed_and_others_are_not(world: World) -> None:
+    async with world.managed() as manager:
+        await world.container_of(record(id="sb-nobodys111"))
+        world.journal.delete("sb-nobodys111")
+        foreign = await world.engine.create(
+            ContainerSpec(
+                sandbox_id="sb-foreign111",
+                owner="somebody-else",
+                image=IMAGE,
+                command=("/init",),
+                user=User(uid=1000, gid=1000),
+                seccomp_profile="/seccomp.json",
+            )
+        )
+        (world.boxes / "sb-nobodys111").mkdir()
+        await manager.recover()
+        await world.assert_empty()
+        assert [row.container_id for row in await world.engine.list_containers(owner="somebody-else")] == [foreign]
+
+
+async def test_a_sweep_leaves_a_create_in_flight_alone(world: World) -> None:
+    """Its container may be in the engine's list before its id is known here."""
+    async with world.managed() as manager, anyio.create_task_group() as tasks:
+        world.engine.hang("inspect")
+        world.engine.hang("create")
+
+        async def create() -> None:
+            with pytest.raises(SandboxGone):
+                await manager.create(SandboxCreateParams(), Timings())
+
+        tasks.start_soon(create)
+        while "create" not in world.engine.calls:
+            await anyio.lowlevel.checkpoint()
+        await manager.sweep()
+        assert [box.record.state for box in manager.all()] == [State.CREATING]
+        assert {"remove", "remove_sandbox"}.isdisjoint(world.engine.calls)
+        world.engine.release("create")
+
+
+async def test_nonsense_is_refused_before_anything_is_written_down(world: World) -> None:
+    async with world.managed() as manager:
+        refused = [
+            SandboxCreateParams(limits=LimitsParams(memory="banana")),
+            SandboxCreateParams(limits=LimitsParams(cpus=64)),
+            SandboxCreateParams(limits=LimitsParams(memory=2**34)),
+        ]
+        for params in refused:
+            with pytest.raises(InvalidArgument):
+                await manager.create(params, Timings())
+        assert "create" not in world.engine.calls
+        await world.assert_empty()
+
+
+async def test_there_is_room_for_as_many_as_the_configuration_says(world: World) -> None:
+    await world.container_of(record(state=State.STOPPED))
+    async with world.managed(Config(daemon=Daemon(sandboxes_max=1))) as manager:
+        await manager.recover()
+        with pytest.raises(CapacityExceeded):
+            await manager.create(SandboxCreateParams(), Timings())
+
+
+async def test_a_reference_is_an_id_or_its_beginning_or_a_name(world: World) -> None:
+    for sandbox_id, name in (("sb-abc1111111", "first"), ("sb-abd1111111", None)):
+        world.journal.put(record(id=sandbox_id, name=name, state=State.LOST))
+    async with world.managed() as manager:
+        await manager.recover()
+        for reference in ("sb-abc1111111", "sb-abc", "abc", "first"):
+            assert manager.get(reference).record.id == "sb-abc1111111"
+        for reference, failure in (("sb-ab", InvalidArgument), ("sb-", NotFound), ("x", NotFound)):
+            with pytest.raises(failure):
+                manager.get(reference)
+        with pytest.raises(Conflict):
+            await manager.create(SandboxCreateParams(name="first"), Timings())

@@ -1,0 +1,224 @@
+"""An ordinary user with rootless Podman: what cannot be enforced is refused, and what can be given is right.
+
+The user has no systemd session, so no control group of its own: no limit of it can be enforced, on any host.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sandboxd.client import RpcError
+from tests.engine.daemons import CHECKOUT, IMAGE, PATIENCE_S, Daemon, running
+
+pytestmark = pytest.mark.engine
+
+USER = "sandboxd-test"
+
+CALLER = """
+import json, sys
+from sandboxd.client import Connection, RpcError
+path, method, params = sys.argv[1:]
+try:
+    with Connection.connect(path) as connection:
+        print(json.dumps({"result": connection.call(method, json.loads(params))}))
+except RpcError as error:
+    print(json.dumps({"error": [error.code, error.type, error.brief, error.detail, error.hint]}))
+"""
+
+
+class UsersDaemon(Daemon):
+    """A daemon of another user, which only that user may speak to."""
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        words = ["-c", CALLER, str(self.socket), method, json.dumps(params)]
+        done = subprocess.run(
+            [*self._launcher, self._python, *words],
+            capture_output=True,
+            env=self.env,
+            cwd="/",
+            timeout=PATIENCE_S,
+            check=True,
+        )
+        reply = json.loads(done.stdout)
+        if "error" in reply:
+            raise RpcError(*reply["error"])
+        result: dict[str, Any] = reply["result"]
+        return result
+
+
+@pytest.fixture(scope="module")
+def user(daemon: Daemon) -> Iterator[pwd.struct_passwd]:
+    """An ordinary user with subordinate ids, as ``useradd`` makes one; removed again if it was made here."""
+    made = False
+    try:
+        pwd.getpwnam(USER)
+    except KeyError:
+        subprocess.run(["useradd", "--create-home", "--shell", "/bin/sh", USER], check=True, capture_output=True)
+        made = True
+    if f"{USER}:" not in Path("/etc/subuid").read_text():
+        ranges = ["--add-subuids", "400000-465535", "--add-subgids", "400000-465535"]
+        subprocess.run(["usermod", *ranges, USER], check=True, capture_output=True)
+    yield pwd.getpwnam(USER)
+    if made:
+        subprocess.run(["userdel", "--remove", USER], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def place(user: pwd.struct_passwd) -> Iterator[Path]:
+    """A directory of that user: home, runtime directory, and the code, which may lie where only root can read."""
+    place = Path(tempfile.mkdtemp(prefix="sandboxd-rootless-"))
+    for name in ("home", "xdg"):
+        (place / name).mkdir(mode=0o700)
+    for package in ("sandboxd", "runtimes", "images"):
+        shutil.copytree(CHECKOUT / package, place / "code" / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for directory, _, files in os.walk(place):
+        for path in (directory, *(os.path.join(directory, name) for name in files)):
+            os.chown(path, user.pw_uid, user.pw_gid)
+    yield place
+    shutil.rmtree(place)
+
+
+def environment(user: pwd.struct_passwd, place: Path) -> dict[str, str | None]:
+    """As after a login, but for the systemd session."""
+    return {
+        "HOME": str(place / "home"),
+        "USER": user.pw_name,
+        "LOGNAME": user.pw_name,
+        "XDG_RUNTIME_DIR": str(place / "xdg"),
+        "DBUS_SESSION_BUS_ADDRESS": None,
+        "XDG_DATA_HOME": None,
+        "XDG_STATE_HOME": None,
+        "PYTHONPATH": f"{place / 'code'}:{sysconfig.get_path('purelib')}",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+
+
+def launcher(user: pwd.struct_passwd) -> list[str]:
+    """Through a shell: setpriv itself still has root's capabilities when it looks for the program."""
+    become = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--init-groups", "--"]
+    return [*become, "sh", "-c", 'exec "$@"', "sh"]
+
+
+def interpreter(launcher: Sequence[str], env: Mapping[str, str]) -> str:
+    """A Python that this user can run the daemon with: this one, or the system's of the same version.
+
+    Root's own may lie below /root, where nobody else can look.
+    """
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    candidates = (sys.executable, f"/usr/bin/{version}", f"/usr/local/bin/{version}")
+    for candidate in candidates:
+        words = [*launcher, candidate, "-c", "import sandboxd.daemon"]
+        if subprocess.run(words, env=dict(env), cwd="/", capture_output=True, check=False).returncode == 0:
+            return candidate
+    pytest.fail(
+        f"an ordinary user can run none of {', '.join(candidates)} with the packages in "
+        f"{sysconfig.get_path('purelib')}: install {version} and the virtual environment outside of /root"
+    )
+
+
+@pytest.fixture(scope="module")
+def rootless(user: pwd.struct_passwd, place: Path) -> Iterator[UsersDaemon]:
+    as_user = launcher(user)
+    changes = environment(user, place)
+    env = {name: value for name, value in {**os.environ, **changes}.items() if value is not None}
+    rootless = UsersDaemon(place / "daemon", env=changes, launcher=as_user, python=interpreter(as_user, env))
+    for directory in (rootless.directory, rootless.socket.parent):
+        os.chown(directory, user.pw_uid, user.pw_gid)
+    with running(rootless, engines=("podman",)):
+        rootless.call("image/build", engine="podman", source="busybox", reference=IMAGE)
+        yield rootless
+    # Ends the process that holds the user's namespace, which would keep the user from being removed.
+    rootless.client("podman", "system", "migrate")
+
+
+@pytest.fixture
+def project(user: pwd.struct_passwd, place: Path) -> Iterator[Path]:
+    project = Path(tempfile.mkdtemp(dir=place / "home"))
+    os.chown(project, user.pw_uid, user.pw_gid)
+    yield project
+    shutil.rmtree(project)
+
+
+def test_a_limit_that_cannot_be_enforced_is_refused_with_what_mends_it(rootless: UsersDaemon) -> None:
+    """Podman itself would say "ignored" on stderr, and go on without."""
+    done = rootless.ctl("create", "--engine", "podman", "--memory", "64m")
+    assert done.returncode == 4
+    assert b"cannot enforce memory" in done.stderr
+    assert b"hint: " in done.stderr
+    assert b"--degraded" in done.stderr
+    refusal = rootless.refusal("sandbox/create", engine="podman")
+    assert refusal.type == "limit_not_enforceable"
+    assert rootless.sandboxes() == []
+    rootless.assert_nothing_left(("podman",))
+
+
+def test_doctor_says_so_beforehand(rootless: UsersDaemon) -> None:
+    doctor = rootless.call("daemon/doctor")
+    assert doctor["healthy"] is False
+    (limits,) = (check for check in doctor["checks"] if check["name"] == "podman limits")
+    assert limits["status"] == "failure"
+    assert "cannot limit memory, cpu, pids" in limits["detail"]
+    assert limits["fix"]
+    (podman,) = (check for check in doctor["checks"] if check["name"] == "podman" and check["status"] == "ok")
+    assert "rootless" in podman["detail"]
+
+
+def test_degraded_it_works_and_says_what_does_not_hold(
+    rootless: UsersDaemon, user: pwd.struct_passwd, project: Path
+) -> None:
+    (project / "outside").write_text("from outside")
+    os.chown(project / "outside", user.pw_uid, user.pw_gid)
+    done = rootless.ctl("create", "--engine", "podman", "--degraded", "--json", "-w", str(project))
+    assert done.returncode == 0, done.stderr
+    box = json.loads(done.stdout)
+    assert box["verified"] is False
+    unproven = {row["name"]: row["reason"] for row in box["limits"] if not row["verified"]}
+    assert {"memory", "cpus", "pids"} <= set(unproven)
+    assert all(unproven.values())
+    assert box["workspace"]["mounted"] == "keep-id"
+    assert box["user"] == f"{user.pw_uid}:{user.pw_gid}"
+
+    script = "id -u; cat outside; stat -c ' %u' outside; echo > inside; stat -c %u inside; exit 7"
+    done = rootless.ctl("exec", box["id"], "sh", "-c", script)
+    uid = str(user.pw_uid)
+    assert done.stdout.split() == [uid.encode(), b"from", b"outside", uid.encode(), uid.encode()]
+    assert done.returncode == 7
+    assert (project / "inside").stat().st_uid == user.pw_uid
+
+    assert rootless.ctl("stop", box["id"]).returncode == 0
+    assert rootless.ctl("start", box["id"]).returncode == 0, "what was agreed to goes on to hold"
+    assert rootless.ctl("exec", box["id"], "cat", "outside").stdout == b"from outside"
+    assert rootless.ctl("rm", box["id"]).returncode == 0
+    rootless.assert_nothing_left(("podman",))
+
+
+def test_it_is_isolated_as_any_other(rootless: UsersDaemon) -> None:
+    script = """
+        grep -E '^(CapEff|CapBnd|NoNewPrivs|Seccomp):' /proc/self/status; ls /sys/class/net
+        touch /probe; touch /etc/probe; touch /.sandboxd/run/probe
+        echo > /tmp/probe && echo > ~/probe && echo written
+    """
+    done = rootless.ctl("run", "--rm", "--engine", "podman", "--degraded", "--", "sh", "-c", script)
+    zero = b"0000000000000000"
+    expected = [b"CapEff:", zero, b"CapBnd:", zero, b"NoNewPrivs:", b"1", b"Seccomp:", b"2", b"lo", b"written"]
+    assert done.stdout.split() == expected
+    assert done.stderr.count(b"Read-only file system") == 2
+    assert done.stderr.count(b"No such file") == 1
+
+
+def test_the_home_of_another_user_is_no_project(rootless: UsersDaemon, user: pwd.struct_passwd, place: Path) -> None:
+    for path in ("/root", str(place / "home"), "/etc"):
+        refusal = rootless.refusal("sandbox/create", engine="podman", workspace={"path": path})
+        assert refusal.type == "invalid_argument", path

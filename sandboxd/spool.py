@@ -18,7 +18,7 @@ without writing, and allocate beyond its end. Hence:
 - A write through a shared mapping or by io_submit(2) makes no inotify event, so the size is also looked at every
   ``UNSEEN_S_MAX`` while the command lives.
 
-What one write of at most 2 GiB adds cannot be punched before it has returned.
+What one write adds, at most 2 GiB, cannot be punched before it has returned, and another may get in first.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ import errno
 import os
 import shutil
 import stat
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from types import TracebackType
@@ -47,6 +46,7 @@ from sandboxd.spool_plan import (
     DROPPED_MAX,
     PAUSE_S_MAX,
     RATE_MAX,
+    RESERVED_BYTES_MAX,
     Bounds,
     Chunk,
     Dropped,
@@ -56,6 +56,7 @@ from sandboxd.spool_plan import (
     SpoolStat,
     Stream,
     Truncated,
+    beyond_end,
     bounds_of,
     file_name,
     hole_to_punch,
@@ -304,8 +305,7 @@ class Spool:
     async def keep_bounded(self, ended: anyio.Event) -> None:
         """Punch holes as they become due, until the command has ended. To be run as a task while it lives.
 
-        A hole that cannot be punched is tried again; a file that takes more than the ceiling and that no hole makes
-        smaller is cut.
+        A hole that cannot be punched is tried again; if the file outgrows the ceiling meanwhile, its tail goes.
         """
         threads = anyio.CapacityLimiter(1)
         waiter = _Waiter(self._inotify, os.dup(self._fd), ended)
@@ -560,16 +560,37 @@ def _stat(fd: int) -> SpoolStat:
 def _bound(fd: int, bounds: Bounds, punched_until: int, punch: Puncher) -> int:
     """Make a file smaller on disk; return where its last hole ends."""
     hole = _hole(os.fstat(fd), bounds, punched_until)
-    if hole is not None:
-        with contextlib.suppress(OSError):
+    try:
+        if hole is not None:
             punch(fd, hole.start, hole.end)
             punched_until = hole.end
-    # Blocks beyond the end go first; the tail goes only where holes cannot be punched any more.
-    for size_max in (sys.maxsize, bounds.head_bytes):
-        status = os.fstat(fd)
-        if _allocated(status) > bounds.ceiling_bytes:
-            os.ftruncate(fd, min(status.st_size, size_max))
+    except OSError:
+        # The disk must not fill: the tail goes, and the command goes on after the head.
+        if _allocated(os.fstat(fd)) > bounds.ceiling_bytes:
+            os.ftruncate(fd, bounds.head_bytes)
+        return punched_until
+    _give_back(fd, bounds, punched_until)
     return punched_until
+
+
+def _give_back(fd: int, bounds: Bounds, punched_until: int) -> None:
+    """Take blocks beyond the end of a file from it, if they are too many; no output with them.
+
+    Truncating to a size that was read a moment ago would cut off what was written since. So the file must be the
+    same before and after waiting for its lock, which says that no write is under way, or hold more than any write
+    reserves.
+    """
+    for _ in range(RACES_MAX):
+        seen = os.fstat(fd)
+        beyond = beyond_end(
+            bounds, size_bytes=seen.st_size, allocated_bytes=_allocated(seen), punched_until=punched_until
+        )
+        if beyond <= bounds.ceiling_bytes:
+            return
+        _next_data(fd, seen.st_size)
+        if beyond > RESERVED_BYTES_MAX or _shape(os.fstat(fd)) == _shape(seen):
+            os.ftruncate(fd, seen.st_size)
+            return
 
 
 def _unlink(path: str, spools: Collection[tuple[int, Stream]]) -> None:

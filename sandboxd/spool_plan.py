@@ -29,6 +29,8 @@ HEAD_SHARE = 4
 STEP_SHARE = 8
 CEILING_FACTOR = 4
 """In caps. XFS allocates up to twice the tail beyond the end of an honest file: 2.5 caps in all."""
+RESERVED_BYTES_MAX = 8 * 1024**3
+"""Beyond the end, for a write that is under way: 2 GiB is the longest, and XFS adds up to twice as much."""
 
 RATE_MAX = 4 * 1024**3
 """Bytes per second; what a command is taken for until more is known. ``dd`` into a spool reaches three quarters."""
@@ -152,6 +154,12 @@ def hole_to_punch(bounds: Bounds, *, size_bytes: int, allocated_bytes: int, punc
     worthwhile = end - max(punched_until, bounds.head_bytes) >= bounds.step_bytes
     overdue = allocated_bytes > bounds.ceiling_bytes and end > bounds.head_bytes
     return Hole(bounds.head_bytes, end) if worthwhile or overdue else None
+
+
+def beyond_end(bounds: Bounds, *, size_bytes: int, allocated_bytes: int, punched_until: int) -> int:
+    """How many bytes are allocated that the file, up to its size and less its hole, does not explain."""
+    explained = min(size_bytes, bounds.head_bytes + max(0, size_bytes - punched_until))
+    return max(0, allocated_bytes - explained)
 
 
 def next_rate(rate: float, *, grown_bytes: int, elapsed_s: float) -> float:

@@ -560,6 +560,25 @@ async def test_blocks_beyond_the_end_are_given_back(output: tuple[Spool, int]) -
     assert await collect(spool, 0, ended()) == [Chunk(0, b"output")]
 
 
+async def test_a_write_that_gets_in_before_the_next_look_loses_nothing(tmp_path: Path, inotify: Inotify) -> None:
+    """A program that writes a GiB at a time is above the ceiling again at once, and is honest all the same."""
+    writers: list[int] = []
+
+    def slow(fd: int, start: int, end: int) -> None:
+        punch_hole(fd, start, end)
+        for writer in writers:
+            write_all(writer, EVERY_BYTE * 32 * KIB)
+
+    spool, fd = SpoolDirectory(str(tmp_path / "box"), inotify, cap_bytes=CAP, punch=slow).create(1, Stream.OUT)
+    write_all(fd, EVERY_BYTE * 32 * KIB)
+    writers.append(fd)
+    await spool.keep_bounded(ended())
+    assert spool.bytes_written == 16 * MIB
+    assert joined((await spool.read_range(8 * MIB, 8 * MIB)).items) == EVERY_BYTE * 32 * KIB
+    spool.close()
+    os.close(fd)
+
+
 async def test_where_holes_fail_later_the_tail_goes_and_the_disk_does_not_fill(
     tmp_path: Path, inotify: Inotify
 ) -> None:

@@ -12,6 +12,7 @@ from sandboxd.spool_plan import (
     RATE_MAX,
     Bounds,
     Stream,
+    beyond_end,
     bounds_of,
     file_name,
     hole_to_punch,
@@ -76,6 +77,15 @@ def test_no_figures_of_a_hostile_file_make_a_hole_in_head_or_tail(
         assert hole.end % limits.block_bytes == 0
     elif allocated > limits.ceiling_bytes:
         assert size < limits.head_bytes + limits.tail_bytes + limits.block_bytes
+
+
+@given(bounds(), ANY_SIZE, ANY_SIZE, ANY_SIZE)
+def test_blocks_beyond_the_end_are_those_that_the_output_does_not_explain(
+    limits: Bounds, size: int, allocated: int, punched_until: int
+) -> None:
+    beyond = beyond_end(limits, size_bytes=size, allocated_bytes=allocated, punched_until=punched_until)
+    assert max(0, allocated - size) <= beyond <= allocated
+    assert beyond_end(limits, size_bytes=size, allocated_bytes=size, punched_until=0) == 0
 
 
 @given(bounds(), st.integers(-(2**63), 2**63), st.floats(0, 1e9), ANY_SIZE, ANY_SIZE, ANY_SIZE)

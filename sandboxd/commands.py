@@ -24,6 +24,7 @@ from runtimes.init.wire import Exited, Gone, InitError, InvalidSpawn, Scope, Spa
 from sandboxd.background import Background
 from sandboxd.failures import Conflict, NotFound, Timeout
 from sandboxd.journal import CommandRecord
+from sandboxd.outlet import Outlet
 from sandboxd.protocol import CommandEnd, CommandInfo
 
 ENDED_KEPT_MAX = 256
@@ -75,7 +76,14 @@ class Command:
     """One command."""
 
     def __init__(
-        self, command_id: int, argv: Sequence[str], *, background: bool, started_at_ms: int, oom_kills: int | None
+        self,
+        command_id: int,
+        argv: Sequence[str],
+        *,
+        background: bool,
+        started_at_ms: int,
+        oom_kills: int | None,
+        ended: anyio.Event | None = None,
     ) -> None:
         self.id = command_id
         self.argv = list(argv)
@@ -86,8 +94,10 @@ class Command:
         self.pid: int | None = None
         self.timed_out = False
         self.killed = False
+        self.released = False
         self.end: CommandEnd | None = None
-        self.ended = anyio.Event()
+        self.outlet: Outlet | None = None
+        self.ended = ended or anyio.Event()
         self.gone = anyio.Event()
 
     @property
@@ -115,17 +125,20 @@ class CommandTable:
     Args:
         background: Where timeouts run.
         read_oom_kills: The sandbox's counter, from its control group; None when it cannot be read.
-        on_forgotten: Told the id of a background command once its end is recorded and nothing of it is left.
+        on_ended: Told the id and the end of a background command.
+        on_forgotten: Told the id of a command whose end is not kept any longer, and whose output need not be.
     """
 
     def __init__(
         self,
         background: Background,
         read_oom_kills: Callable[[], int | None],
+        on_ended: Callable[[int, CommandEnd], None],
         on_forgotten: Callable[[int], None],
     ) -> None:
         self._background = background
         self._read_oom_kills = read_oom_kills
+        self._on_ended = on_ended
         self._on_forgotten = on_forgotten
         self._channel: InitChannel | None = None
         self._live: dict[int, Command] = {}
@@ -173,8 +186,17 @@ class CommandTable:
         background: bool,
         timeout_s: float | None,
         grace_s: float,
+        ended: anyio.Event | None = None,
     ) -> tuple[Command, int | None]:
         """Run a command.
+
+        Args:
+            request: What to run.
+            descriptors: stdin, stdout and stderr; none with a terminal.
+            background: Its end is kept until somebody asks, or too many others have ended.
+            timeout_s: When to end it; None: never.
+            grace_s: Between TERM and KILL.
+            ended: Set at its end; None: a new one.
 
         Returns:
             The command, and the terminal's master descriptor when ``request`` asked for a terminal: the caller
@@ -191,6 +213,7 @@ class CommandTable:
             background=background,
             started_at_ms=now_ms(),
             oom_kills=self._read_oom_kills(),
+            ended=ended,
         )
         self._live[command.id] = command
         try:
@@ -209,7 +232,9 @@ class CommandTable:
             self._background.start(self._enforce_timeout, command, timeout_s, grace_s)
         return command, spawned.pty_fd
 
-    def adopt(self, record: CommandRecord, *, pid: int, remaining_s: float | None) -> Command:
+    def adopt(
+        self, record: CommandRecord, *, pid: int, remaining_s: float | None, ended: anyio.Event, outlet: Outlet | None
+    ) -> Command:
         """Take over a background command that a former daemon started and that is still there."""
         command = Command(
             record.id,
@@ -217,7 +242,11 @@ class CommandTable:
             background=True,
             started_at_ms=record.started_at_ms,
             oom_kills=self._read_oom_kills(),
+            ended=ended,
         )
+        command.outlet = outlet
+        if outlet is not None:
+            outlet.start(self._background)
         command.started_monotonic_s -= max(0.0, time.time() - record.started_at_ms / 1000)
         command.pid = pid
         self._live[command.id] = command
@@ -225,13 +254,23 @@ class CommandTable:
             self._background.start(self._enforce_timeout, command, remaining_s, record.grace_s)
         return command
 
+    def restore(self, record: CommandRecord, outlet: Outlet | None) -> None:
+        """Know again a background command that ended under a former daemon."""
+        command = Command(record.id, record.argv, background=True, started_at_ms=record.started_at_ms, oom_kills=None)
+        command.end = record.end
+        command.outlet = outlet
+        command.ended.set()
+        command.gone.set()
+        self._ended[command.id] = command
+
     def on_event(self, event: Exited | Gone) -> None:
         """Take note of what init says. Called by the channel; never blocks."""
         command = self._live.get(event.command_id)
         if command is None:
             return
         if isinstance(event, Exited):
-            self._record_end(command, event)
+            if command.end is None:
+                self._record_end(command, event)
         else:
             if command.end is None:
                 self._record_end(command, None)
@@ -250,6 +289,11 @@ class CommandTable:
         await command.ended.wait()
         if command.end is None:
             raise AssertionError("a command ended without an end record")
+        if command.outlet is not None and command.end.stdout_bytes is None:
+            await command.outlet.finished.wait()
+            command.end = msgspec.structs.replace(
+                command.end, **msgspec.structs.asdict(await command.outlet.summary())
+            )
         return command.end
 
     async def wait_or_kill(self, command: Command) -> CommandEnd:
@@ -353,10 +397,27 @@ class CommandTable:
         if self._channel is not None:
             self._background.start(self._forget, self._channel, command.id)
         if command.background:
-            self._ended[command.id] = command
-            while len(self._ended) > ENDED_KEPT_MAX:
-                self._ended.popitem(last=False)
-            self._on_forgotten(command.id)
+            self._keep_end(command)
+        elif command.released:
+            self._drop(command)
+
+    def release(self, command: Command) -> None:
+        """Nobody will ask for a foreground command any more: let go of its output once nothing of it is left."""
+        command.released = True
+        if command.gone.is_set():
+            self._drop(command)
+
+    def _keep_end(self, command: Command) -> None:
+        self._ended[command.id] = command
+        if command.end is not None:
+            self._on_ended(command.id, command.end)
+        while len(self._ended) > ENDED_KEPT_MAX:
+            self._drop(self._ended.popitem(last=False)[1])
+
+    def _drop(self, command: Command) -> None:
+        if command.outlet is not None:
+            command.outlet.close()
+        self._on_forgotten(command.id)
 
     def _usable_channel(self) -> InitChannel:
         if self._channel is None:

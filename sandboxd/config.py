@@ -33,6 +33,7 @@ class Defaults(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     shm: Annotated[str, Meta(description="Size of /dev/shm.")] = "64m"
     tmp: Annotated[str, Meta(description="Size of /tmp and of the home directory; counts as memory.")] = "512m"
     nofile: Annotated[int, Meta(description="Open files per process.")] = 4096
+    output: Annotated[str, Meta(description="How much of each stream of a spooled command is kept.")] = "64m"
     network: Annotated[NetworkMode, Meta(description="none: loopback only. full: the engine's network.")] = "none"
     limits_policy: Annotated[
         LimitsPolicy, Meta(description="strict refuses what the host cannot enforce; degraded goes on and says so.")

@@ -33,6 +33,7 @@ from runtimes.engine import Engine
 from runtimes.errors import RuntimeFailure
 from runtimes.init.binary import InitBinaryMissing, init_binary_path, provoke_binary_path
 from runtimes.init.wire import InitError
+from runtimes.inotify import Inotify
 from runtimes.model import LABEL_OWNER, EngineInfo, EngineName, User
 from runtimes.podman import PodmanEngine
 from runtimes.userns import open_swapped_userns
@@ -143,11 +144,13 @@ async def run(listener: Listener, env: Mapping[str, str], *, ready_fd: int | Non
                     boxes_dir=boxes_dir,
                     bin_dir=_install_programs(state),
                     seccomp_profile=seccomp.profile_path(),
+                    spools_dir=os.path.join(state, "spools"),
                 ),
                 journal=journal,
                 engines=engines,
                 background=Background(tasks),
                 userns_fd=userns_fd,
+                inotify=held.enter_context(Inotify()),
             )
             handlers = _handlers(
                 manager, engines, config, entries, listener, state, boxes_dir, userns_fd is not None, stop

@@ -20,22 +20,25 @@ from runtimes.errors import CgroupUnreadable, RuntimeFailure
 from runtimes.init.wire import InitError, Scope
 from runtimes.model import EngineInfo, EngineName
 from sandboxd import __version__, doctor, limits, protocol, running
-from sandboxd.commands import format_command_id
+from sandboxd.commands import Command, format_command_id
 from sandboxd.engines import EngineRoom
-from sandboxd.failures import Conflict, Failure
+from sandboxd.failures import Conflict, Failure, InvalidArgument
 from sandboxd.image_builder import ImageBuilder
 from sandboxd.lifecycle import State
 from sandboxd.manager import Manager
+from sandboxd.outlet import Outlet, OutputName
 from sandboxd.provoking import provoke
 from sandboxd.sandbox import Sandbox
 from sandboxd.server import Context
+from sandboxd.spool_plan import Chunk, Dropped, Truncated
 from sandboxd.timings import Timings
 from sandboxd.translation import failure_from
 
 Handler = Callable[[Any, Context], Awaitable[msgspec.Struct]]
 
 STARTED = "commands/started"
-_WAITING = frozenset({"commands/run", "commands/wait"})
+OUTPUT = "commands/output"
+_WAITING = frozenset({"commands/run", "commands/wait", "commands/connect"})
 """Methods that may last as long as a command: a drain does not wait for them."""
 
 _SCOPES = {"process": Scope.MAIN, "group": Scope.GROUP, "tree": Scope.TREE}
@@ -90,6 +93,11 @@ class Handlers:
             "commands/wait": self.wait_command,
             "commands/signal": self.signal_command,
             "commands/kill": self.kill_command,
+            "commands/connect": self.connect_command,
+            "commands/logs": self.command_logs,
+            "commands/send_stdin": self.send_input,
+            "commands/close_stdin": self.close_input,
+            "commands/resize": self.resize_command,
             "commands/list": self.list_commands,
             "image/list": self.list_images,
             "image/build": self.build_image,
@@ -224,18 +232,27 @@ class Handlers:
         masters = () if pty_fd is None else (pty_fd,)
         context.notify(STARTED, _started(sandbox, command.id, command.pid, timings), masters)
         wait = sandbox.commands.wait if keep else sandbox.commands.wait_or_kill
-        end = await wait(command)
+        try:
+            if params.follow and command.outlet is not None:
+                async with anyio.create_task_group() as following:
+                    following.start_soon(follow, sandbox, command, context, {})
+                    end = await wait(command)
+            else:
+                end = await wait(command)
+        finally:
+            if not keep:
+                sandbox.commands.release(command)
         timings.mark("command")
         return msgspec.structs.replace(end, timings_ms=timings.as_dict())
 
     async def start_command(self, params: protocol.CommandParams, context: Context) -> protocol.CommandStarted:
         """Start a command in the background."""
         timings = Timings()
-        if params.pty is not None:
-            raise Failure(
+        if params.pty is not None and params.stdio != "spool":
+            raise InvalidArgument(
                 "cannot start a terminal in the background",
                 detail="nobody would hold its other end",
-                hint="use commands/run",
+                hint='use commands/run, or stdio "spool"',
             )
         if params.user is not None:
             raise Failure("cannot start a command of another user in the background", hint="leave out -d or --user")
@@ -263,6 +280,55 @@ class Handlers:
         """Kill a tree."""
         commands = self._manager.get(params.sandbox).commands
         return await commands.kill(commands.get(int(params.command_id, 16)))
+
+    async def connect_command(self, params: protocol.CommandConnectParams, context: Context) -> protocol.CommandEnd:
+        """Follow output, and wait for the end."""
+        sandbox = self._manager.get(params.sandbox)
+        command = sandbox.commands.get(int(params.command_id, 16))
+        running.outlet_of(command)
+        offsets = {"stdout": params.stdout_offset, "stderr": params.stderr_offset}
+        async with anyio.create_task_group() as following:
+            following.start_soon(follow, sandbox, command, context, offsets)
+            end = await sandbox.commands.wait(command)
+        return end  # noqa: RET504  (a task group may swallow, says the type checker)
+
+    async def command_logs(self, params: protocol.CommandLogsParams, _: Context) -> protocol.CommandLogs:
+        """Read kept output."""
+        command = self._manager.get(params.sandbox).commands.get(int(params.command_id, 16))
+        spool = running.outlet_of(command).spool(params.stream)
+        total = spool.bytes_written
+        offset = max(0, total - params.length) if params.offset is None else params.offset
+        excerpt = await spool.read_range(offset, params.length)
+        chunks = [item for item in excerpt.items if isinstance(item, Chunk)]
+        return protocol.CommandLogs(
+            offset=chunks[0].offset if chunks else excerpt.end,
+            data=b"".join(chunk.data for chunk in chunks),
+            dropped=[
+                protocol.ByteRange(start=item.start, end=item.end)
+                for item in excerpt.items
+                if isinstance(item, Dropped)
+            ],
+            bytes_total=total,
+            ended=command.end is not None,
+        )
+
+    async def send_input(self, params: protocol.CommandInputParams, _: Context) -> protocol.Acknowledged:
+        """Write to a stdin or a terminal."""
+        await self._outlet(params.sandbox, params.command_id).send(params.data)
+        return protocol.Acknowledged()
+
+    async def close_input(self, params: protocol.CommandRef, _: Context) -> protocol.Acknowledged:
+        """End a stdin."""
+        self._outlet(params.sandbox, params.command_id).end_input()
+        return protocol.Acknowledged()
+
+    async def resize_command(self, params: protocol.CommandResizeParams, _: Context) -> protocol.Acknowledged:
+        """Change a terminal's size."""
+        self._outlet(params.sandbox, params.command_id).resize(params.size.rows, params.size.cols)
+        return protocol.Acknowledged()
+
+    def _outlet(self, sandbox: str, command_id: str) -> Outlet:
+        return running.outlet_of(self._manager.get(sandbox).commands.get(int(command_id, 16)))
 
     async def list_commands(self, params: protocol.CommandListParams, _: Context) -> protocol.CommandList:
         """The rows."""
@@ -302,6 +368,38 @@ class Handlers:
         """Begin the end."""
         self._shut_down()
         return protocol.Acknowledged()
+
+
+async def follow(sandbox: Sandbox, command: Command, context: Context, offsets: Mapping[str, int]) -> None:
+    """Send ``commands/output`` for all streams of a command, until it has ended and all of it was sent."""
+    outlet = running.outlet_of(command)
+    async with anyio.create_task_group() as streams:
+        for name in outlet.spools:
+            streams.start_soon(_follow_one, sandbox, command, outlet, name, offsets.get(name, 0), context)
+
+
+async def _follow_one(
+    sandbox: Sandbox, command: Command, outlet: Outlet, name: OutputName, offset: int, context: Context
+) -> None:
+    dropped_bytes = 0
+    with outlet.spool(name).follow(offset, until_ended=outlet.finished) as items:
+        async for item in items:
+            match item:
+                case Dropped():
+                    dropped_bytes += item.end - item.start
+                case Chunk():
+                    output = protocol.CommandOutput(
+                        sandbox=sandbox.record.id,
+                        command_id=format_command_id(command.id),
+                        stream=name,
+                        offset=item.offset,
+                        data=item.data,
+                        dropped_bytes=dropped_bytes,
+                    )
+                    dropped_bytes = 0
+                    await context.deliver(OUTPUT, output)
+                case Truncated():
+                    pass
 
 
 def engine_report(info: EngineInfo, *, default: bool) -> protocol.EngineReport:

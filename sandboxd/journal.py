@@ -19,6 +19,7 @@ import msgspec
 from runtimes.model import Limits, Network, User
 from sandboxd.failures import Failure
 from sandboxd.lifecycle import State
+from sandboxd.protocol import CommandEnd
 
 SCHEMA_VERSION = 1
 
@@ -77,6 +78,10 @@ class CommandRecord(msgspec.Struct, frozen=True, kw_only=True):
     deadline_at_ms: int | None
     """Wall-clock time of its timeout; None: it has none."""
     grace_s: float
+    streams: tuple[str, ...] = ()
+    """Of its spools; empty: its output is not kept."""
+    end: CommandEnd | None = None
+    """How it ended, once it has."""
 
 
 class Journal:

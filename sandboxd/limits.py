@@ -25,6 +25,10 @@ NOFILE_MIN = 64
 SMALL_TMPFS_BYTES_MIN = 64 * 1024
 """For /dev/shm and /tmp: sixteen pages."""
 
+OUTPUT_BYTES_MIN = 64 * 1024
+OUTPUT_BYTES_MAX = 2**40
+"""Of what is kept of one stream: a head and a tail that say something, and no more than a disk holds."""
+
 CREATE_ONLY = ("shm", "tmp", "nofile")
 """Fixed when the container is created."""
 
@@ -106,6 +110,20 @@ def resolve_update(params: LimitsParams, host: Host) -> Limits:
     if limits == Limits():
         raise InvalidArgument("cannot update nothing", hint="give --memory, --cpus, --pids or --cpuset")
     return limits
+
+
+def output_bytes_max(defaults: Defaults) -> int:
+    """How much of each stream of a command's output is kept.
+
+    Raises:
+        InvalidArgument: the setting is no size.
+    """
+    try:
+        return quantities.parse_memory(
+            defaults.output, bytes_max=OUTPUT_BYTES_MAX, bytes_min=OUTPUT_BYTES_MIN, option="defaults.output"
+        )
+    except QuantityError as error:
+        raise InvalidArgument(str(error)) from None
 
 
 def merged(current: Limits, changed: Limits) -> Limits:

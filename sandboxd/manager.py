@@ -31,6 +31,7 @@ from runtimes.errors import (
     Unsupported,
 )
 from runtimes.init.wire import InitError
+from runtimes.inotify import Inotify
 from runtimes.model import (
     ContainerFacts,
     ContainerSpec,
@@ -59,10 +60,12 @@ from sandboxd.failures import (
 )
 from sandboxd.journal import Journal, SandboxRecord, WorkspaceRecord
 from sandboxd.lifecycle import Event, State
-from sandboxd.limits import Host, merged, resolve, resolve_update
+from sandboxd.limits import Host, merged, output_bytes_max, resolve, resolve_update
 from sandboxd.protocol import SandboxCreateParams, SandboxUpdateParams
 from sandboxd.running import identity_inside
 from sandboxd.sandbox import INSIDE_BIN, INSIDE_RUN, TMPFS_TARGETS, Sandbox
+from sandboxd.spool import SpoolDirectory
+from sandboxd.spool import sweep as sweep_spools
 from sandboxd.timings import Timings
 from sandboxd.workspace import TARGET, Identity, OpenedWorkspace, Stage, identify, open_workspace
 
@@ -96,6 +99,8 @@ class Places(msgspec.Struct, frozen=True, kw_only=True):
     bin_dir: str
     """Holds sandbox-init and sandbox-provoke; mounted read-only into every sandbox."""
     seccomp_profile: str
+    spools_dir: str
+    """One directory per sandbox: the output of its commands."""
 
 
 class Manager:
@@ -112,8 +117,11 @@ class Manager:
         engines: EngineRoom,
         background: Background,
         userns_fd: int | None,
+        inotify: Inotify,
     ) -> None:
         self._config = config
+        self._inotify = inotify
+        self._output_bytes_max = output_bytes_max(config.defaults)
         self._host = host
         self._caller = caller
         self._places = places
@@ -335,6 +343,9 @@ class Manager:
             directory=os.path.join(self._places.boxes_dir, record.id),
             journal=self._journal,
             background=self._background,
+            spools=SpoolDirectory(
+                os.path.join(self._places.spools_dir, record.id), self._inotify, cap_bytes=self._output_bytes_max
+            ),
             on_init_lost=self._on_init_lost,
         )
         self._sandboxes[record.id] = sandbox
@@ -345,6 +356,7 @@ class Manager:
         sandbox.commands.on_channel_lost()
         Stage(sandbox.stage_dir).clear()
         sandbox.erase()
+        self._background.start(sandbox.spools.erase)
         self._journal.delete(sandbox.record.id)
         self._sandboxes.pop(sandbox.record.id, None)
 
@@ -548,6 +560,16 @@ class Manager:
         async with anyio.create_task_group() as tasks:
             for decision in decisions:
                 tasks.start_soon(self._carry_out, decision)
+        for sandbox in self._sandboxes.values():
+            if not sandbox.connected:
+                await sandbox.adopt_commands()
+        known = {
+            record.id: [command.id for command in self._journal.commands(record.id)]
+            for record in records
+            if record.id in self._sandboxes
+        }
+        for name in await sweep_spools(self._places.spools_dir, known):
+            logger.info("removed the output of a command that nobody knows: %s", name)
         for name in os.listdir(self._places.boxes_dir):
             if name not in self._sandboxes:
                 erase_box(os.path.join(self._places.boxes_dir, name))

@@ -88,6 +88,11 @@ NOTIFICATIONS: tuple[tuple[str, type[msgspec.Struct], str], ...] = (
         protocol.CommandStarted,
         "From the daemon, before the reply to `commands/run`. With `pty` it carries the terminal's master.",
     ),
+    (
+        "commands/output",
+        protocol.CommandOutput,
+        "From the daemon, before the reply to `commands/run` with `follow`, or to `commands/connect`.",
+    ),
 )
 
 

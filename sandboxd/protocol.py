@@ -22,6 +22,9 @@ PROTOCOL_VERSION = 1
 FRAME_BYTES_MAX = 4 * 1024 * 1024
 """Largest message either way. argv and env are the large ones, and the kernel bounds those to 2 MiB."""
 
+LOG_BYTES_MAX = 1024 * 1024
+"""Most output, or input, in one message: base64 makes four bytes of three."""
+
 DESCRIPTORS_PER_REQUEST_MAX = 3
 """stdin, stdout, stderr."""
 
@@ -319,9 +322,15 @@ class PtySize(Params, frozen=True):
 class CommandParams(Params, frozen=True):
     """Run a command in a sandbox.
 
-    With ``stdio = "descriptors"`` the request carries three descriptors (SCM_RIGHTS): they become the command's
-    stdin, stdout and stderr, and no byte of output passes through the daemon. With ``pty`` the request carries
-    none, and the ``commands/started`` notification carries the terminal's master.
+    ``stdio`` says where its output goes:
+
+    * ``descriptors``: the request carries three descriptors (SCM_RIGHTS), which become its stdin, stdout and
+      stderr; no byte passes through the daemon. With ``pty`` it carries none, and ``commands/started`` carries the
+      terminal's master.
+    * ``spool``: into files that the daemon keeps, bounded, with head and tail: for callers that cannot pass
+      descriptors, and for what runs in the background. Follow it with ``follow``, ``commands/connect`` or
+      ``commands/logs``. With ``pty`` the daemon holds the terminal, and any number of clients may attach to it.
+    * ``null``: nowhere.
     """
 
     sandbox: SandboxRef
@@ -331,7 +340,13 @@ class CommandParams(Params, frozen=True):
     """Absolute, or relative to /workspace. Default: /workspace, or / where there is none."""
     user: Text | None = None
     """Another user than the sandbox's: takes the engine's own exec, which is slow, has no pty and no tree kill."""
-    stdio: Literal["descriptors", "null"] = "null"
+    stdio: Literal["descriptors", "spool", "null"] = "null"
+    stdin: Literal["null", "pipe"] = "null"
+    """With ``spool``: ``pipe`` is written to by ``commands/send_stdin``. It is closed when the daemon ends."""
+    merge_stderr: bool = False
+    """With ``spool``: stderr goes where stdout goes, in the order in which it was written."""
+    follow: bool = False
+    """With ``spool`` and ``commands/run``: send ``commands/output`` while it runs, and all of it before the reply."""
     pty: PtySize | None = None
     timeout: Quantity | None = None
     """Seconds, or text such as ``90s``: then TERM, and KILL after the grace, to the whole tree."""
@@ -345,18 +360,57 @@ class CommandParams(Params, frozen=True):
         return DESCRIPTORS_PER_REQUEST_MAX if self.stdio == "descriptors" and self.pty is None else 0
 
 
+CommandId = Annotated[str, Meta(pattern=r"^[0-9a-f]{12}$", description="Twelve hexadecimal digits.")]
+
+
 class CommandRef(Params, frozen=True):
     """Name one command."""
 
     sandbox: SandboxRef
-    command_id: Annotated[str, Meta(pattern=r"^[0-9a-f]{12}$")]
+    command_id: CommandId
+
+
+class CommandConnectParams(Params, frozen=True):
+    """Follow the output of a command from byte offsets on, and wait for its end."""
+
+    sandbox: SandboxRef
+    command_id: CommandId
+    stdout_offset: Annotated[int, Meta(ge=0)] = 0
+    stderr_offset: Annotated[int, Meta(ge=0)] = 0
+
+
+class CommandLogsParams(Params, frozen=True):
+    """Read kept output of a command, whether it runs or not."""
+
+    sandbox: SandboxRef
+    command_id: CommandId
+    stream: Literal["stdout", "stderr"] = "stdout"
+    offset: Annotated[int, Meta(ge=0)] | None = None
+    """Where to begin. Default: as far from the end as ``length`` reaches."""
+    length: Annotated[int, Meta(ge=1, le=LOG_BYTES_MAX)] = 64 * 1024
+
+
+class CommandInputParams(Params, frozen=True):
+    """Write to the stdin of a command that has a pipe or a terminal there."""
+
+    sandbox: SandboxRef
+    command_id: CommandId
+    data: Annotated[bytes, Meta(max_length=LOG_BYTES_MAX)]
+
+
+class CommandResizeParams(Params, frozen=True):
+    """Change the size of a command's terminal."""
+
+    sandbox: SandboxRef
+    command_id: CommandId
+    size: PtySize
 
 
 class CommandSignalParams(Params, frozen=True):
     """Send a signal."""
 
     sandbox: SandboxRef
-    command_id: Annotated[str, Meta(pattern=r"^[0-9a-f]{12}$")]
+    command_id: CommandId
     signal: Annotated[int, Meta(ge=1, le=64)]
     scope: Literal["process", "group", "tree"] = "group"
 
@@ -375,6 +429,41 @@ class CommandStarted(Reply, frozen=True):
     pid: int
     """As seen inside."""
     timings_ms: dict[str, float]
+
+
+class CommandOutput(Reply, frozen=True):
+    """Params of ``commands/output``: bytes that a command wrote."""
+
+    sandbox: str
+    command_id: str
+    stream: Literal["stdout", "stderr"]
+    """A terminal, and merged output, are ``stdout``."""
+    offset: int
+    """Of the first byte of ``data``, counted from the command's start."""
+    data: bytes
+    dropped_bytes: int
+    """How many bytes before ``offset`` were written and not kept."""
+
+
+class ByteRange(Reply, frozen=True):
+    """Some bytes of an output."""
+
+    start: int
+    end: int
+    """One behind the last."""
+
+
+class CommandLogs(Reply, frozen=True):
+    """Kept output."""
+
+    offset: int
+    """Of the first byte of ``data``."""
+    data: bytes
+    dropped: list[ByteRange]
+    """What was written and not kept."""
+    bytes_total: int
+    """How many bytes were written so far."""
+    ended: bool
 
 
 class CommandEnd(Reply, frozen=True):
@@ -590,6 +679,11 @@ METHODS: tuple[Method, ...] = (
     Method("commands/wait", CommandRef, CommandEnd, "Wait for a command's end."),
     Method("commands/signal", CommandSignalParams, Acknowledged, "Send a signal to a command."),
     Method("commands/kill", CommandRef, CommandEnd, "Kill a command's whole tree and wait until nothing is left."),
+    Method("commands/connect", CommandConnectParams, CommandEnd, "Follow a command's output, to its end."),
+    Method("commands/logs", CommandLogsParams, CommandLogs, "Read kept output."),
+    Method("commands/send_stdin", CommandInputParams, Acknowledged, "Write to a command's stdin or terminal."),
+    Method("commands/close_stdin", CommandRef, Acknowledged, "Close a command's stdin: it reads end of file."),
+    Method("commands/resize", CommandResizeParams, Acknowledged, "Change the size of a command's terminal."),
     Method("commands/list", CommandListParams, CommandList, "Commands that run, linger, or ended lately."),
     Method("image/list", ImageListParams, ImageList, "Images that the engines hold."),
     Method("image/build", ImageBuildParams, ImageBuilt, "Make the default image, without a registry if need be."),

@@ -8,6 +8,7 @@ import os
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 
+import anyio
 import msgspec
 
 from runtimes.engine import Engine
@@ -18,6 +19,7 @@ from sandboxd.commands import Command, deadline_at_ms, format_command_id, now_ms
 from sandboxd.failures import CapacityExceeded, CommandNotStarted, Conflict, InvalidArgument, Unsupported
 from sandboxd.journal import CommandRecord
 from sandboxd.lifecycle import State
+from sandboxd.outlet import Outlet, opening
 from sandboxd.protocol import CommandEnd, CommandParams
 from sandboxd.sandbox import HOME, INSIDE_BIN, Sandbox
 from sandboxd.timings import Timings
@@ -111,11 +113,11 @@ async def start(
     Args:
         sandbox: Where.
         params: What.
-        descriptors: stdin, stdout, stderr; none for a terminal, or for /dev/null.
+        descriptors: stdin, stdout, stderr; none for a terminal, for spools, or for /dev/null.
         keep: Write it down, so that it survives the daemon.
 
     Returns:
-        The command, and the terminal's master descriptor, the caller's to close.
+        The command, and the terminal's master descriptor where it is for the caller, who closes it.
 
     Raises:
         CommandNotStarted: the program cannot be executed.
@@ -124,24 +126,83 @@ async def start(
     require_running(sandbox)
     times = times_of(params)
     request = spawn_request(sandbox, params)
-    record = CommandRecord(
-        id=request.command_id,
-        argv=tuple(params.argv),
-        started_at_ms=now_ms(),
-        deadline_at_ms=deadline_at_ms(times.timeout_s),
-        grace_s=times.grace_s,
-    )
+    spooled = params.stdio == "spool"
+    merged = params.merge_stderr or params.pty is not None
     if keep:
-        sandbox.note_command(record)
+        streams = (("both",) if merged else ("out", "err")) if spooled else ()
+        sandbox.note_command(_record(request.command_id, params, times, streams))
     try:
+        if spooled:
+            return await _start_spooled(sandbox, params, request, times, keep=keep), None
         with _standard_descriptors(params, descriptors) as passed:
             return await sandbox.commands.start(
                 request, passed, background=keep, timeout_s=times.timeout_s, grace_s=times.grace_s
             )
-    except SpawnFailed as error:
-        if keep:
-            sandbox.drop_command(record.id)
-        raise _not_started(error, params, request) from None
+    except BaseException as error:
+        if keep or spooled:
+            sandbox.drop_command(request.command_id)
+        if isinstance(error, SpawnFailed):
+            raise _not_started(error, params, request) from None
+        raise
+
+
+async def _start_spooled(
+    sandbox: Sandbox,
+    params: CommandParams,
+    request: SpawnRequest,
+    times: Times,
+    *,
+    keep: bool,
+) -> Command:
+    ended = anyio.Event()
+    with opening(
+        sandbox.spools,
+        request.command_id,
+        ended=ended,
+        merge=params.merge_stderr,
+        stdin=params.stdin == "pipe",
+        pty=params.pty is not None,
+    ) as opened:
+        command, master = await sandbox.commands.start(
+            request,
+            opened.passed,
+            background=keep,
+            timeout_s=times.timeout_s,
+            grace_s=times.grace_s,
+            ended=ended,
+        )
+        command.outlet = opened.outlet
+        opened.outlet.start(sandbox.background)
+        if master is not None and opened.terminal_writer is not None:
+            opened.outlet.take_terminal(master, opened.terminal_writer, sandbox.background)
+            opened.terminal_writer = None
+    return command
+
+
+def _record(command_id: int, params: CommandParams, times: Times, streams: tuple[str, ...]) -> CommandRecord:
+    return CommandRecord(
+        id=command_id,
+        argv=tuple(params.argv),
+        started_at_ms=now_ms(),
+        deadline_at_ms=deadline_at_ms(times.timeout_s),
+        grace_s=times.grace_s,
+        streams=streams,
+    )
+
+
+def outlet_of(command: Command) -> Outlet:
+    """The kept output of a command.
+
+    Raises:
+        Conflict: it was not started with ``stdio = "spool"``.
+    """
+    if command.outlet is None:
+        raise Conflict(
+            f"cannot read the output of command {format_command_id(command.id)}",
+            detail="it was not kept",
+            hint='start it with stdio "spool"',
+        )
+    return command.outlet
 
 
 def require_running(sandbox: Sandbox) -> None:

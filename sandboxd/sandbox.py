@@ -29,13 +29,16 @@ from runtimes.engine import Engine
 from runtimes.errors import CgroupUnreadable
 from runtimes.init.channel import InitChannel
 from runtimes.init.peer import is_container_init, is_namespace_init
-from runtimes.init.wire import CommandState, InitError
+from runtimes.init.wire import CommandEntry, CommandState, Exited, Gone, InitError
 from runtimes.model import Limits
 from sandboxd.background import Background
 from sandboxd.commands import CommandTable, remaining_s
-from sandboxd.failures import SandboxGone
+from sandboxd.failures import NotFound, SandboxGone
 from sandboxd.journal import CommandRecord, Journal, SandboxRecord
 from sandboxd.lifecycle import Event, next_state
+from sandboxd.outlet import reopened
+from sandboxd.protocol import CommandEnd
+from sandboxd.spool import SpoolDirectory
 
 INIT_DEADLINE_S = 10.0
 """From the engine's word that the container runs to init's answer. A loaded host schedules it late."""
@@ -67,13 +70,16 @@ class Sandbox:
         directory: str,
         journal: Journal,
         background: Background,
+        spools: SpoolDirectory,
         on_init_lost: Callable[[Sandbox], None],
     ) -> None:
         self.record = record
         self.directory = directory
         self.lock = anyio.Lock()
         self.proofs: tuple[LimitProof, ...] = ()
-        self.commands = CommandTable(background, self.oom_kills, self._forget_command)
+        self.commands = CommandTable(background, self.oom_kills, self._end_command, self._forget_command)
+        self.spools = spools
+        self.background = background
         self.pid: int | None = None
         self._journal = journal
         self._on_init_lost = on_init_lost
@@ -202,32 +208,52 @@ class Sandbox:
     async def adopt_commands(self) -> None:
         """Take over the background commands of a former daemon, and end what nobody waits for any more."""
         channel = self._channel
-        if channel is None:
-            return
         known = {record.id: record for record in self._journal.commands(self.record.id)}
-        for entry in await channel.list_commands():
+        for entry in [] if channel is None else await channel.list_commands():
             record = known.pop(entry.command_id, None)
-            if entry.state is CommandState.GONE:
+            if record is not None:
+                self._adopt_command(record, entry)
+            elif channel is not None and entry.state is CommandState.GONE:
                 await channel.forget(entry.command_id)
-            elif record is None:
+            elif channel is not None:
                 await channel.kill(entry.command_id)
-            else:
-                self.commands.adopt(record, pid=entry.pid, remaining_s=remaining_s(record.deadline_at_ms))
-            if record is not None and entry.state is CommandState.GONE:
-                self._journal.delete_command(self.record.id, record.id)
-        for command_id in known:
-            self._journal.delete_command(self.record.id, command_id)
+        for record in known.values():
+            self._adopt_command(record, None)
+
+    def _adopt_command(self, record: CommandRecord, entry: CommandEntry | None) -> None:
+        """Know a command again; tell the table what init says of it, and that it is gone if init knows nothing."""
+        ended = anyio.Event()
+        try:
+            outlet = reopened(self.spools, record.id, record.streams, ended) if record.streams else None
+        except NotFound:
+            outlet = None
+        if record.end is not None:
+            self.commands.restore(record, outlet)
+            return
+        left_s = remaining_s(record.deadline_at_ms)
+        pid = 0 if entry is None else entry.pid
+        self.commands.adopt(record, pid=pid, remaining_s=left_s, ended=ended, outlet=outlet)
+        if entry is not None and entry.state in (CommandState.EXITED, CommandState.GONE):
+            self.commands.on_event(Exited(record.id, entry.wait_status, entry.usage))
+        if entry is None or entry.state is CommandState.GONE:
+            self.commands.on_event(Gone(record.id, keeper_lost=False))
 
     def note_command(self, record: CommandRecord) -> None:
         """Write a background command down, before it is started."""
         self._journal.put_command(self.record.id, record)
 
     def drop_command(self, command_id: int) -> None:
-        """Forget a background command that did not start."""
-        self._journal.delete_command(self.record.id, command_id)
+        """Forget a command that did not start."""
+        self._forget_command(command_id)
+
+    def _end_command(self, command_id: int, end: CommandEnd) -> None:
+        for record in self._journal.commands(self.record.id):
+            if record.id == command_id:
+                self._journal.put_command(self.record.id, msgspec.structs.replace(record, end=end))
 
     def _forget_command(self, command_id: int) -> None:
         self._journal.delete_command(self.record.id, command_id)
+        self.background.start(self.spools.remove, command_id)
 
     # --- limits and usage -----------------------------------------------------------------------------
 

@@ -141,6 +141,11 @@ class Context:
         """
         self._connection.send(Notification(jsonrpc="2.0", method=method, params=params), descriptors)
 
+    async def deliver(self, method: str, params: Struct) -> None:
+        """Send a notification, and wait until the peer has taken it: for what comes faster than a peer may read."""
+        self.notify(method, params)
+        await self._connection.flushed()
+
     def progress(self, message: str, done: int | None = None, total: int | None = None) -> None:
         """Send ``$/progress`` for this request; nothing when the request has no id to name."""
         if self.request_id is not None:
@@ -259,6 +264,7 @@ class _Connection:
         self._in_flight: set[Context] = set()
         self._by_id: dict[int | str, Context] = {}
         self._idle = anyio.Event()
+        self._sent = anyio.Event()
         self._hooks: dict[object, Callable[[], None]] = {}
         self._tasks: TaskGroup
         self.closed = False
@@ -499,7 +505,13 @@ class _Connection:
             self._drop()
         elif not self._flushing:
             self._flushing = True
+            self._sent = anyio.Event()
             self._tasks.start_soon(self._flush, name="flush")
+
+    async def flushed(self) -> None:
+        """Wait until nothing waits to be sent, or nothing can be."""
+        while self._outbound and not self.closed:
+            await self._sent.wait()
 
     def _outbound_descriptors(self) -> int:
         return sum(len(item.descriptors) for item in self._outbound)
@@ -509,6 +521,7 @@ class _Connection:
             await anyio.wait_writable(self._socket)
             self._send_queued()
         self._flushing = False
+        self._sent.set()
         self._idle.set()
 
     def _send_queued(self) -> None:

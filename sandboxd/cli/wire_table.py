@@ -17,6 +17,11 @@ PARAMS: dict[str, str] = {
     "commands/wait": "CommandRef",
     "commands/signal": "CommandSignalParams",
     "commands/kill": "CommandRef",
+    "commands/connect": "CommandConnectParams",
+    "commands/logs": "CommandLogsParams",
+    "commands/send_stdin": "CommandInputParams",
+    "commands/close_stdin": "CommandRef",
+    "commands/resize": "CommandResizeParams",
     "commands/list": "CommandListParams",
     "image/list": "ImageListParams",
     "image/build": "ImageBuildParams",
@@ -29,8 +34,26 @@ PARAMS: dict[str, str] = {
 REQUIRED = object()
 
 FIELDS: dict[str, dict[str, object]] = {
+    "CommandConnectParams": {
+        "sandbox": REQUIRED,
+        "command_id": REQUIRED,
+        "stdout_offset": 0,
+        "stderr_offset": 0,
+    },
+    "CommandInputParams": {
+        "sandbox": REQUIRED,
+        "command_id": REQUIRED,
+        "data": REQUIRED,
+    },
     "CommandListParams": {
         "sandbox": REQUIRED,
+    },
+    "CommandLogsParams": {
+        "sandbox": REQUIRED,
+        "command_id": REQUIRED,
+        "stream": "stdout",
+        "offset": None,
+        "length": 65536,
     },
     "CommandParams": {
         "sandbox": REQUIRED,
@@ -39,6 +62,9 @@ FIELDS: dict[str, dict[str, object]] = {
         "cwd": None,
         "user": None,
         "stdio": "null",
+        "stdin": "null",
+        "merge_stderr": False,
+        "follow": False,
         "pty": None,
         "timeout": None,
         "grace": 2,
@@ -47,6 +73,11 @@ FIELDS: dict[str, dict[str, object]] = {
     "CommandRef": {
         "sandbox": REQUIRED,
         "command_id": REQUIRED,
+    },
+    "CommandResizeParams": {
+        "sandbox": REQUIRED,
+        "command_id": REQUIRED,
+        "size": REQUIRED,
     },
     "CommandSignalParams": {
         "sandbox": REQUIRED,

@@ -246,7 +246,7 @@ class CommandTable:
         )
         command.outlet = outlet
         if outlet is not None:
-            outlet.start(self._background)
+            outlet.start(self._background, command.gone)
         command.started_monotonic_s -= max(0.0, time.time() - record.started_at_ms / 1000)
         command.pid = pid
         self._live[command.id] = command

@@ -19,6 +19,7 @@ from typing import Literal
 import anyio
 import msgspec
 
+from runtimes.model import User
 from sandboxd.background import Background
 from sandboxd.failures import Conflict, NotFound, Timeout
 from sandboxd.spool import Spool, SpoolDirectory
@@ -73,10 +74,10 @@ class Outlet:
         self._terminal_writer: int | None = None
         self._pumping = anyio.CancelScope()
 
-    def start(self, background: Background) -> None:
-        """Keep the spools bounded for as long as the command runs."""
+    def start(self, background: Background, gone: anyio.Event) -> None:
+        """Keep the spools bounded for as long as anything of the command is left to write."""
         for spool in self.spools.values():
-            background.start(spool.keep_bounded, self._ended)
+            background.start(spool.keep_bounded, gone)
 
     def take_input(self, descriptor: int) -> None:
         """Own the writing end of the command's stdin."""
@@ -160,6 +161,7 @@ class Outlet:
             Conflict: it has none, or reads no more.
             Timeout: it does not read.
         """
+        self._open_input()
         view = memoryview(data)
         with anyio.move_on_after(INPUT_DEADLINE_S):
             while view:
@@ -227,9 +229,19 @@ class Opening(msgspec.Struct):
 
 @contextlib.contextmanager
 def opening(
-    directory: SpoolDirectory, command_id: int, *, ended: anyio.Event, merge: bool, stdin: bool, pty: bool
+    directory: SpoolDirectory,
+    command_id: int,
+    *,
+    ended: anyio.Event,
+    user: User,
+    merge: bool,
+    stdin: bool,
+    pty: bool,
 ) -> Iterator[Opening]:
-    """Make spools and stdin for a command. Closes what was passed on at the end, and everything on an error."""
+    """Make spools and stdin for a command. Closes what was passed on at the end, and everything on an error.
+
+    The spools belong to whoever runs inside, where we may give them away: a script that opens /dev/stderr opens them.
+    """
     with contextlib.ExitStack() as passed, contextlib.ExitStack() as kept:
         spools: dict[OutputName, Spool] = {}
         writers: list[int] = []
@@ -237,6 +249,8 @@ def opening(
             spools[name], writer = directory.create(command_id, stream)
             kept.callback(spools[name].close)
             passed.callback(os.close, writer)
+            if os.geteuid() == 0:
+                os.fchown(writer, user.uid, user.gid)
             writers.append(writer)
         outlet = Outlet(spools, ended)
         kept.callback(outlet.close)

@@ -159,6 +159,7 @@ async def _start_spooled(
         sandbox.spools,
         request.command_id,
         ended=ended,
+        user=sandbox.record.user,
         merge=params.merge_stderr,
         stdin=params.stdin == "pipe",
         pty=params.pty is not None,
@@ -172,7 +173,7 @@ async def _start_spooled(
             ended=ended,
         )
         command.outlet = opened.outlet
-        opened.outlet.start(sandbox.background)
+        opened.outlet.start(sandbox.background, command.gone)
         if master is not None and opened.terminal_writer is not None:
             opened.outlet.take_terminal(master, opened.terminal_writer, sandbox.background)
             opened.terminal_writer = None

@@ -228,6 +228,7 @@ class Sandbox:
         except NotFound:
             outlet = None
         if record.end is not None:
+            ended.set()
             self.commands.restore(record, outlet)
             return
         left_s = remaining_s(record.deadline_at_ms)

@@ -11,6 +11,7 @@ import anyio
 import pytest
 
 from runtimes.errors import EngineRefused, EngineTimeout, EngineUnavailable, ImageNotFound, RuntimeFailure
+from runtimes.inotify import Inotify
 from runtimes.model import ContainerSpec, EngineInfo, User
 from sandboxd.background import Background
 from sandboxd.config import Config, Daemon
@@ -63,19 +64,27 @@ class World:
 
         room = EngineRoom(detect, lambda _: self.engine)
         await room.refresh()
+        inotify = Inotify()
         async with anyio.create_task_group() as tasks:
             self.manager = Manager(
                 config=config or Config(),
                 host=Host(cpus_online=(0, 1), memory_bytes=2**33, swap_bytes=0, pid_max=2**22),
                 caller=Caller(user=User(uid=1000, gid=1000), home="/home/somebody"),
-                places=Places(boxes_dir=str(self.boxes), bin_dir="/bin", seccomp_profile="/seccomp.json"),
+                places=Places(
+                    boxes_dir=str(self.boxes),
+                    bin_dir="/bin",
+                    seccomp_profile="/seccomp.json",
+                    spools_dir=str(self.boxes.parent / "spools"),
+                ),
                 journal=self.journal,
                 engines=room,
                 background=Background(tasks),
                 userns_fd=None,
+                inotify=inotify,
             )
             yield self.manager
             tasks.cancel_scope.cancel()
+        inotify.close()
 
     async def container_of(self, box: SandboxRecord) -> SandboxRecord:
         """A container for a record, as a former daemon had made it; the record with its id."""

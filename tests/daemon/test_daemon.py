@@ -53,6 +53,23 @@ def test_only_its_user_can_get_at_what_it_has(daemon: Daemon) -> None:
     assert (daemon.state / "journal.sqlite3").stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.parametrize("name", [".ssh", ".aws", ".gnupg", ".config/gcloud"])
+def test_keys_and_tokens_in_its_users_home_are_no_project(tmp_path: Path, name: str) -> None:
+    """Whoever runs inside must not read what opens other doors, nor by another name."""
+    keys = tmp_path / "home" / name / "below"
+    keys.mkdir(parents=True)
+    link = tmp_path / "innocent"
+    link.symlink_to(keys.parent)
+    with running(without_engines(tmp_path, HOME=str(tmp_path / "home")), engines=()) as daemon:
+        for path in (keys, keys.parent, link):
+            refusal = daemon.refusal("sandbox/create", workspace={"path": str(path)})
+            assert refusal.type == "invalid_argument", path
+            assert "credentials" in refusal.detail
+        for path in (tmp_path / "home", tmp_path):
+            refusal = daemon.refusal("sandbox/create", workspace={"path": str(path)})
+            assert "more than a project" in refusal.detail
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
 def test_a_signal_ends_it_in_good_order(tmp_path: Path, number: signal.Signals) -> None:
     daemon = without_engines(tmp_path)

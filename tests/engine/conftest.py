@@ -30,6 +30,9 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
                 pytest.fail(f"{report['name']} cannot be used ({report['reason']}): run hack/engines")
         daemon.call("image/build", source="busybox", reference=IMAGE)
         yield daemon
+    for name in ENGINES:
+        # Another run of the suite may still be using it.
+        subprocess.run([name, "rmi", IMAGE], capture_output=True, check=False)
 
 
 @pytest.fixture(scope="module", params=ENGINES)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import array
 import difflib
-import errno
 import inspect
 import logging
 import os
@@ -75,9 +74,11 @@ DESCRIPTORS_PENDING_MAX = 16
 """Per connection and direction: five requests' worth, and then some."""
 
 ACCEPT_RETRY_S = 0.2
-"""Pause after the process or the system ran out of descriptors: a listening socket would stay readable."""
+"""Pause after an accept that failed, most likely for want of descriptors: a listening socket would stay readable."""
 
-_OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+ERROR_TEXT_CHARS_MAX = 8192
+"""Of each text of an error. It may quote what the peer sent, and must fit into a message whatever that was."""
+
 _ANCILLARY_BYTES = socket.CMSG_SPACE(DESCRIPTORS_PENDING_MAX * array.array("i").itemsize)
 _PEER_CREDENTIALS = struct.Struct("3i")
 
@@ -190,8 +191,6 @@ async def serve(listener: socket.socket, dispatch: Dispatch, *, limits: Limits |
             except (BlockingIOError, ConnectionAbortedError):
                 continue
             except OSError as error:
-                if error.errno not in _OUT_OF_RESOURCES:
-                    raise
                 logger.warning("cannot accept a connection: %s", error)
                 await anyio.sleep(ACCEPT_RETRY_S)
                 continue
@@ -238,6 +237,8 @@ def _refuse(peer_socket: socket.socket, peer: Peer, refusal: Failure) -> None:
 async def _run_connection(connection: _Connection, connections: set[_Connection]) -> None:
     try:
         await connection.run()
+    except Exception:
+        logger.exception("a connection ended by an unexpected error")
     finally:
         connections.discard(connection)
 
@@ -333,9 +334,14 @@ class _Connection:
         """The peer says no more, but may still listen, as socat does: finish what it asked for.
 
         A peer that is gone altogether hangs up, which an epoll set without any event asked for still tells; the set
-        is itself something to wait for.
+        is itself something to wait for. Where the process can have no such set, the peer counts as gone: it would be
+        waited for without end.
         """
-        hangup = select.epoll()
+        try:
+            hangup = select.epoll()
+        except OSError as error:
+            logger.warning("cannot wait for pid %d any longer: %s", self._peer.pid, error)
+            return
         try:
             hangup.register(self._socket, 0)
             async with anyio.create_task_group() as waiting:
@@ -472,8 +478,7 @@ class _Connection:
         *,
         kind: str = "invalid_argument",
     ) -> None:
-        data = ErrorData(type=kind, brief=brief, detail=detail, hint=hint)
-        self.send(_error_response(request_id, ErrorObject(code=code, message=brief, data=data)))
+        self.send(_error_response(request_id, _error(code, kind, brief, detail, hint)))
 
     def _reply_unknown_method(self, request_id: RequestId, method: str) -> None:
         near = difflib.get_close_matches(method, [*METHOD_BY_NAME, DISCOVER], n=1)
@@ -483,14 +488,22 @@ class _Connection:
         )
 
     def send(self, message: Struct, descriptors: Sequence[int] = ()) -> None:
-        """Queue one message, and send at once what the kernel takes. The descriptors are ours from here."""
+        """Queue one message, and send at once what the kernel takes. The descriptors are ours from here.
+
+        Raises:
+            CapacityExceeded: the message is larger than one may be.
+        """
         if self.closed:
             _close_all(descriptors)
             return
         body = _encode_json(message)
         if len(body) > FRAME_BYTES_MAX:
             _close_all(descriptors)
-            raise ValueError(f"a message of {len(body)} bytes, where {FRAME_BYTES_MAX} are allowed")
+            raise CapacityExceeded(
+                "cannot send the answer",
+                detail=f"the answer is larger than one message: {len(body)} bytes, where {FRAME_BYTES_MAX} are allowed",
+                hint="ask for less at once: one sandbox, one command, or fewer bytes of output",
+            )
         data = memoryview(framing.encode(body, lines=bool(self._decoder.lines)))
         self._outbound.append(_Outbound(data, tuple(descriptors)))
         self._outbound_bytes += len(data)
@@ -616,8 +629,16 @@ def _describe(error: Exception) -> str:
 
 
 def _error_object(failure: Failure) -> ErrorObject:
-    data = ErrorData(type=failure.type, brief=failure.brief, detail=failure.detail, hint=failure.hint)
-    return ErrorObject(code=failure.code, message=failure.brief, data=data)
+    return _error(failure.code, failure.type, failure.brief, failure.detail, failure.hint)
+
+
+def _error(code: int, kind: str, brief: str, detail: str, hint: str) -> ErrorObject:
+    brief, detail, hint = (_shortened(text) for text in (brief, detail, hint))
+    return ErrorObject(code=code, message=brief, data=ErrorData(type=kind, brief=brief, detail=detail, hint=hint))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= ERROR_TEXT_CHARS_MAX else f"{text[:ERROR_TEXT_CHARS_MAX]}..."
 
 
 def _error_response(request_id: RequestId, error: ErrorObject) -> Response:

@@ -1,8 +1,10 @@
 """The door, on a real socket: what goes in, what comes out, and whom a bad peer harms."""
 
+import errno
 import json
 import logging
 import os
+import select
 import socket
 import subprocess
 import threading
@@ -17,10 +19,11 @@ from msgspec import Struct
 from sandboxd.failures import NotFound
 from sandboxd.framing import encode
 from sandboxd.protocol import FRAME_BYTES_MAX, Acknowledged, CommandParams, CommandStarted, Params, SandboxGone
-from sandboxd.server import Context, Limits
+from sandboxd.server import Context, Limits, _Connection
 from tests.daemon.rpc_peer import PATIENCE_S, Peer, Witnesses, serving, serving_on
 
 GONE = SandboxGone(id="s1", name=None, timings_ms={})
+LONG_WINDED = "long-winded"
 RUN = {"sandbox": "box", "argv": ["true"], "stdio": "descriptors"}
 
 
@@ -63,6 +66,8 @@ class Handlers:
         raise RuntimeError("the secret is 1234")
 
     async def on_commands_wait(self, params: Params, context: Context) -> Struct:
+        if getattr(params, "sandbox", "") == LONG_WINDED:
+            raise NotFound("cannot find it", detail="x" * FRAME_BYTES_MAX)
         context.on_close(self.connection_closed.set)
         self.started.set()
         try:
@@ -99,6 +104,9 @@ class Handlers:
         started = CommandStarted(sandbox="s1", command_id="0" * 12, pid=1, timings_ms={})
         context.notify("commands/started", started, [read_end])
         return Acknowledged()
+
+    async def on_commands_logs(self, params: Params, context: Context) -> Struct:
+        return CommandStarted(sandbox="x" * FRAME_BYTES_MAX, command_id="0" * 12, pid=1, timings_ms={})
 
     async def on_image_list(self, params: Params, context: Context) -> Struct:
         big = CommandStarted(sandbox="x" * 1_000_000, command_id="0" * 12, pid=1, timings_ms={})
@@ -289,6 +297,23 @@ def test_an_unexpected_error_is_logged_once_and_told_without_internals(
     assert record.exc_info
 
 
+def test_an_answer_that_is_too_large_says_so(peer: Peer) -> None:
+    """The caller can ask for less; of an internal error it could make nothing."""
+    error = peer.ask("commands/logs", {"sandbox": "box", "command_id": "0" * 12})["error"]
+    assert error["data"]["type"] == "capacity_exceeded"
+    assert "larger than one message" in error["data"]["detail"]
+    assert error["data"]["hint"]
+    assert peer.ask("daemon/info", request_id=2)["result"] == {}
+
+
+def test_a_failure_of_any_length_still_fits(peer: Peer) -> None:
+    """It may quote what an engine said, and an answer that cannot be sent is none."""
+    error = peer.ask("commands/wait", {"sandbox": LONG_WINDED, "command_id": "0" * 12})["error"]
+    assert error["data"]["type"] == "not_found"
+    assert len(json.dumps(error)) < FRAME_BYTES_MAX
+    assert peer.ask("daemon/info", request_id=2)["result"] == {}
+
+
 def test_the_document_is_served(peer: Peer) -> None:
     """A client can learn the methods without this repository."""
     document = peer.ask("rpc.discover")["result"]
@@ -395,6 +420,71 @@ def test_a_peer_that_stopped_sending_and_then_goes_away_is_noticed(path: str, ha
         assert handlers.started.wait(PATIENCE_S)
         assert not handlers.cancelled.is_set()
     assert handlers.cancelled.wait(PATIENCE_S)
+
+
+# --- what goes wrong in one connection
+
+
+def test_a_connection_that_fails_takes_only_itself(
+    path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error of our own in one of them must not end the daemon, and with it everybody's."""
+
+    async def fail(_: _Connection) -> None:
+        raise RuntimeError("a mistake of ours")
+
+    with Peer(path) as before:
+        assert before.ask("daemon/info")["result"] == {}
+        with monkeypatch.context() as patched:
+            patched.setattr(_Connection, "_read", fail)
+            with Peer(path) as broken:
+                assert broken.is_closed()
+        assert before.ask("daemon/info", request_id=2)["result"] == {}
+        with Peer(path) as after:
+            assert after.ask("daemon/info")["result"] == {}
+    assert "a mistake of ours" in caplog.text
+
+
+def test_a_process_without_descriptors_takes_a_half_closed_peer_for_gone(
+    path: str, handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Waiting for the hang-up takes a descriptor, and there may be none left."""
+
+    def none_left() -> select.epoll:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with Peer(path) as other, Peer(path) as peer:
+        assert other.ask("daemon/info")["result"] == {}
+        peer.send("commands/wait", {"sandbox": "box", "command_id": "0" * 12})
+        assert handlers.started.wait(PATIENCE_S)
+        monkeypatch.setattr("sandboxd.server.select.epoll", none_left)
+        peer.socket.shutdown(socket.SHUT_WR)
+        assert handlers.cancelled.wait(PATIENCE_S)
+        assert peer.is_closed()
+        assert other.ask("daemon/info", request_id=2)["result"] == {}
+
+
+class Refusing(socket.socket):
+    """A listening socket whose first accept fails in a way that nobody thought of."""
+
+    refusals = 1
+
+    def accept(self) -> Any:
+        if self.refusals:
+            self.refusals -= 1
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        return super().accept()
+
+
+def test_an_accept_that_fails_is_tried_again(handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
+    """The connections that there are go on, and the next one is served."""
+    name = f"\0sandboxd-test-accept-{os.getpid()}"
+    with Refusing(socket.AF_UNIX) as listening:
+        listening.bind(name)
+        listening.listen()
+        with serving_on(listening, handlers), Peer(name) as peer:
+            assert peer.ask("daemon/info")["result"] == {}
+    assert "cannot accept a connection" in caplog.text
 
 
 # --- bounds

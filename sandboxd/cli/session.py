@@ -43,7 +43,7 @@ def connect() -> Connection:
     try:
         return Connection.connect(path)
     except NotRunning:
-        from sandboxd.cli import starting
+        from sandboxd.client import starting
 
         return starting.start(path, os.environ)
 

@@ -12,7 +12,7 @@ from tests.daemon.sandboxctl import PATIENCE_S, STUB, Ctl, environment
 
 WITH_STUB = """
 import sys
-from sandboxd.cli import starting
+from sandboxd.client import starting
 from sandboxd.cli.main import main
 starting.COMMAND = (sys.executable, {stub!r}, *{flags!r})
 sys.exit(main())

@@ -51,7 +51,7 @@ def test_no_module_imports_what_it_may_not() -> None:
         ("runtimes/model.py", "import sandboxd.failures"),
         ("sandboxd/lifecycle.py", "import os"),
         ("sandboxd/cli/render.py", "import runtimes.model"),
-        ("sandboxd/client.py", "import psutil"),
+        ("sandboxd/client/connection.py", "import psutil"),
         ("runtimes/parse.py", "import subprocess"),
         ("sandboxd/manager.py", "import runtimes.docker"),
         ("runtimes/docker.py", "import python_on_whales"),

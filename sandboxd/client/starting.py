@@ -1,16 +1,21 @@
-"""Starts the daemon when nobody listens: once, however many command lines want it at the same moment."""
+"""Starts the daemon when nobody listens: once, however many callers want it at the same moment.
+
+Callers may have threads and live long: nothing but the new program runs between fork and exec, and what they start is
+not their child, so that nobody has to reap it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
-import json
 import os
 import select
 import sys
 import time
 
-from sandboxd.client import Connection, NotRunning, RpcError
-from sandboxd.paths import DAEMON_LOG_NAME, state_dir
+from sandboxd import jsontext
+from sandboxd.client.connection import Connection, NotRunning, RpcError
+from sandboxd.paths import DAEMON_LOG_NAME, socket_path, state_dir
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,7 +32,23 @@ READY_LINE_BYTES_MAX = 64 * 1024
 LOG_TAIL_BYTES = 2000
 
 _READY_FD = 3
-_FD_MAX = 1 << 20
+_LAUNCH = f"""
+import os, sys
+if os.fork() == 0:
+    os.setsid()
+    os.chdir("/")
+    os.closerange({_READY_FD + 1}, 1 << 20)
+    os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def connect_or_start(env: Mapping[str, str]) -> Connection:
+    """A connection to the daemon, which is started if it does not run."""
+    path = socket_path(env)
+    try:
+        return Connection.connect(path)
+    except NotRunning:
+        return start(path, env)
 
 
 def start(path: str, env: Mapping[str, str]) -> Connection:
@@ -39,7 +60,7 @@ def start(path: str, env: Mapping[str, str]) -> Connection:
     directory = state_dir(env)
     try:
         os.makedirs(directory, mode=0o700, exist_ok=True)
-        # Several command lines wait here for the one that starts it, and then find it running.
+        # Several callers wait here for the one that starts it, and then find it running.
         lock = os.open(os.path.join(directory, "start.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise _failed(f"{directory}: {error.strerror}", "set SANDBOXD_STATE_DIR") from None
@@ -58,29 +79,26 @@ def start(path: str, env: Mapping[str, str]) -> Connection:
 
 def _spawn(log: str, env: Mapping[str, str]) -> int:
     """Start the process in a session of its own; return the pipe on which it says that it is ready."""
-    read_end, write_end = os.pipe()
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        output = os.open(log, flags, 0o600)
-    except OSError as error:
-        raise _failed(f"{log}: {error.strerror}", "set SANDBOXD_STATE_DIR") from None
-    if os.fork() == 0:
+    with contextlib.ExitStack() as passed:
         try:
-            os.setsid()
-            os.chdir("/")
-            null = os.open(os.devnull, os.O_RDONLY)
+            null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            passed.callback(os.close, null)
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            passed.callback(os.close, output)
+        except OSError as error:
+            raise _failed(f"{log}: {error.strerror}", "set SANDBOXD_STATE_DIR") from None
+        read_end, write_end = os.pipe()
+        passed.callback(os.close, write_end)
+        places = []
+        for number in (null, output, output, write_end):
             # Above the numbers that are about to be taken, so that none of them is overwritten first.
-            null, output, ready = (
-                fcntl.fcntl(number, fcntl.F_DUPFD, _READY_FD + 1) for number in (null, output, write_end)
-            )
-            for number, place in ((null, 0), (output, 1), (output, 2), (ready, _READY_FD)):
-                os.dup2(number, place)
-            os.closerange(_READY_FD + 1, _FD_MAX)
-            os.execve(COMMAND[0], [*COMMAND, "--ready-fd", str(_READY_FD)], dict(env))  # noqa: S606 - no shell is meant
-        finally:
-            os._exit(127)
-    os.close(write_end)
-    os.close(output)
+            places.append(fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, _READY_FD + 1))
+            passed.callback(os.close, places[-1])
+        argv = [sys.executable, "-I", "-S", "-c", _LAUNCH, *COMMAND, "--ready-fd", str(_READY_FD)]
+        actions = [(os.POSIX_SPAWN_DUP2, number, place) for place, number in enumerate(places)]
+        launcher = os.posix_spawn(sys.executable, argv, dict(env), file_actions=actions)
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(launcher, 0)
     return read_end
 
 
@@ -106,7 +124,7 @@ def _wait_until_ready(ready: int, log: str, deadline: float) -> None:
 
 def _told(text: str, log: str) -> RpcError:
     try:
-        data = json.loads(text)
+        data = jsontext.decode(text.encode())
         return RpcError(0, data["type"], data["brief"], data["detail"], data["hint"])
     except (ValueError, TypeError, KeyError):
         return _failed(text.strip(), f"see {log}")

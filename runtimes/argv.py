@@ -88,7 +88,7 @@ def run_argv(client: Client, spec: ContainerSpec) -> list[str]:
         *_identity_flags(spec),
         *_hardening_flags(client, spec),
         *_limit_flags(client, spec),
-        *_environment_flags(client, spec),
+        *_environment_flags(client),
         *(flag for mount in spec.mounts for flag in ("--mount", _mount(mount))),
         *(flag for tmpfs in spec.tmpfs for flag in ("--tmpfs", _tmpfs(client, spec.user, tmpfs))),
         *_network_flags(spec.network),
@@ -98,6 +98,11 @@ def run_argv(client: Client, spec: ContainerSpec) -> list[str]:
         image_reference(spec.image),
         *arguments,
     )
+
+
+def owner_label_argument(owner: str) -> str:
+    """The argument of ``run_argv`` that names the owner, by which its clients are told from all other processes."""
+    return f"--label={LABEL_OWNER}={_identity(owner)}"
 
 
 def start_argv(client: Client, container_id: str) -> list[str]:
@@ -195,11 +200,6 @@ def ping_argv(client: Client) -> list[str]:
             assert_never(client.engine)
 
 
-def info_argv(client: Client) -> list[str]:
-    """Print what the engine says of itself, as one JSON object."""
-    return client.call("info", "--format={{json .}}")
-
-
 def _row_format(client: Client) -> str:
     match client.engine:
         case EngineName.DOCKER:
@@ -212,10 +212,10 @@ def _row_format(client: Client) -> str:
 
 
 def _identity_flags(spec: ContainerSpec) -> list[str]:
-    labels = [(LABEL_SANDBOX, spec.sandbox_id), (LABEL_OWNER, spec.owner), *spec.labels]
     return [
         f"--name={CONTAINER_NAME_PREFIX}{spec.sandbox_id}",
-        *(f"--label={name}={value}" for name, value in labels),
+        f"--label={LABEL_SANDBOX}={spec.sandbox_id}",
+        owner_label_argument(spec.owner),
     ]
 
 
@@ -283,14 +283,12 @@ def _cgroup_flags(limits: Limits) -> list[str]:
     return flags
 
 
-def _environment_flags(client: Client, spec: ContainerSpec) -> list[str]:
-    asked = [f"--env={_assignment(name, value)}" for name, value in spec.env]
+def _environment_flags(client: Client) -> list[str]:
     match client.engine:
         case EngineName.DOCKER:
-            names = {name for name, _ in spec.env}
-            return [f"--env={name}" for name in PROXY_VARIABLES if name not in names] + asked
+            return [f"--env={name}" for name in PROXY_VARIABLES]
         case EngineName.PODMAN:
-            return ["--http-proxy=false", *asked]
+            return ["--http-proxy=false"]
         case _:
             assert_never(client.engine)
 
@@ -347,10 +345,6 @@ def _refuse_inexpressible(spec: ContainerSpec) -> None:
     for tmpfs in spec.tmpfs:
         if ":" in tmpfs.target:
             raise Unsupported(f"cannot mount a tmpfs at {tmpfs.target!r}", detail="the path holds a colon")
-    for name, value in spec.labels:
-        _words(name + value, "a label")
-        if not name or "=" in name or name in {LABEL_SANDBOX, LABEL_OWNER}:
-            raise Unsupported(f"cannot set the label {name!r}")
 
 
 def _refuse_unlimited(limits: Limits) -> None:

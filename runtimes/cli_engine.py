@@ -198,14 +198,6 @@ class CliEngine(ABC):
         """See ``Engine.list_images``."""
         return await self._whales.list_images()
 
-    async def pull_image(self, reference: str) -> None:
-        """See ``Engine.pull_image``."""
-        try:
-            await self._whales.pull_image(reference)
-        except EngineRefused as error:
-            await self.ping()
-            raise ImageNotFound(f"cannot pull the image {reference}", detail=error.detail) from error
-
     async def import_image(self, archive_path: str, reference: str, *, changes: Sequence[str] = ()) -> str:
         """See ``Engine.import_image``."""
         return await self._whales.import_image(archive_path, reference, changes)

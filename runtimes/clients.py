@@ -19,7 +19,7 @@ async def wait_for_clients(argument: str, *, deadline_s: float) -> int:
     """Wait until no process of ours is left that was started with ``argument``.
 
     Args:
-        argument: One whole argument, such as ``io.sandboxd.owner=...``: what only such a client carries.
+        argument: One whole argument that only such a client carries: ``argv.owner_label_argument``.
         deadline_s: Waits no longer than this.
 
     Returns:

@@ -144,14 +144,6 @@ class Engine(Protocol):
         """The images that the engine holds."""
         ...
 
-    async def pull_image(self, reference: str) -> None:
-        """Fetch an image from a registry.
-
-        Raises:
-            ImageNotFound: no registry that answers holds it.
-        """
-        ...
-
     async def import_image(self, archive_path: str, reference: str, *, changes: Sequence[str] = ()) -> str:
         """Make an image of one tar archive of a root file system.
 

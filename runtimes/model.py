@@ -103,7 +103,6 @@ class ContainerSpec(msgspec.Struct, frozen=True, kw_only=True):
     user: User
     keep_id: bool = False
     """Map the caller's uid to itself (rootless Podman), so that bind-mounted files are its own inside."""
-    env: tuple[tuple[str, str], ...] = ()
     hostname: str = "sandbox"
     working_dir: str = "/"
     limits: Limits = Limits()
@@ -112,8 +111,6 @@ class ContainerSpec(msgspec.Struct, frozen=True, kw_only=True):
     network: Network = Network.NONE
     seccomp_profile: str
     """Absolute host path of a seccomp profile in the OCI JSON form."""
-    labels: tuple[tuple[str, str], ...] = ()
-    """Further labels; the two identity labels are added by the engine."""
     nproc_max: int | None = None
     """RLIMIT_NPROC, for engines whose own default is above the host's hard limit."""
     selinux_disable: bool = False

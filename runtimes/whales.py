@@ -35,7 +35,6 @@ cannot even be killed, and then nothing is added to the heap."""
 
 LIST_S_MAX = 60.0
 IMPORT_S_MAX = 300.0
-PULL_S_MAX = 1800.0
 BUILD_S_MAX = 1800.0
 
 KILLED_LATER_S = 2
@@ -55,11 +54,6 @@ class Whales:
     async def list_images(self) -> list[ImageFacts]:
         """The images that the engine holds; one that is removed meanwhile is left out."""
         return await self._call("image list", LIST_S_MAX, _list_images)
-
-    async def pull_image(self, reference: str) -> None:
-        """Fetch an image from a registry."""
-        image_reference(reference)
-        await self._call("pull", PULL_S_MAX, lambda docker: _pull(docker, reference))
 
     async def import_image(self, archive_path: str, reference: str, changes: Sequence[str]) -> str:
         """Make an image of a tar archive. Returns its id."""
@@ -167,10 +161,6 @@ def _list_images(docker: DockerClient) -> list[ImageFacts]:
                 )
             )
     return sorted(images, key=lambda image: (image.tags, image.image_id))
-
-
-def _pull(docker: DockerClient, reference: str) -> None:
-    docker.image.pull(reference, quiet=True)
 
 
 def _import(docker: DockerClient, archive_path: str, reference: str, changes: Sequence[str]) -> str:

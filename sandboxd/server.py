@@ -501,7 +501,7 @@ class _Connection:
             _close_all(descriptors)
             raise CapacityExceeded(
                 "cannot send the answer",
-                detail=f"the answer is larger than one message: {len(body)} bytes, where {FRAME_BYTES_MAX} are allowed",
+                detail=f"the answer is larger than one message: {len(body)} bytes, {FRAME_BYTES_MAX} are allowed",
                 hint="ask for less at once: one sandbox, one command, or fewer bytes of output",
             )
         data = memoryview(framing.encode(body, lines=bool(self._decoder.lines)))

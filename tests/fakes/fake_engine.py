@@ -239,11 +239,6 @@ class FakeEngine:
             for reference, image_id in sorted(self._images.items())
         ]
 
-    async def pull_image(self, reference: str) -> None:
-        """There is no registry."""
-        await self._enter("pull_image")
-        raise ImageNotFound(f"cannot pull the image {image_reference(reference)}")
-
     async def import_image(self, archive_path: str, reference: str, *, changes: Sequence[str] = ()) -> str:
         await self._enter("import_image")
         host_path(archive_path)

@@ -278,8 +278,3 @@ async def test_an_error_of_the_library_does_not_climb_above(client: Client) -> N
         await client(image='[ "$2" = list ] && echo abc || echo "not json"').list_images()
 
 
-async def test_a_failed_pull_asks_whether_the_engine_is_there(client: Client) -> None:
-    with pytest.raises(ImageNotFound):
-        await client(pull="exit 1", image="exit 1").pull_image("image:1")
-    with pytest.raises(EngineUnavailable):
-        await client(pull="exit 1", image="exit 1", ps="exit 1").pull_image("image:1")

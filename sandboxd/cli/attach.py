@@ -1,8 +1,9 @@
 """A command that is attached to the caller: its descriptors or its terminal, its signals, its end.
 
 Without a terminal the command gets the caller's own stdin, stdout and stderr, and nothing is left to do but to
-forward signals and wait. With one, the terminal's master comes back, and bytes are moved between it and the caller's
-terminal, which is in raw mode meanwhile and restored whatever happens.
+forward signals and wait; only where one of them is a terminal it gets a pipe instead, see ``standins``. With one, the
+terminal's master comes back, and bytes are moved between it and the caller's terminal, which is in raw mode meanwhile
+and restored whatever happens.
 
 Signals arrive as bytes in a pipe, so that one poll waits for everything and no handler interrupts a half-read reply.
 """
@@ -20,9 +21,10 @@ from sandboxd.client import result_of
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import signal
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from typing import Any
 
+    from sandboxd.cli.standins import StandIns
     from sandboxd.client import Connection, Message
 else:
     try:
@@ -61,6 +63,7 @@ class Attached:
         self._command_id: str | None = None
         self._sandbox = ""
         self._master = -1
+        self._standins: StandIns | None = None
         self._typed = b""
         self._typing = tty and interactive
         self._held_signal: int | None = None
@@ -84,12 +87,16 @@ class Attached:
             reply = self._wait(signals)
             if self._master >= 0:
                 self._drain()
+            if self._standins is not None:
+                self._standins.drain()
             return result_of(reply)
         finally:
             restore_terminal()
             restore_signals()
             if self._master >= 0:
                 os.close(self._master)
+            if self._standins is not None:
+                self._standins.close()
 
     def _send(self, fields: dict[str, Any]) -> None:
         if self._tty:
@@ -99,11 +106,19 @@ class Attached:
             return
         params = wire.build("commands/run", **fields, stdio="descriptors")
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        stdin = 0 if self._interactive else null
+        given = {0: 0 if self._interactive else null, 1: 1, 2: 2}
         try:
-            self._request_id = self._connection.send("commands/run", params, (stdin, 1, 2))
+            terminals = [number for number in given.values() if os.isatty(number)]
+            if terminals:
+                from sandboxd.cli.standins import StandIns
+
+                self._standins = StandIns(terminals)
+                given.update(self._standins.theirs)
+            self._request_id = self._connection.send("commands/run", params, (given[0], given[1], given[2]))
         finally:
             os.close(null)
+            if self._standins is not None:
+                self._standins.close_theirs()
 
     def _wait(self, signals: int) -> dict[str, Any]:
         """Move bytes and signals until the reply is there."""
@@ -111,24 +126,34 @@ class Attached:
             poll = select.poll()
             poll.register(self._connection.fileno(), select.POLLIN)
             poll.register(signals, select.POLLIN)
-            if self._master >= 0:
-                poll.register(self._master, select.POLLIN | (select.POLLOUT if self._typed else 0))
-                if self._typing and not self._typed:
-                    poll.register(0, select.POLLIN)
+            self._register(poll)
             ready = dict(poll.poll())
             if signals in ready:
                 for number in os.read(signals, CHUNK_BYTES):
                     self._take_signal(number)
-            if 0 in ready:
-                self._read_typed()
-            if self._master in ready:
-                self._serve_master(ready[self._master])
+            self._serve(ready)
             if self._connection.fileno() in ready:
                 for message in self._connection.read():
                     self._take_message(message)
                 reply = self._connection.take_reply(self._request_id)
                 if reply is not None:
                     return reply
+
+    def _register(self, poll: select.poll) -> None:
+        if self._standins is not None:
+            self._standins.register(poll)
+        if self._master >= 0:
+            poll.register(self._master, select.POLLIN | (select.POLLOUT if self._typed else 0))
+            if self._typing and not self._typed:
+                poll.register(0, select.POLLIN)
+
+    def _serve(self, ready: Mapping[int, int]) -> None:
+        if self._standins is not None:
+            self._standins.serve(ready)
+        elif 0 in ready:
+            self._read_typed()
+        if self._master in ready:
+            self._serve_master(ready[self._master])
 
     def _take_message(self, message: Message) -> None:
         if "method" not in message.content:

@@ -183,3 +183,88 @@ def test_progress_is_drawn_where_somebody_watches(ctl: Ctl, terminal: Terminal) 
     with running(ctl, terminal, "image", "build", TERM="xterm") as process:
         terminal.read_until("ENGINE")
         assert process.wait(PATIENCE_S) == 0
+
+
+# --- a terminal in front, and none inside
+
+WHICH = 'for n in 0 1 2; do test -t $n && echo "terminal $n"; done; echo none; echo error >&2; exit 6'
+
+
+@pytest.mark.parametrize("flags", [(), ("-i",)], ids=["", "-i"])
+def test_without_t_no_descriptor_of_ours_is_a_terminal_inside(
+    ctl: Ctl, box: str, terminal: Terminal, flags: tuple[str, ...]
+) -> None:
+    """Whatever stays behind inside could read keys from it, change its settings and write to it for ever."""
+    before = terminal.attributes()
+    with running(ctl, terminal, "exec", *flags, box, "sh", "-c", WHICH) as process:
+        terminal.read_until("none\r\n")
+        terminal.read_until("error\r\n")
+        assert process.wait(PATIENCE_S) == 6
+    assert b"terminal" not in terminal.seen
+    assert terminal.attributes() == before
+
+
+def test_only_what_is_a_terminal_is_replaced(ctl: Ctl, box: str, terminal: Terminal) -> None:
+    """A file stays the caller's own: no byte is copied that need not be."""
+    read_end, write_end = os.pipe()
+    command = [*CTL, "exec", box, "sh", "-c", "test -t 2 || echo plain >&2; exec readlink /proc/self/fd/1"]
+    with subprocess.Popen(command, env=ctl.env, stdout=write_end, stderr=terminal.slave) as process:
+        terminal.read_until("plain\r\n")
+        assert process.wait(PATIENCE_S) == 0
+    assert os.read(read_end, 4096).decode().strip() == os.readlink(f"/proc/self/fd/{read_end}")
+    os.close(read_end)
+    os.close(write_end)
+
+
+def test_output_to_a_terminal_arrives_whole(ctl: Ctl, box: str, terminal: Terminal) -> None:
+    """More than a pipe holds, and its end is told on another way."""
+    with running(ctl, terminal, "exec", box, "sh", "-c", "seq 1 50000; echo problem >&2") as process:
+        shown = b""
+        while b"problem" not in shown or b"50000\r\n" not in shown:
+            shown += os.read(terminal.master, 65536)
+        assert process.wait(PATIENCE_S) == 0
+    assert shown.replace(b"problem\r\n", b"").split() == [b"%d" % number for number in range(1, 50001)]
+
+
+@pytest.mark.parametrize("left", ["sleep 60", "yes"])
+def test_what_is_left_behind_does_not_keep_us(ctl: Ctl, box: str, terminal: Terminal, left: str) -> None:
+    """It holds the pipe, silent or not; the command has ended, and what it wrote was shown."""
+    with running(ctl, terminal, "exec", box, "sh", "-c", f"echo said; setsid {left} & exit 4") as process:
+        terminal.read_until("said\r\n")
+        shown = True
+        while process.poll() is None or shown:
+            shown = bool(select.select([terminal.master], [], [], 0.05)[0])
+            if shown:
+                os.read(terminal.master, 65536)
+        assert process.returncode == 4
+
+
+def test_what_is_typed_reaches_a_command_without_a_terminal_and_ends(ctl: Ctl, box: str, terminal: Terminal) -> None:
+    """Line by line, as the terminal edits them, until Ctrl-D."""
+    with running(ctl, terminal, "exec", "-i", box, "sh", "-c", "sed -u 's/^/got /'; echo end") as process:
+        terminal.type("one\r")
+        terminal.read_until("got one\r\n")
+        terminal.type("two\r")
+        terminal.read_until("got two\r\n")
+        terminal.type("\x04")
+        terminal.read_until("end\r\n")
+        assert process.wait(PATIENCE_S) == 0
+
+
+def test_ctrl_c_reaches_a_command_without_a_terminal(ctl: Ctl, box: str, terminal: Terminal) -> None:
+    """The terminal makes a signal to us of it, and we forward that."""
+    script = "trap 'echo caught; exit 9' INT; echo up; while :; do sleep 0.01; done"
+    with running(ctl, terminal, "exec", "-i", box, "sh", "-c", script) as process:
+        terminal.read_until("up\r\n")
+        terminal.type("\x03")
+        terminal.read_until("caught\r\n")
+        assert process.wait(PATIENCE_S) == 9
+
+
+def test_keys_that_nobody_reads_stay_in_the_terminal(ctl: Ctl, box: str, terminal: Terminal) -> None:
+    """What is typed ahead is for the program after this one, once this one has closed its stdin."""
+    with running(ctl, terminal, "exec", "-i", box, "sh", "-c", "exec <&-; echo up; read line < /dev/null") as process:
+        terminal.read_until("up\r\n")
+        assert process.wait(PATIENCE_S) == 1
+    terminal.type("ahead\r")
+    assert os.read(terminal.slave, 100) == b"ahead\n"

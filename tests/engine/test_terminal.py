@@ -98,6 +98,8 @@ def test_a_shell_is_one_line_away(daemon: Daemon, box: Box, terminal: Terminal) 
         terminal.wait_for(b"$ ")
         terminal.type(b"echo $((6 * 7)) $TERM\r")
         terminal.wait_for(b"42 " + os.environ.get("TERM", "xterm").encode())
+        # Between two lines the shell's terminal is not raw, and would drop the key.
+        terminal.wait_for(b"$ ")
         terminal.type(b"\x04")
         assert client.wait(PATIENCE_S) == 0
     wait_until(lambda: nothing_runs(box), "the shell was gone")
@@ -123,3 +125,32 @@ def test_a_terminal_that_there_is_not_is_refused(daemon: Daemon, box: Box) -> No
     done = daemon.ctl("exec", "-it", box["id"], "true")
     assert done.returncode == 2
     assert b"not a terminal" in done.stderr
+
+
+def test_without_t_the_callers_terminal_stays_outside(daemon: Daemon, box: Box, terminal: Terminal) -> None:
+    """Whatever stays behind inside could read keys from it, change its settings and write to it for ever."""
+    script = "for n in 0 1 2; do test -t $n && echo terminal $n; done; echo none; echo whole >&2; exit 6"
+    with terminal.runs(daemon, "exec", "-i", box["id"], "sh", "-c", script) as client:
+        terminal.wait_for(b"none\r\n")
+        terminal.wait_for(b"whole\r\n")
+        assert client.wait(PATIENCE_S) == 6
+
+
+def test_what_is_left_behind_holds_a_pipe_and_not_us(daemon: Daemon, box: Box, terminal: Terminal) -> None:
+    """The command has ended, what it wrote was shown, and its child goes on alone."""
+    script = "seq 1 20000; sleep 60 >&1 & exit 4"
+    with terminal.runs(daemon, "exec", box["id"], "sh", "-c", script) as client:
+        terminal.wait_for(b"\r\n20000\r\n")
+        assert client.wait(PATIENCE_S) == 4
+    [left] = [row for row in daemon.call("commands/list", sandbox=box["id"])["commands"] if row["state"] != "ended"]
+    daemon.call("commands/kill", sandbox=box["id"], command_id=left["command_id"])
+
+
+def test_ctrl_c_reaches_a_command_without_a_terminal(daemon: Daemon, box: Box, terminal: Terminal) -> None:
+    """The caller's terminal makes a signal of it, and that is forwarded."""
+    script = "trap 'echo caught; exit 3' INT; echo ready; while true; do sleep 0.05; done"
+    with terminal.runs(daemon, "exec", box["id"], "sh", "-c", script) as client:
+        terminal.wait_for(b"ready")
+        terminal.type(b"\x03")
+        terminal.wait_for(b"caught")
+        assert client.wait(PATIENCE_S) == 3

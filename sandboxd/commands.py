@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import math
 import random
 import signal
@@ -26,6 +27,9 @@ from sandboxd.failures import Conflict, NotFound, Timeout
 from sandboxd.journal import CommandRecord
 from sandboxd.outlet import Outlet
 from sandboxd.protocol import CommandEnd, CommandInfo
+from sandboxd.timings import now_ms
+
+logger = logging.getLogger(__name__)
 
 ENDED_KEPT_MAX = 256
 """Ends of background commands that nobody has asked for yet; the oldest are forgotten first."""
@@ -33,12 +37,30 @@ ENDED_KEPT_MAX = 256
 KILL_DEADLINE_S = 5.0
 """How long init may take to kill a tree. Design: gone for good within 2 s; a loaded host gets some more."""
 
+KILL_RETRY_S = 1.0
+"""Between two tries to end what could not be ended."""
+
 COMMAND_ID_BITS = 47
+
+ARGV_SHOWN_CHARS_MAX = 512
+"""How much of a command's arguments is kept to be shown."""
 
 
 def format_command_id(command_id: int) -> str:
     """The wire's form of a command id: twelve hexadecimal digits."""
     return f"{command_id:012x}"
+
+
+def shown_argv(argv: Sequence[str]) -> list[str]:
+    """The beginning of an argument vector, which may be megabytes long."""
+    shown: list[str] = []
+    left = ARGV_SHOWN_CHARS_MAX
+    for argument in argv:
+        if left <= 0:
+            return [*shown, "..."]
+        shown.append(argument if len(argument) <= left else f"{argument[:left]}...")
+        left -= len(argument) + 1
+    return shown
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -209,7 +231,7 @@ class CommandTable:
         channel = self._usable_channel()
         command = Command(
             request.command_id,
-            [argument.decode(errors="replace") for argument in request.argv],
+            shown_argv([argument.decode(errors="replace") for argument in request.argv]),
             background=background,
             started_at_ms=now_ms(),
             oom_kills=self._read_oom_kills(),
@@ -221,7 +243,7 @@ class CommandTable:
             with anyio.CancelScope(shield=True):
                 spawned = await channel.spawn(request, descriptors)
         except (SpawnFailed, SpawnTooLarge, InvalidSpawn):
-            del self._live[command.id]
+            self._live.pop(command.id, None)
             raise
         except InitError:
             self._live.pop(command.id, None)
@@ -276,12 +298,23 @@ class CommandTable:
                 self._record_end(command, None)
             self._retire(command)
 
-    def on_channel_lost(self) -> None:
-        """The sandbox went away under its commands: whoever waits for one is told that it is lost."""
+    def detach(self) -> None:
+        """Use the channel no longer; what runs goes on, and is found again by ``attach`` and ``adopt``."""
         self._channel = None
-        for command in list(self._live.values()):
+
+    def on_channel_lost(self, *, killed: bool = False) -> None:
+        """The sandbox went away under its commands: whoever waits for one is told.
+
+        Args:
+            killed: By us, with the sandbox; else they are lost.
+        """
+        self._channel = None
+        commands = list(self._live.values())
+        for command in commands:
             if command.end is None:
+                command.killed = command.killed or killed
                 self._record_end(command, None)
+        for command in commands:
             self._retire(command)
 
     async def wait(self, command: Command) -> CommandEnd:
@@ -345,12 +378,18 @@ class CommandTable:
         if command.ended.is_set():
             return
         command.timed_out = True
-        if grace_s > 0 and self._channel is not None:
-            await self.signal(command, signal.SIGTERM, Scope.TREE)
-            with anyio.move_on_after(grace_s):
-                await command.gone.wait()
-        if not command.gone.is_set() and self._channel is not None:
-            await self._kill_tree(command)
+        if grace_s > 0:
+            with contextlib.suppress(InitError, Conflict):
+                await self.signal(command, signal.SIGTERM, Scope.TREE)
+                with anyio.move_on_after(grace_s):
+                    await command.gone.wait()
+        while not command.gone.is_set() and self._channel is not None:
+            try:
+                await self._kill_tree(command)
+            except (InitError, Timeout) as error:
+                # A paused or starved sandbox does not die now; when it runs again, this must.
+                logger.warning("cannot end command %s yet: %s", format_command_id(command.id), error)
+                await anyio.sleep(KILL_RETRY_S)
 
     @staticmethod
     async def _kill_unconfirmed(channel: InitChannel, command_id: int) -> None:
@@ -430,11 +469,6 @@ class CommandTable:
 def remaining_s(deadline_at_ms: int | None) -> float | None:
     """How long until a wall-clock deadline, never negative; None: there is none."""
     return None if deadline_at_ms is None else max(0.0, deadline_at_ms / 1000 - time.time())
-
-
-def now_ms() -> int:
-    """Milliseconds since the epoch."""
-    return time.time_ns() // 1_000_000
 
 
 def deadline_at_ms(timeout_s: float | None) -> int | None:

@@ -9,48 +9,49 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import fcntl
 import functools
-import hashlib
 import json
 import logging
 import os
 import pwd
 import resource
-import shutil
 import signal
 import sys
-import tempfile
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 import anyio
 import anyio.abc
 import psutil
 
 from runtimes import clients, detect, seccomp
+from runtimes.argv import owner_label_argument
 from runtimes.docker import DockerEngine
 from runtimes.engine import Engine
 from runtimes.errors import RuntimeFailure
-from runtimes.init.binary import InitBinaryMissing, init_binary_path, provoke_binary_path
 from runtimes.init.wire import InitError
 from runtimes.inotify import Inotify
-from runtimes.model import LABEL_OWNER, EngineInfo, EngineName, User
+from runtimes.model import EngineInfo, EngineName, User
 from runtimes.podman import PodmanEngine
 from runtimes.userns import open_swapped_userns
-from sandboxd import __version__, doctor
+from sandboxd import __version__
 from sandboxd.background import Background
 from sandboxd.config import Config, load_config
 from sandboxd.engines import EngineRoom
 from sandboxd.failures import Conflict, Exit, Failure
-from sandboxd.handlers import Handlers, started_now_ms
-from sandboxd.image_builder import ImageBuilder, has_image
+from sandboxd.handlers import Handlers
+from sandboxd.image_builder import ImageBuilder
 from sandboxd.journal import Journal
 from sandboxd.limits import Host
 from sandboxd.listener import AlreadyRunning, Listener, open_listener
 from sandboxd.manager import Caller, Manager, Places
-from sandboxd.paths import is_private, socket_path, state_dir
+from sandboxd.paths import socket_path, state_dir
+from sandboxd.programs import install_programs
 from sandboxd.protocol import PROTOCOL_VERSION, ConfigEntry, DaemonConfig, DaemonInfo
 from sandboxd.server import serve
+from sandboxd.survey import Survey
+from sandboxd.timings import now_ms
 from sandboxd.translation import failure_from
 from sandboxd.workspace import SANDBOX_USER, idmap_works
 
@@ -93,7 +94,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, options.ready_fd)
     except (RuntimeFailure, InitError) as error:
         return _fail(failure_from(error), options.ready_fd)
+    except BaseExceptionGroup as group:
+        return _fail(_only_failure(group), options.ready_fd)
     return Exit.OK
+
+
+def _only_failure(group: BaseExceptionGroup[BaseException]) -> Failure:
+    """The failure that ended a task group; what is none is a defect, and goes on as it is.
+
+    A task group wraps what ends it, one group per level.
+    """
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    match error:
+        case Failure():
+            return error
+        case RuntimeFailure() | InitError():
+            return failure_from(error)
+        case _:
+            raise group
 
 
 def _raise_descriptor_limit() -> None:
@@ -117,46 +137,37 @@ def _tell(ready_fd: int, line: str) -> None:
 
 
 async def run(listener: Listener, env: Mapping[str, str], *, ready_fd: int | None) -> None:
-    """Serve on ``listener`` until told to stop."""
+    """Serve on ``listener`` until told to stop.
+
+    Raises:
+        Failure: it cannot begin: the settings, the journal, the state directory, sandbox-init.
+    """
     state = state_dir(env)
-    os.makedirs(state, mode=0o700, exist_ok=True)
-    boxes_dir = os.path.join(os.path.dirname(listener.path), "boxes")
-    os.makedirs(boxes_dir, mode=0o700, exist_ok=True)
     config, entries = _load_config(env)
-    stop = anyio.Event()
     with contextlib.ExitStack() as held:
-        held.callback(os.close, _lock_state(state))
-        journal = Journal.open(os.path.join(state, "journal.sqlite3"))
-        held.callback(journal.close)
-        userns_fd = _open_userns(boxes_dir)
-        if userns_fd is not None:
-            held.callback(os.close, userns_fd)
+        ground = _prepare(listener, env, state, config, held)
+        stop = anyio.Event()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_watch_signals, stop)
-            engines = EngineRoom(
-                functools.partial(detect.detect_all, env), functools.partial(_build_engine, config=config, env=env)
+            manager = ground.manager(Background(tasks))
+            survey = Survey(
+                engines=ground.engines,
+                image=config.defaults.image,
+                socket=listener.path,
+                state_dir=state,
+                maps_ids=ground.userns_fd is not None if os.geteuid() == 0 else None,
             )
-            manager = Manager(
-                config=config,
-                host=_host(),
-                caller=_caller(env),
-                places=Places(
-                    boxes_dir=boxes_dir,
-                    bin_dir=_install_programs(state),
-                    seccomp_profile=seccomp.profile_path(),
-                    spools_dir=os.path.join(state, "spools"),
-                ),
-                journal=journal,
-                engines=engines,
-                background=Background(tasks),
-                userns_fd=userns_fd,
-                inotify=held.enter_context(Inotify()),
+            handlers = Handlers(
+                manager=manager,
+                engines=ground.engines,
+                images=ImageBuilder(ground.engines, reference=config.defaults.image, scratch_dir=state),
+                examine=survey.examine,
+                daemon=_daemon_info(listener, state),
+                config=DaemonConfig(entries=entries),
+                shut_down=stop.set,
             )
-            handlers = _handlers(
-                manager, engines, config, entries, listener, state, boxes_dir, userns_fd is not None, stop
-            )
-            await engines.refresh()
-            await clients.wait_for_clients(f"{LABEL_OWNER}={journal.owner()}", deadline_s=LEFT_CLIENTS_DEADLINE_S)
+            await ground.engines.refresh()
+            await clients.wait_for_clients(owner_label_argument(ground.owner), deadline_s=LEFT_CLIENTS_DEADLINE_S)
             await manager.recover()
             async with _serving(listener, handlers):
                 tasks.start_soon(manager.sweep_periodically)
@@ -168,6 +179,70 @@ async def run(listener: Listener, env: Mapping[str, str], *, ready_fd: int | Non
                 await handlers.drain(deadline_s=DRAIN_DEADLINE_S)
             manager.disconnect_all()
             tasks.cancel_scope.cancel()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Ground:
+    """What stands before any task runs: whatever is missing here is said plainly, and not from a task group."""
+
+    owner: str
+    engines: EngineRoom
+    userns_fd: int | None
+    manager: Callable[[Background], Manager]
+
+
+def _prepare(
+    listener: Listener, env: Mapping[str, str], state: str, config: Config, held: contextlib.ExitStack
+) -> _Ground:
+    boxes_dir = os.path.join(os.path.dirname(listener.path), "boxes")
+    os.makedirs(state, mode=0o700, exist_ok=True)
+    os.makedirs(boxes_dir, mode=0o700, exist_ok=True)
+    held.callback(os.close, _lock_state(state))
+    journal = Journal.open(os.path.join(state, "journal.sqlite3"))
+    held.callback(journal.close)
+    userns_fd = _open_userns(boxes_dir)
+    if userns_fd is not None:
+        held.callback(os.close, userns_fd)
+    engines = EngineRoom(
+        functools.partial(detect.detect_all, env),
+        functools.partial(_build_engine, env=env),
+        config.daemon.engine_calls_max,
+    )
+    return _Ground(
+        owner=journal.owner(),
+        engines=engines,
+        userns_fd=userns_fd,
+        manager=functools.partial(
+            Manager,
+            config=config,
+            host=_host(),
+            caller=_caller(env),
+            places=Places(
+                boxes_dir=boxes_dir,
+                bin_dir=install_programs(state),
+                seccomp_profile=seccomp.profile_path(),
+                spools_dir=os.path.join(state, "spools"),
+            ),
+            journal=journal,
+            engines=engines,
+            userns_fd=userns_fd,
+            inotify=held.enter_context(Inotify()),
+        ),
+    )
+
+
+def _daemon_info(listener: Listener, state: str) -> DaemonInfo:
+    return DaemonInfo(
+        pid=os.getpid(),
+        version=__version__,
+        protocol_version=PROTOCOL_VERSION,
+        socket=listener.path,
+        state_dir=state,
+        started_at_ms=now_ms(),
+        engines=[],
+        sandboxes=0,
+        rss_bytes=0,
+    )
 
 
 @contextlib.asynccontextmanager
@@ -247,102 +322,12 @@ def _open_userns(boxes_dir: str) -> int | None:
     return userns_fd
 
 
-def _install_programs(state: str) -> str:
-    """Copy sandbox-init and sandbox-provoke to a directory named for their content.
-
-    Sandboxes go on using the programs that they were made with, whatever is upgraded or removed meanwhile.
-    """
-    sources = {"sandbox-init": init_binary_path(), "sandbox-provoke": provoke_binary_path()}
-    digest = hashlib.sha256()
-    for path in sources.values():
-        with open(path, "rb") as file:
-            digest.update(file.read())
-    directory = os.path.join(state, "bin", digest.hexdigest()[:16])
-    if not os.path.isdir(directory):
-        os.makedirs(os.path.dirname(directory), mode=0o755, exist_ok=True)
-        scratch = tempfile.mkdtemp(dir=os.path.dirname(directory))
-        for name, path in sources.items():
-            shutil.copyfile(path, os.path.join(scratch, name))
-            os.chmod(os.path.join(scratch, name), 0o555)  # noqa: S103  (any uid inside executes them)
-        os.chmod(scratch, 0o755)  # noqa: S103  (likewise)
-        os.rename(scratch, directory)
-    return directory
-
-
-def _build_engine(info: EngineInfo, *, config: Config, env: Mapping[str, str]) -> Engine:
-    limiter = anyio.Semaphore(config.daemon.engine_calls_max)
+def _build_engine(info: EngineInfo, limiter: anyio.Semaphore, *, env: Mapping[str, str]) -> Engine:
     match info.name:
         case EngineName.DOCKER:
             return DockerEngine(info, env=env, limiter=limiter)
         case EngineName.PODMAN:
             return PodmanEngine(info, env=env, limiter=limiter)
-
-
-def _handlers(
-    manager: Manager,
-    engines: EngineRoom,
-    config: Config,
-    entries: list[ConfigEntry],
-    listener: Listener,
-    state: str,
-    boxes_dir: str,
-    maps_ids: bool,
-    stop: anyio.Event,
-) -> Handlers:
-    return Handlers(
-        manager=manager,
-        engines=engines,
-        images=ImageBuilder(engines, reference=config.defaults.image, scratch_dir=state),
-        examine=functools.partial(_examine, engines, config, listener, state, boxes_dir, maps_ids),
-        daemon=DaemonInfo(
-            pid=os.getpid(),
-            version=__version__,
-            protocol_version=PROTOCOL_VERSION,
-            socket=listener.path,
-            state_dir=state,
-            started_at_ms=started_now_ms(),
-            engines=[],
-            sandboxes=0,
-            rss_bytes=0,
-        ),
-        config=DaemonConfig(entries=entries),
-        shut_down=stop.set,
-    )
-
-
-async def _examine(
-    engines: EngineRoom, config: Config, listener: Listener, state: str, boxes_dir: str, maps_ids: bool
-) -> doctor.Facts:
-    """Look at everything that doctor judges."""
-    await engines.refresh()
-    usable = {engine.name: engine for engine in engines.usable()}
-    image = config.defaults.image
-    found = [
-        doctor.EngineFacts(info=info, has_image=await has_image(usable[info.name], image) if info.usable else None)
-        for info in engines.infos
-    ]
-    init_error = init_hint = ""
-    try:
-        init_binary_path()
-    except InitBinaryMissing as error:
-        init_error, init_hint = str(error), error.hint
-    try:
-        free_bytes: int | None = psutil.disk_usage(state).free
-    except OSError:
-        free_bytes = None
-    return doctor.Facts(
-        engines=tuple(found),
-        image=image,
-        init_error=init_error,
-        init_hint=init_hint,
-        state_dir=state,
-        state_free_bytes=free_bytes,
-        socket=listener.path,
-        socket_dir_private=is_private(os.path.dirname(boxes_dir), os.geteuid()),
-        daemon_nofile_soft=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-        idmap_works=maps_ids if os.geteuid() == 0 else None,
-        swap_bytes=psutil.swap_memory().total,
-    )
 
 
 if __name__ == "__main__":

@@ -17,14 +17,19 @@ class EngineRoom:
 
     Args:
         detect: Looks at the host: one ``EngineInfo`` per engine that is known to us, usable or not.
-        build: Makes the engine for a usable ``EngineInfo``.
+        build: Makes the engine for a usable ``EngineInfo``, whose calls wait their turn at the semaphore.
+        calls_max: Calls of one engine at once.
     """
 
     def __init__(
-        self, detect: Callable[[], Awaitable[Sequence[EngineInfo]]], build: Callable[[EngineInfo], Engine]
+        self,
+        detect: Callable[[], Awaitable[Sequence[EngineInfo]]],
+        build: Callable[[EngineInfo, anyio.Semaphore], Engine],
+        calls_max: int,
     ) -> None:
         self._detect = detect
         self._build = build
+        self._limiters = {name: anyio.Semaphore(calls_max) for name in EngineName}
         self._detecting = anyio.Lock()
         self._engines: dict[EngineName, Engine] = {}
         self.infos: tuple[EngineInfo, ...] = ()
@@ -36,7 +41,7 @@ class EngineRoom:
             for info in self.infos:
                 known = self._engines.get(info.name)
                 if info.usable and (known is None or known.info != info):
-                    self._engines[info.name] = self._build(info)
+                    self._engines[info.name] = self._build(info, self._limiters[info.name])
 
     def usable(self) -> list[Engine]:
         """The engines that can be driven."""

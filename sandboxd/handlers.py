@@ -6,7 +6,6 @@ Wire and domain meet here only. Errors of ``runtimes`` become failures here, in 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -22,7 +21,7 @@ from runtimes.model import EngineInfo, EngineName
 from sandboxd import __version__, doctor, limits, protocol, running
 from sandboxd.commands import Command, format_command_id
 from sandboxd.engines import EngineRoom
-from sandboxd.failures import Conflict, Failure, InvalidArgument
+from sandboxd.failures import Conflict, InvalidArgument, Unsupported
 from sandboxd.image_builder import ImageBuilder
 from sandboxd.lifecycle import State
 from sandboxd.manager import Manager
@@ -134,15 +133,14 @@ class Handlers:
 
     async def create(self, params: protocol.SandboxCreateParams, context: Context) -> protocol.SandboxInfo:
         """Make a sandbox; an ephemeral one goes with the connection."""
-        for name in params.env:
-            running.check_name(name)
+        running.check_env(params.env)
         timings = Timings()
         sandbox = await self._manager.create(params, timings)
         if params.ephemeral:
-            context.on_close(lambda: self._manager.remove_soon(sandbox))
+            sandbox.on_forgotten = context.on_close(lambda: self._manager.remove_soon(sandbox))
         return _info(sandbox, timings)
 
-    async def get(self, params: protocol.SandboxGetParams, _: Context) -> protocol.SandboxInfo:
+    async def get(self, params: protocol.SandboxParams, _: Context) -> protocol.SandboxInfo:
         """Everything, with the engine's view and the limits read again."""
         timings = Timings()
         sandbox = self._manager.get(params.sandbox)
@@ -173,7 +171,7 @@ class Handlers:
         """Stop."""
         timings = Timings()
         sandbox = self._manager.get(params.sandbox)
-        await self._manager.stop(sandbox, running.seconds(params.grace, option="--grace", zero_allowed=True))
+        await self._manager.stop(sandbox, running.grace_seconds(params.grace))
         timings.mark("engine")
         return _info(sandbox, timings)
 
@@ -223,7 +221,9 @@ class Handlers:
         try:
             if params.user is not None:
                 engine = self._engines.get(EngineName(sandbox.record.engine))
-                return await running.run_as_other_user(engine, sandbox, params, descriptors, timings)
+                return await running.run_as_other_user(
+                    engine, sandbox, params, descriptors, timings, user=params.user
+                )
             keep = params.on_disconnect == "keep"
             command, pty_fd = await running.start(sandbox, params, descriptors, keep=keep)
         finally:
@@ -255,7 +255,9 @@ class Handlers:
                 hint='use commands/run, or stdio "spool"',
             )
         if params.user is not None:
-            raise Failure("cannot start a command of another user in the background", hint="leave out -d or --user")
+            raise Unsupported(
+                "cannot start a command of another user in the background", hint="leave out -d or --user"
+            )
         sandbox = self._manager.get(params.sandbox)
         descriptors = context.take_descriptors()
         try:
@@ -364,7 +366,7 @@ class Handlers:
         """The settings in force."""
         return self._config
 
-    async def shutdown(self, _: protocol.DaemonShutdownParams, __: Context) -> protocol.Acknowledged:
+    async def shutdown(self, _: protocol.NoParams, __: Context) -> protocol.Acknowledged:
         """Begin the end."""
         self._shut_down()
         return protocol.Acknowledged()
@@ -536,8 +538,3 @@ def _pressure(reading: PressureReading | None) -> protocol.Pressure | None:
         some_total_us=reading.some_total_us,
         full_total_us=reading.full_total_us,
     )
-
-
-def started_now_ms() -> int:
-    """Milliseconds since the epoch."""
-    return time.time_ns() // 1_000_000

@@ -9,10 +9,12 @@ loses power has lost its running containers too.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sqlite3
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 
@@ -21,11 +23,14 @@ from sandboxd.failures import Failure
 from sandboxd.lifecycle import State
 from sandboxd.protocol import CommandEnd
 
+logger = logging.getLogger(__name__)
+
 SCHEMA_VERSION = 1
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 CREATE TABLE sandboxes (id TEXT PRIMARY KEY, record BLOB NOT NULL) STRICT;
+CREATE TABLE unreadable (id TEXT PRIMARY KEY, record BLOB NOT NULL) STRICT;
 CREATE TABLE commands (
     sandbox_id TEXT NOT NULL REFERENCES sandboxes (id) ON DELETE CASCADE,
     id INTEGER NOT NULL,
@@ -60,7 +65,7 @@ class SandboxRecord(msgspec.Struct, frozen=True, kw_only=True):
     workspace: WorkspaceRecord | None
     network: Network
     limits: Limits
-    tmp_bytes_max: int | None
+    tmp_bytes_max: int
     limits_policy: str
     env: dict[str, str]
     metadata: dict[str, str]
@@ -87,8 +92,9 @@ class CommandRecord(msgspec.Struct, frozen=True, kw_only=True):
 class Journal:
     """The journal of one daemon. Not thread-safe: it belongs to the event loop."""
 
-    def __init__(self, database: sqlite3.Connection) -> None:
+    def __init__(self, database: sqlite3.Connection, path: str) -> None:
         self._database = database
+        self._path = path
 
     @classmethod
     def open(cls, path: str) -> Journal:
@@ -110,14 +116,16 @@ class Journal:
                         database.execute(statement)
                     database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         except (sqlite3.Error, OSError) as error:
-            raise Failure(f"cannot open the journal {path}", detail=str(error), hint="sandboxctl doctor") from error
+            raise Failure(
+                f"cannot open the journal {path}", detail=str(error), hint=f"mv {path} {path}.damaged"
+            ) from error
         if version > SCHEMA_VERSION:
             raise Failure(
                 f"cannot use the journal {path}",
                 detail=f"a newer sandboxd wrote it (schema {version}, this one knows {SCHEMA_VERSION})",
                 hint="start the newer sandboxd",
             )
-        return cls(database)
+        return cls(database, path)
 
     def close(self) -> None:
         """Close it; what was written stays."""
@@ -125,12 +133,12 @@ class Journal:
 
     def owner(self) -> str:
         """Return the id that labels this daemon's containers; made once per state directory."""
-        row = self._database.execute("SELECT value FROM meta WHERE key = 'owner'").fetchone()
-        if row is None:
-            owner = uuid.uuid4().hex
-            self._database.execute("INSERT INTO meta (key, value) VALUES ('owner', ?)", (owner,))
-            return owner
-        return str(row[0])
+        rows = self._rows("SELECT value FROM meta WHERE key = 'owner'")
+        if rows:
+            return str(rows[0][0])
+        owner = uuid.uuid4().hex
+        self._execute("INSERT INTO meta (key, value) VALUES ('owner', ?)", (owner,))
+        return owner
 
     def put(self, record: SandboxRecord) -> None:
         """Write a sandbox down, new or changed."""
@@ -145,9 +153,20 @@ class Journal:
         self._execute("DELETE FROM sandboxes WHERE id = ?", (sandbox_id,))
 
     def sandboxes(self) -> list[SandboxRecord]:
-        """All sandboxes, in the order of their making."""
-        rows = self._database.execute("SELECT record FROM sandboxes ORDER BY rowid").fetchall()
-        return [msgspec.json.decode(row[0], type=SandboxRecord) for row in rows]
+        """All sandboxes, in the order of their making.
+
+        A record that cannot be read is set aside and logged: the others must not suffer for it. Its container is then
+        nobody's, and is removed like any other that no record knows.
+        """
+        records = []
+        for sandbox_id, raw in self._rows("SELECT id, record FROM sandboxes ORDER BY rowid"):
+            try:
+                records.append(msgspec.json.decode(raw, type=SandboxRecord))
+            except msgspec.MsgspecError as error:
+                logger.warning("cannot read the record of sandbox %s, set aside: %s", sandbox_id, error)
+                self._execute("INSERT OR REPLACE INTO unreadable (id, record) VALUES (?, ?)", (sandbox_id, raw))
+                self.delete(sandbox_id)
+        return records
 
     def put_command(self, sandbox_id: str, record: CommandRecord) -> None:
         """Write a background command down."""
@@ -162,15 +181,29 @@ class Journal:
 
     def commands(self, sandbox_id: str) -> list[CommandRecord]:
         """The background commands of one sandbox."""
-        rows = self._database.execute("SELECT record FROM commands WHERE sandbox_id = ?", (sandbox_id,)).fetchall()
-        return [msgspec.json.decode(row[0], type=CommandRecord) for row in rows]
+        records = []
+        for command_id, raw in self._rows("SELECT id, record FROM commands WHERE sandbox_id = ?", (sandbox_id,)):
+            try:
+                records.append(msgspec.json.decode(raw, type=CommandRecord))
+            except msgspec.MsgspecError as error:
+                logger.warning("cannot read the record of command %s, dropped: %s", command_id, error)
+                self.delete_command(sandbox_id, command_id)
+        return records
+
+    def _rows(self, statement: str, values: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
+        try:
+            return self._database.execute(statement, values).fetchall()
+        except sqlite3.Error as error:
+            raise Failure(
+                "cannot read the journal", detail=str(error), hint=f"move {self._path} away, and start again"
+            ) from error
 
     def _execute(self, statement: str, values: tuple[object, ...]) -> None:
         try:
             self._database.execute(statement, values)
         except sqlite3.Error as error:
             raise Failure(
-                "cannot write to the journal", detail=str(error), hint="sandboxctl doctor checks disk and journal"
+                "cannot write to the journal", detail=str(error), hint=f"df -h {os.path.dirname(self._path)}"
             ) from error
 
 

@@ -7,18 +7,19 @@ shield, so that a client that goes away leaves nothing half-made, and read back 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import math
 import os
 import random
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from typing import assert_never
 
 import anyio
 import anyio.lowlevel
+import anyio.to_thread
 import msgspec
 
 from runtimes import mounts
@@ -27,6 +28,7 @@ from runtimes.engine import Engine
 from runtimes.errors import (
     CgroupUnreadable,
     ContainerNotFound,
+    EngineUnavailable,
     RuntimeFailure,
     Unsupported,
 )
@@ -56,17 +58,16 @@ from sandboxd.failures import (
     InvalidArgument,
     LimitNotEnforceable,
     NotFound,
-    SandboxGone,
 )
 from sandboxd.journal import Journal, SandboxRecord, WorkspaceRecord
 from sandboxd.lifecycle import Event, State
 from sandboxd.limits import Host, merged, output_bytes_max, resolve, resolve_update
 from sandboxd.protocol import SandboxCreateParams, SandboxUpdateParams
 from sandboxd.running import identity_inside
-from sandboxd.sandbox import INSIDE_BIN, INSIDE_RUN, TMPFS_TARGETS, Sandbox
+from sandboxd.sandbox import INSIDE_BIN, INSIDE_RUN, TMPFS_TARGETS, Sandbox, container_id_of
 from sandboxd.spool import SpoolDirectory
 from sandboxd.spool import sweep as sweep_spools
-from sandboxd.timings import Timings
+from sandboxd.timings import Timings, now_ms
 from sandboxd.workspace import TARGET, Identity, OpenedWorkspace, Stage, identify, open_workspace
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,9 @@ _ID_ALPHABET = "abcdefghijkmnpqrstuvwxyz23456789"
 _ID_CHARS = 10
 
 RUN_TMPFS_BYTES_MAX = 16 * 1024 * 1024
+
+OPEN_DEADLINE_S = 5.0
+"""How long the file system of a workspace may take to open a directory."""
 
 SWEEP_PERIOD_S = 60.0
 """How often containers that nobody owns are looked for."""
@@ -108,6 +112,7 @@ class Manager:
 
     def __init__(
         self,
+        background: Background,
         *,
         config: Config,
         host: Host,
@@ -115,7 +120,6 @@ class Manager:
         places: Places,
         journal: Journal,
         engines: EngineRoom,
-        background: Background,
         userns_fd: int | None,
         inotify: Inotify,
     ) -> None:
@@ -182,7 +186,9 @@ class Manager:
         resolved = resolve(params.limits, self._config.defaults, self._host, nofile_hard_max=None)
         self._check_room(params.name)
         with contextlib.ExitStack() as opened:
-            workspace = self._open_workspace(params, opened)
+            workspace = None
+            if params.workspace is not None:
+                workspace = await self._open_directory(params.workspace.path, opened)
             engine = await self._engines.choose(params.engine or self._config.defaults.engine)
             timings.mark("choose")
             resolved = resolve(
@@ -218,7 +224,7 @@ class Manager:
                 env=params.env,
                 metadata=params.metadata,
                 ephemeral=params.ephemeral,
-                created_at_ms=time.time_ns() // 1_000_000,
+                created_at_ms=now_ms(),
                 warnings=_warnings(identity, engine.info),
             )
             # Again, for others may have come in between; from here to the registration nothing waits.
@@ -250,8 +256,11 @@ class Manager:
                 self.prove(sandbox)
                 self._require_proof(sandbox)
                 timings.mark("verify")
-            except BaseException:
+            except BaseException as error:
                 await self._discard(sandbox)
+                if isinstance(error, EngineUnavailable):
+                    # What was known of it is no longer true: the next create shall choose by what is.
+                    self._background.start(self._engines.refresh)
                 raise
 
     async def _run(
@@ -301,13 +310,18 @@ class Manager:
                 hint="remove some (sandboxctl rm), or raise daemon.sandboxes_max",
             )
 
-    def _open_workspace(self, params: SandboxCreateParams, opened: contextlib.ExitStack) -> OpenedWorkspace | None:
-        if params.workspace is None:
-            return None
-        return self._open_directory(params.workspace.path, opened)
-
-    def _open_directory(self, path: str, opened: contextlib.ExitStack) -> OpenedWorkspace:
-        workspace = open_workspace(path, home=self._caller.home, allow=self._config.paths.allow)
+    async def _open_directory(self, path: str, opened: contextlib.ExitStack) -> OpenedWorkspace:
+        """Open and judge a workspace in a thread: a dead network file system must stop nobody else."""
+        look = functools.partial(open_workspace, path, home=self._caller.home, allow=self._config.paths.allow)
+        try:
+            with anyio.fail_after(OPEN_DEADLINE_S):
+                workspace = await anyio.to_thread.run_sync(look, abandon_on_cancel=True)
+        except TimeoutError:
+            raise InvalidArgument(
+                f"cannot use {path!r} as a workspace",
+                detail=f"its file system does not answer within {OPEN_DEADLINE_S:g} s",
+                hint=f"stat {path}",
+            ) from None
         opened.callback(os.close, workspace.descriptor)
         return workspace
 
@@ -352,13 +366,13 @@ class Manager:
         return sandbox
 
     def _forget(self, sandbox: Sandbox) -> None:
-        sandbox.disconnect()
-        sandbox.commands.on_channel_lost()
+        sandbox.disconnect(killed=True)
         Stage(sandbox.stage_dir).clear()
         sandbox.erase()
         self._background.start(sandbox.spools.erase)
         self._journal.delete(sandbox.record.id)
         self._sandboxes.pop(sandbox.record.id, None)
+        sandbox.on_forgotten()
 
     # --- the container --------------------------------------------------------------------------------
 
@@ -397,7 +411,7 @@ class Manager:
         ]
         if source is not None and record.workspace is not None:
             binds.append(Mount(source=source, target=TARGET, read_only=record.workspace.read_only))
-        tmp = record.tmp_bytes_max or RUN_TMPFS_BYTES_MAX
+        tmp = record.tmp_bytes_max
         return ContainerSpec(
             sandbox_id=record.id,
             owner=self._owner,
@@ -427,7 +441,7 @@ class Manager:
                 if sandbox.record.state is State.STOPPED:
                     return
                 engine = self._engine_of(sandbox)
-                container_id = _container_id(sandbox)
+                container_id = container_id_of(sandbox)
                 sandbox.change(Event.STOP)
                 try:
                     await engine.stop(container_id, grace_s=max(0, math.ceil(grace_s)))
@@ -444,18 +458,28 @@ class Manager:
                 try:
                     await self._start(sandbox, timings)
                 except BaseException:
-                    await self._look(sandbox, self._engine_of(sandbox), _container_id(sandbox))
+                    await self._stop_again(sandbox)
                     raise
+
+    async def _stop_again(self, sandbox: Sandbox) -> None:
+        """Undo a start that failed: a sandbox whose limits are not proven must not run."""
+        engine = self._engine_of(sandbox)
+        sandbox.disconnect()
+        try:
+            await engine.stop(container_id_of(sandbox), grace_s=0)
+        except RuntimeFailure as error:
+            logger.warning("cannot stop %s again: %s", sandbox.record.id, error)
+        await self._look(sandbox, engine, container_id_of(sandbox))
 
     async def _start(self, sandbox: Sandbox, timings: Timings) -> None:
         engine = self._engine_of(sandbox)
-        container_id = _container_id(sandbox)
+        container_id = container_id_of(sandbox)
         record = sandbox.record
         sandbox.prepare()
         with contextlib.ExitStack() as opened:
             workspace = None
             if record.workspace is not None:
-                workspace = self._open_directory(record.workspace.path, opened)
+                workspace = await self._open_directory(record.workspace.path, opened)
             with self._staged(sandbox, workspace) as source:
                 await engine.start(container_id)
                 timings.mark("engine")
@@ -468,9 +492,9 @@ class Manager:
             with contextlib.suppress(CgroupUnreadable):
                 sandbox.write_limits(record.limits)
             self.prove(sandbox)
-        sandbox.change(Event.ADOPTED)
         timings.mark("verify")
         self._require_proof(sandbox)
+        sandbox.change(Event.ADOPTED)
 
     async def remove(self, sandbox: Sandbox, timings: Timings) -> None:
         """End everything in a sandbox and remove it without a trace. Works in every state; idempotent."""
@@ -478,7 +502,11 @@ class Manager:
             async with sandbox.lock:
                 if sandbox.record.id not in self._sandboxes:
                     return
-                sandbox.change(Event.REMOVE)
+                try:
+                    sandbox.change(Event.REMOVE)
+                except Failure as error:
+                    # The journal is full or damaged. The row is there; that it is being removed can be said later.
+                    logger.warning("cannot write down that %s is being removed: %s", sandbox.record.id, error)
                 await self._remove_from_engine(sandbox)
                 timings.mark("engine")
                 self._forget(sandbox)
@@ -496,7 +524,7 @@ class Manager:
 
     async def _remove_from_engine(self, sandbox: Sandbox) -> None:
         engine = self._engine_of(sandbox)
-        sandbox.disconnect()
+        sandbox.disconnect(killed=True)
         if sandbox.record.container_id is not None:
             await engine.remove(sandbox.record.container_id)
         else:
@@ -513,7 +541,8 @@ class Manager:
     async def _look_into(self, sandbox: Sandbox) -> None:
         """Find out what became of a sandbox whose init is silent."""
         async with sandbox.lock:
-            if sandbox.record.id not in self._sandboxes or sandbox.connected:
+            settled = sandbox.record.state not in (State.CREATING, State.REMOVING)
+            if sandbox.record.id not in self._sandboxes or sandbox.connected or not settled:
                 return
             if sandbox.record.container_id is None:
                 return
@@ -530,6 +559,8 @@ class Manager:
         else:
             if facts.state is ContainerState.RUNNING:
                 await self._adopt(sandbox, engine, container_id)
+            elif facts.state is ContainerState.PAUSED:
+                self._note(sandbox, Event.UNREACHABLE, reconcile.PAUSED)
             else:
                 self._note(sandbox, Event.EXITED, _why_stopped(facts))
 
@@ -538,7 +569,7 @@ class Manager:
             if not sandbox.connected:
                 await sandbox.connect(container_id, engine)
                 await sandbox.adopt_commands()
-        except (SandboxGone, InitError, RuntimeFailure) as error:
+        except (Failure, InitError, RuntimeFailure, OSError) as error:
             self._note(sandbox, Event.UNREACHABLE, str(error))
             return
         sandbox.change(Event.ADOPTED, container_id=container_id)
@@ -547,7 +578,6 @@ class Manager:
     @staticmethod
     def _note(sandbox: Sandbox, event: Event, reason: str) -> None:
         sandbox.disconnect()
-        sandbox.commands.on_channel_lost()
         sandbox.change(event, reason=reason)
 
     async def recover(self) -> None:
@@ -561,7 +591,7 @@ class Manager:
             for decision in decisions:
                 tasks.start_soon(self._carry_out, decision)
         for sandbox in self._sandboxes.values():
-            if not sandbox.connected:
+            if sandbox.record.state in (State.STOPPED, State.LOST):
                 await sandbox.adopt_commands()
         known = {
             record.id: [command.id for command in self._journal.commands(record.id)]
@@ -572,7 +602,10 @@ class Manager:
             logger.info("removed the output of a command that nobody knows: %s", name)
         for name in os.listdir(self._places.boxes_dir):
             if name not in self._sandboxes:
-                erase_box(os.path.join(self._places.boxes_dir, name))
+                try:
+                    erase_box(os.path.join(self._places.boxes_dir, name))
+                except OSError as error:
+                    logger.warning("cannot clear %s: %s", name, error)
 
     async def _listed(self) -> dict[str, Sequence[ContainerSummary]]:
         """Our containers by engine; an engine that does not answer is not in it."""
@@ -656,7 +689,9 @@ class Manager:
             case reconcile.Action.FORGET:
                 return sandbox.record.state is State.REMOVING
             case reconcile.Action.ADOPT | reconcile.Action.NOTE_STOPPED:
-                return sandbox.record.state in (State.BROKEN, State.LOST)
+                # Running, and yet not connected: whoever noticed could not write it down.
+                silent = sandbox.record.state is State.RUNNING and not sandbox.connected
+                return silent or sandbox.record.state in (State.BROKEN, State.LOST)
             case reconcile.Action.NOTE_LOST:
                 return sandbox.record.state in (State.BROKEN, State.STOPPED)
             case _:
@@ -665,7 +700,7 @@ class Manager:
     def disconnect_all(self) -> None:
         """Let go of every sandbox; they and their commands go on."""
         for sandbox in self._sandboxes.values():
-            sandbox.disconnect()
+            sandbox.release()
 
     # --- proofs ---------------------------------------------------------------------------------------
 
@@ -711,14 +746,14 @@ class Manager:
                 timings.mark("apply")
 
     async def _apply(self, sandbox: Sandbox, engine: Engine, limits: Limits, changed: Limits, policy: str) -> None:
-        before = sandbox.record.limits
+        before, policy_before = sandbox.record.limits, sandbox.record.limits_policy
         sandbox.put(limits=limits, limits_policy=policy)
         try:
             await self._write_limits(sandbox, engine, changed)
             self.prove(sandbox)
             self._require_proof(sandbox)
         except (RuntimeFailure, Failure):
-            sandbox.put(limits=before)
+            sandbox.put(limits=before, limits_policy=policy_before)
             with contextlib.suppress(RuntimeFailure):
                 await self._write_limits(sandbox, engine, before)
             self.prove(sandbox)
@@ -729,21 +764,24 @@ class Manager:
         limits = _passable(limits, engine.info)
         if limits == Limits():
             return
-        left = await engine.update(_container_id(sandbox), limits)
+        left = await engine.update(container_id_of(sandbox), limits)
         if left != Limits():
             sandbox.write_limits(left)
 
     @staticmethod
     def _check_use(sandbox: Sandbox, changed: Limits) -> None:
         """Lowering a limit below what is used would kill at once, or be refused half-way."""
-        usage = sandbox.usage()
-        if changed.memory_bytes_max is not None and (usage.memory_bytes or 0) > changed.memory_bytes_max:
+        try:
+            usage = sandbox.usage()
+        except CgroupUnreadable:
+            return
+        if _above(usage.memory_bytes, changed.memory_bytes_max):
             raise Conflict(
                 f"cannot lower memory to {changed.memory_bytes_max} bytes",
                 detail=f"{usage.memory_bytes} bytes are in use",
                 hint=f"sandboxctl stats {sandbox.record.id}",
             )
-        if changed.pids_max is not None and (usage.pids or 0) > changed.pids_max:
+        if _above(usage.pids, changed.pids_max):
             raise Conflict(
                 f"cannot lower pids to {changed.pids_max}",
                 detail=f"{usage.pids} are in use",
@@ -772,14 +810,8 @@ def _passable(limits: Limits, info: EngineInfo) -> Limits:
     )
 
 
-def _container_id(sandbox: Sandbox) -> str:
-    if sandbox.record.container_id is None:
-        raise Conflict(
-            f"cannot use sandbox {sandbox.record.id}",
-            detail=sandbox.record.state_reason or "it has no container",
-            hint=f"sandboxctl rm {sandbox.record.id}",
-        )
-    return sandbox.record.container_id
+def _above(used: int | None, limit: int | None) -> bool:
+    return used is not None and limit is not None and used > limit
 
 
 def _why_stopped(facts: ContainerFacts) -> str:

@@ -131,12 +131,6 @@ class SandboxParams(Params, frozen=True):
     sandbox: SandboxRef
 
 
-class SandboxGetParams(Params, frozen=True):
-    """Look at one sandbox closely."""
-
-    sandbox: SandboxRef
-
-
 class SandboxListParams(Params, frozen=True):
     """List sandboxes."""
 
@@ -627,10 +621,6 @@ class DaemonConfig(Reply, frozen=True):
     entries: list[ConfigEntry]
 
 
-class DaemonShutdownParams(Params, frozen=True):
-    """Stop the daemon. Sandboxes and their commands stay."""
-
-
 class Acknowledged(Reply, frozen=True):
     """Done."""
 
@@ -666,7 +656,7 @@ class Method(Struct, frozen=True):
 
 METHODS: tuple[Method, ...] = (
     Method("sandbox/create", SandboxCreateParams, SandboxInfo, "Make a sandbox and prove its limits."),
-    Method("sandbox/get", SandboxGetParams, SandboxInfo, "Everything about one sandbox, the engine's view included."),
+    Method("sandbox/get", SandboxParams, SandboxInfo, "Everything about one sandbox, the engine's view included."),
     Method("sandbox/list", SandboxListParams, SandboxList, "The sandboxes of this daemon."),
     Method("sandbox/update", SandboxUpdateParams, SandboxInfo, "Change limits while it runs and prove them again."),
     Method("sandbox/stop", SandboxStopParams, SandboxInfo, "Stop; it can be started again."),
@@ -690,7 +680,7 @@ METHODS: tuple[Method, ...] = (
     Method("daemon/info", NoParams, DaemonInfo, "The daemon and the engines that it drives."),
     Method("daemon/doctor", NoParams, DoctorReport, "Check the host, and say what mends it."),
     Method("daemon/config", NoParams, DaemonConfig, "Every setting in force, and where it comes from."),
-    Method("daemon/shutdown", DaemonShutdownParams, Acknowledged, "Stop the daemon; sandboxes stay."),
+    Method("daemon/shutdown", NoParams, Acknowledged, "Stop the daemon; sandboxes stay."),
 )
 
 METHOD_BY_NAME: dict[str, Method] = {method.name: method for method in METHODS}

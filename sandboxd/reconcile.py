@@ -16,6 +16,8 @@ from runtimes.model import ContainerState, ContainerSummary
 from sandboxd.journal import SandboxRecord
 from sandboxd.lifecycle import State
 
+PAUSED = "its container is paused, and not by sandboxd"
+
 
 class Action(StrEnum):
     """What is done."""
@@ -95,4 +97,6 @@ def _judge(record: SandboxRecord, container: ContainerSummary | None, *, answere
         return Action.NOTE_LOST, f"{record.engine} no longer has its container"
     if container.state is ContainerState.RUNNING:
         return Action.ADOPT, "its container runs"
+    if container.state is ContainerState.PAUSED:
+        return Action.NOTE_UNREACHABLE, PAUSED
     return Action.NOTE_STOPPED, f"its container is {container.state.value}"

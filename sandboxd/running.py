@@ -11,19 +11,27 @@ from collections.abc import Iterator, Mapping, Sequence
 import anyio
 import msgspec
 
+from runtimes import quantities
 from runtimes.engine import Engine
+from runtimes.errors import EngineTimeout
 from runtimes.init.channel import SpawnFailed
 from runtimes.init.wire import PtySize, SpawnRequest, Stage
-from runtimes.quantities import QuantityError, parse_duration_ms
-from sandboxd.commands import Command, deadline_at_ms, format_command_id, now_ms
+from runtimes.quantities import QuantityError
+from sandboxd.commands import Command, deadline_at_ms, format_command_id, shown_argv
 from sandboxd.failures import CapacityExceeded, CommandNotStarted, Conflict, InvalidArgument, Unsupported
 from sandboxd.journal import CommandRecord
 from sandboxd.lifecycle import State
 from sandboxd.outlet import Outlet, opening
 from sandboxd.protocol import CommandEnd, CommandParams
-from sandboxd.sandbox import HOME, INSIDE_BIN, Sandbox
-from sandboxd.timings import Timings
+from sandboxd.sandbox import HOME, INSIDE_BIN, Sandbox, container_id_of
+from sandboxd.timings import Timings, now_ms
 from sandboxd.workspace import TARGET
+
+ENV_CHARS_MAX = 128 * 1024
+"""Of all variables of a sandbox: what one message to init can hold, with room for a command."""
+
+GRACE_MS_MAX = 5 * 60 * 1000
+"""A sandbox that is being stopped can be used for nothing else."""
 
 IDENTITY_DEADLINE_S = 5.0
 IDENTITY_BYTES_MAX = 64
@@ -47,22 +55,43 @@ def times_of(params: CommandParams) -> Times:
     """
     return Times(
         None if params.timeout is None else seconds(params.timeout, option="--timeout"),
-        seconds(params.grace, option="--grace", zero_allowed=True),
+        grace_seconds(params.grace),
     )
 
 
-def seconds(value: float | str, *, option: str, zero_allowed: bool = False) -> float:
+def seconds(value: float | str, *, option: str, ms_max: int = quantities.DURATION_MS_MAX) -> float:
     """Seconds in a quantity such as ``90``, ``1.5`` or ``"90s"``.
 
     Raises:
         InvalidArgument: it is none.
     """
-    if zero_allowed and value in (0, "0", "0s"):
-        return 0.0
     try:
-        return parse_duration_ms(str(value), option=option) / 1000
+        return quantities.parse_duration_ms(str(value), option=option, ms_max=ms_max) / 1000
     except QuantityError as error:
         raise InvalidArgument(str(error)) from None
+
+
+def grace_seconds(value: float | str) -> float:
+    """Seconds between TERM and KILL; none at all is allowed.
+
+    Raises:
+        InvalidArgument: it is no duration, or longer than anybody should wait.
+    """
+    return 0.0 if value in (0, "0", "0s") else seconds(value, option="--grace", ms_max=GRACE_MS_MAX)
+
+
+def check_env(env: Mapping[str, str]) -> None:
+    """Refuse variables that no process could be given. Says which, and never what they hold.
+
+    Raises:
+        InvalidArgument: a name or a value that cannot be one, or too much in all.
+    """
+    for name, value in env.items():
+        check_name(name)
+        if "\0" in value:
+            raise InvalidArgument(f"cannot set the variable {name!r}", detail="its value has a NUL")
+    if sum(len(name) + len(value) for name, value in env.items()) > ENV_CHARS_MAX:
+        raise InvalidArgument(f"cannot set more than {ENV_CHARS_MAX} characters of variables")
 
 
 def environment(sandbox_env: Mapping[str, str], command_env: Mapping[str, str], *, pty: bool) -> list[bytes]:
@@ -183,7 +212,7 @@ async def _start_spooled(
 def _record(command_id: int, params: CommandParams, times: Times, streams: tuple[str, ...]) -> CommandRecord:
     return CommandRecord(
         id=command_id,
-        argv=tuple(params.argv),
+        argv=tuple(shown_argv(params.argv)),
         started_at_ms=now_ms(),
         deadline_at_ms=deadline_at_ms(times.timeout_s),
         grace_s=times.grace_s,
@@ -222,24 +251,34 @@ def require_running(sandbox: Sandbox) -> None:
 
 
 async def run_as_other_user(
-    engine: Engine, sandbox: Sandbox, params: CommandParams, descriptors: Sequence[int], timings: Timings
+    engine: Engine,
+    sandbox: Sandbox,
+    params: CommandParams,
+    descriptors: Sequence[int],
+    timings: Timings,
+    *,
+    user: str,
 ) -> CommandEnd:
     """Run a command as another user, through the engine's own exec.
 
+    A timeout ends the engine's client. What it had started inside may go on: the engines offer no way to end it.
+
     Raises:
-        Unsupported: with a terminal, or in the background.
+        Unsupported: with a terminal.
     """
     require_running(sandbox)
     if params.pty is not None:
         raise Unsupported("cannot give another user a terminal", hint="leave out -t or --user")
     times = times_of(params)
-    container_id = sandbox.record.container_id or ""
-    with _standard_descriptors(params, descriptors) as passed:
+    env = {**sandbox.record.env, **params.env}
+    check_env(env)
+    exit_code: int | None = None
+    with _standard_descriptors(params, descriptors) as passed, contextlib.suppress(EngineTimeout):
         exit_code = await engine.exec(
-            container_id,
+            container_id_of(sandbox),
             params.argv,
-            user=params.user or "",
-            env=[(check_name(name), value) for name, value in {**sandbox.record.env, **params.env}.items()],
+            user=user,
+            env=list(env.items()),
             working_dir=working_dir(params.cwd, has_workspace=sandbox.record.workspace is not None),
             descriptors=(passed[0], passed[1], passed[2]),
             timeout_s=times.timeout_s,
@@ -249,7 +288,7 @@ async def run_as_other_user(
         command_id=format_command_id(0),
         exit_code=exit_code,
         signal=None,
-        status="ok" if exit_code == 0 else "nonzero",
+        status={None: "timeout", 0: "ok"}.get(exit_code, "nonzero"),  # type: ignore[arg-type]
         oom_kills=None,
         cpu_ms=None,
         wall_ms=timings.as_dict()["total"],
@@ -267,6 +306,7 @@ async def identity_inside(sandbox: Sandbox, path: str) -> tuple[int, int] | None
     Asked by init's own program, before anything else runs inside.
     """
     read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+    os.set_blocking(read_fd, False)
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     with os.fdopen(read_fd, "rb") as answer:
         try:
@@ -286,7 +326,7 @@ async def identity_inside(sandbox: Sandbox, path: str) -> tuple[int, int] | None
             os.close(write_fd)
             os.close(null)
         await sandbox.commands.wait_or_kill(command)
-        fields = answer.read(IDENTITY_BYTES_MAX).split()
+        fields = (answer.read(IDENTITY_BYTES_MAX) or b"").split()
     return (int(fields[0]), int(fields[1])) if len(fields) == 2 and all(map(bytes.isdigit, fields)) else None
 
 

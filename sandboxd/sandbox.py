@@ -14,10 +14,11 @@ directory takes no new files, so the sandbox has no writable place on the host t
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import anyio
 import msgspec
@@ -33,12 +34,14 @@ from runtimes.init.wire import CommandEntry, CommandState, Exited, Gone, InitErr
 from runtimes.model import Limits
 from sandboxd.background import Background
 from sandboxd.commands import CommandTable, remaining_s
-from sandboxd.failures import NotFound, SandboxGone
+from sandboxd.failures import Conflict, Failure, NotFound, SandboxGone
 from sandboxd.journal import CommandRecord, Journal, SandboxRecord
 from sandboxd.lifecycle import Event, next_state
 from sandboxd.outlet import reopened
 from sandboxd.protocol import CommandEnd
 from sandboxd.spool import SpoolDirectory
+
+logger = logging.getLogger(__name__)
 
 INIT_DEADLINE_S = 10.0
 """From the engine's word that the container runs to init's answer. A loaded host schedules it late."""
@@ -80,6 +83,8 @@ class Sandbox:
         self.commands = CommandTable(background, self.oom_kills, self._end_command, self._forget_command)
         self.spools = spools
         self.background = background
+        self.on_forgotten: Callable[[], None] = _nothing
+        """Called once nothing of it is left."""
         self.pid: int | None = None
         self._journal = journal
         self._on_init_lost = on_init_lost
@@ -152,6 +157,7 @@ class Sandbox:
 
         Raises:
             SandboxGone: nobody answers, or somebody else does.
+            RuntimeFailure: the engine had to be asked, and did not say.
         """
         self.disconnect()
         hidden = os.path.join(self.directory, SOCKET_NAME)
@@ -181,7 +187,13 @@ class Sandbox:
                 detail=f"process {channel.peer.pid} listens, which is not PID 1 of its container",
             )
         if not adopting:
-            os.rename(os.path.join(self.io_dir, SOCKET_NAME), hidden)
+            try:
+                os.rename(os.path.join(self.io_dir, SOCKET_NAME), hidden)
+            except OSError as error:
+                channel.close()
+                raise SandboxGone(
+                    f"cannot take over the init of sandbox {self.record.id}", detail=error.strerror or ""
+                ) from error
             self._remove_io()
         self._channel = channel
         self.pid = channel.peer.pid
@@ -189,8 +201,14 @@ class Sandbox:
         with contextlib.suppress(CgroupUnreadable):
             self._cgroup = CgroupHandle.open(channel.peer.pid, container_id)
 
-    def disconnect(self) -> None:
-        """Let go of init and of the control group; what runs goes on."""
+    def disconnect(self, *, killed: bool = False) -> None:
+        """Let go of init and of the control group. Whoever waits for a command is told that it is lost, or killed."""
+        self.release()
+        self.commands.on_channel_lost(killed=killed)
+
+    def release(self) -> None:
+        """Let go of init and of the control group, because the daemon ends; what runs goes on."""
+        self.commands.detach()
         channel, self._channel = self._channel, None
         if channel is not None:
             channel.close()
@@ -202,7 +220,6 @@ class Sandbox:
 
     def _lose_init(self) -> None:
         self.disconnect()
-        self.commands.on_channel_lost()
         self._on_init_lost(self)
 
     async def adopt_commands(self) -> None:
@@ -248,27 +265,42 @@ class Sandbox:
         self._forget_command(command_id)
 
     def _end_command(self, command_id: int, end: CommandEnd) -> None:
-        for record in self._journal.commands(self.record.id):
-            if record.id == command_id:
-                self._journal.put_command(self.record.id, msgspec.structs.replace(record, end=end))
+        with self._journal_may_fail():
+            for record in self._journal.commands(self.record.id):
+                if record.id == command_id:
+                    self._journal.put_command(self.record.id, msgspec.structs.replace(record, end=end))
 
     def _forget_command(self, command_id: int) -> None:
-        self._journal.delete_command(self.record.id, command_id)
+        with self._journal_may_fail():
+            self._journal.delete_command(self.record.id, command_id)
         self.background.start(self.spools.remove, command_id)
+
+    @contextlib.contextmanager
+    def _journal_may_fail(self) -> Iterator[None]:
+        """A row that is left behind is found at the next adoption; whoever waits for a command must not suffer."""
+        try:
+            yield
+        except Failure as error:
+            logger.warning("cannot write down what became of a command of %s: %s", self.record.id, error)
 
     # --- limits and usage -----------------------------------------------------------------------------
 
     def prove(self, *, swap_bytes: int, reported: Limits | None = None) -> tuple[LimitProof, ...]:
         """Read the limits from the control group and compare them with what was requested; kept in ``proofs``."""
         effective = self._effective_or_unknown()
-        tmpfs = {} if self.record.tmp_bytes_max is None else dict.fromkeys(TMPFS_TARGETS, self.record.tmp_bytes_max)
+        tmpfs = dict.fromkeys(TMPFS_TARGETS, self.record.tmp_bytes_max)
         self.proofs = verify(self.record.limits, reported, effective, tmpfs=tmpfs, swap_total_bytes=swap_bytes)
         return self.proofs
 
     def _effective_or_unknown(self) -> EffectiveLimits:
-        if self._cgroup is not None:
-            return self._cgroup.read_limits()
-        return EffectiveLimits() if self.pid is None else read_fixed_limits(self.pid)
+        try:
+            if self._cgroup is not None:
+                return self._cgroup.read_limits()
+            if self.pid is not None:
+                return read_fixed_limits(self.pid)
+        except CgroupUnreadable as error:
+            logger.warning("cannot read the limits of %s: %s", self.record.id, error)
+        return EffectiveLimits()
 
     def effective_limits(self) -> EffectiveLimits:
         """Read what the kernel holds the sandbox to.
@@ -328,3 +360,22 @@ async def _is_init_of(pid: int, container_id: str, engine: Engine) -> bool:
     if is_container_init(pid, container_id):
         return True
     return is_namespace_init(pid) and (await engine.inspect(container_id)).pid == pid
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""
+
+
+def container_id_of(sandbox: Sandbox) -> str:
+    """The id of a sandbox's container.
+
+    Raises:
+        Conflict: it has none, for it was never made, or is being removed.
+    """
+    if sandbox.record.container_id is None:
+        raise Conflict(
+            f"cannot use sandbox {sandbox.record.id}",
+            detail=sandbox.record.state_reason or "it has no container",
+            hint=f"sandboxctl rm {sandbox.record.id}",
+        )
+    return sandbox.record.container_id

@@ -1,8 +1,13 @@
-"""What each step of a request cost, for ``timings_ms``."""
+"""The time of day, and what each step of a request cost."""
 
 from __future__ import annotations
 
 import time
+
+
+def now_ms() -> int:
+    """Milliseconds since the epoch."""
+    return time.time_ns() // 1_000_000
 
 
 class Timings:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 PARAMS: dict[str, str] = {
     "sandbox/create": "SandboxCreateParams",
-    "sandbox/get": "SandboxGetParams",
+    "sandbox/get": "SandboxParams",
     "sandbox/list": "SandboxListParams",
     "sandbox/update": "SandboxUpdateParams",
     "sandbox/stop": "SandboxStopParams",
@@ -28,7 +28,7 @@ PARAMS: dict[str, str] = {
     "daemon/info": "NoParams",
     "daemon/doctor": "NoParams",
     "daemon/config": "NoParams",
-    "daemon/shutdown": "DaemonShutdownParams",
+    "daemon/shutdown": "NoParams",
 }
 
 REQUIRED = object()
@@ -85,7 +85,6 @@ FIELDS: dict[str, dict[str, object]] = {
         "signal": REQUIRED,
         "scope": "group",
     },
-    "DaemonShutdownParams": {},
     "ImageBuildParams": {
         "engine": None,
         "source": "auto",
@@ -120,9 +119,6 @@ FIELDS: dict[str, dict[str, object]] = {
         "network": None,
         "metadata": {},
         "ephemeral": False,
-    },
-    "SandboxGetParams": {
-        "sandbox": REQUIRED,
     },
     "SandboxListParams": {
         "metadata": {},

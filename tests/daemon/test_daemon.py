@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.daemons import PATIENCE_S, Daemon, read_line, running, wait_until
+from tests.engine.daemons import CHECKOUT, PATIENCE_S, Daemon, read_line, running, wait_until
 
 
 def without_engines(directory: Path, **env: str | None) -> Daemon:
@@ -157,3 +158,14 @@ def test_a_client_that_hangs_does_not_keep_it_from_ending(tmp_path: Path) -> Non
         silent.connect(str(daemon.socket))
         silent.sendall(b"Content-Length: 1000\r\n\r\n{")
         assert daemon.stop() == 0
+
+
+def test_a_program_that_was_never_built_is_said_with_what_builds_it(tmp_path: Path) -> None:
+    """A source tree without a compiler: the one who starts the daemon is told, not left with a traceback."""
+    copy = tmp_path / "copy"
+    for name in ("sandboxd", "runtimes", "images"):
+        shutil.copytree(CHECKOUT / name, copy / name, ignore=shutil.ignore_patterns("sandbox-init", "__pycache__"))
+    daemon = without_engines(tmp_path, PYTHONPATH=str(copy), PYTHONSAFEPATH="1")
+    failure, status = failure_of(daemon)
+    assert (failure["type"], status) == ("prerequisite_missing", 4)
+    assert "build" in failure["hint"]

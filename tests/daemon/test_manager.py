@@ -62,13 +62,14 @@ class World:
         async def detect() -> Sequence[EngineInfo]:
             return [self.engine.info]
 
-        room = EngineRoom(detect, lambda _: self.engine)
+        room = EngineRoom(detect, lambda _info, _limiter: self.engine, calls_max=3)
         await room.refresh()
         inotify = Inotify()
         async with anyio.create_task_group() as tasks:
             self.manager = Manager(
+                Background(tasks),
                 config=config or Config(),
-                host=Host(cpus_online=(0, 1), memory_bytes=2**33, swap_bytes=0, pid_max=2**22),
+                host=Host(cpus_online=(0, 1), memory_bytes=2**33, swap_bytes=0, pid_max=2**22, nr_open=2**20),
                 caller=Caller(user=User(uid=1000, gid=1000), home="/home/somebody"),
                 places=Places(
                     boxes_dir=str(self.boxes),
@@ -78,7 +79,6 @@ class World:
                 ),
                 journal=self.journal,
                 engines=room,
-                background=Background(tasks),
                 userns_fd=None,
                 inotify=inotify,
             )

@@ -170,3 +170,55 @@ def test_a_sandbox_that_is_removed_by_three_at_once_is_removed_for_all(daemon: D
         replies = [connection.wait(request, timeout_s=PATIENCE_S) for request in requests]
     assert {reply["id"] for reply in replies} == {box["id"]}
     assert gone(daemon, engine, box["id"])
+
+
+def test_whoever_waits_for_a_command_is_told_that_its_sandbox_was_removed(daemon: Daemon, engine: str) -> None:
+    """We ended it, and say so at once: it is not lost, and nobody is left hanging."""
+    box = daemon.create(engine)
+    with daemon.connect() as connection:
+        request = connection.send("commands/run", {"sandbox": box["id"], "argv": ["sleep", "1000"]})
+        wait_until(lambda: daemon.call("commands/list", sandbox=box["id"])["commands"], "it runs")
+        daemon.remove(box)
+        end = connection.wait(request, timeout_s=PATIENCE_S)
+    assert (end["status"], end["exit_code"]) == ("killed", None)
+
+
+def test_a_paused_sandbox_is_out_of_reach_until_it_runs_again_and_its_timeouts_still_hold(daemon: Daemon) -> None:
+    """Somebody paused it behind our back: what could not be ended in time is ended as soon as it can be."""
+    with daemon.box("docker") as box:
+        ref = {"sandbox": box["id"]}
+        ref |= {
+            "command_id": daemon.call("commands/start", **ref, argv=["sleep", "1000"], timeout="1s")["command_id"]
+        }
+        daemon.client("docker", "pause", box["container_id"])
+        wait_until(lambda: "cannot end command" in daemon.log.read_text(), "the daemon has tried to end it")
+        daemon.client("docker", "unpause", box["container_id"])
+        end = daemon.call("commands/wait", **ref)
+        assert end["status"] == "timeout"
+        assert daemon.state_of(box) == "running"
+
+
+def test_limits_that_could_not_be_changed_leave_the_policy_as_it_was(daemon: Daemon, engine: str) -> None:
+    """A failed update with ``degraded`` must not make the sandbox a degraded one for good."""
+    with daemon.box(engine, limits={"memory": "64m"}) as box:
+        fill = "head -c 30000000 /dev/zero > /tmp/fill"
+        daemon.sh(box, fill)
+        params = {"sandbox": box["id"], "limits": {"memory": "16m"}, "limits_policy": "degraded"}
+        assert daemon.refusal("sandbox/update", **params).type == "conflict"
+        after = daemon.call("sandbox/get", sandbox=box["id"])
+        assert (after["limits_policy"], after["verified"]) == ("strict", True)
+
+
+@pytest.mark.parametrize("env", [{"A": "nul\0inside"}, {"": "x"}, {"A=B": "x"}, {"A": "x" * 200_000}])
+def test_variables_that_no_process_could_have_are_refused_at_once(daemon: Daemon, env: dict[str, str]) -> None:
+    """Otherwise every command of that sandbox would fail later. What the variable holds is not repeated."""
+    refusal = daemon.refusal("sandbox/create", env=env)
+    assert refusal.type == "invalid_argument"
+    assert "inside" not in str(refusal)
+
+
+def test_another_users_command_that_takes_too_long_is_a_timeout(daemon: Daemon, engine: str) -> None:
+    """The same verdict as on the fast road."""
+    with daemon.box(engine) as box:
+        end = daemon.run(box, "sleep", "30", user="0", timeout="1s").end
+    assert (end["status"], end["exit_code"]) == ("timeout", None)

@@ -25,7 +25,7 @@ _RECORD = SandboxRecord(
     workspace=None,
     network=Network.NONE,
     limits=Limits(memory_bytes_max=64 * 1024 * 1024),
-    tmp_bytes_max=None,
+    tmp_bytes_max=64 * 1024 * 1024,
     limits_policy="strict",
     env={},
     metadata={},

@@ -7,6 +7,7 @@ import sqlite3
 import stat
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from sandboxd.failures import Failure
@@ -70,3 +71,40 @@ def test_a_symlink_in_its_place_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Failure, match="cannot open the journal"):
         Journal.open(str(tmp_path / "journal"))
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_one_record_that_cannot_be_read_costs_no_other(tmp_path: Path) -> None:
+    """Otherwise one bad row would keep the daemon from ever starting again. It is set aside, not thrown away."""
+    path = str(tmp_path / "journal")
+    journal = Journal.open(path)
+    good, bad = record(), record(id="sb-bad")
+    journal.put(good)
+    journal.put(bad)
+    journal.put_command(good.id, COMMAND)
+    journal.put_command(good.id, CommandRecord(**{**msgspec.structs.asdict(COMMAND), "id": 8}))
+    journal.close()
+    database = sqlite3.connect(path)
+    database.execute("UPDATE sandboxes SET record = x'7b7d' WHERE id = 'sb-bad'")
+    database.execute("UPDATE commands SET record = x'ff' WHERE id = 8")
+    database.commit()
+    journal = Journal.open(path)
+    assert journal.sandboxes() == [good]
+    assert journal.commands(good.id) == [COMMAND]
+    journal.close()
+    assert database.execute("SELECT id, record FROM unreadable").fetchall() == [("sb-bad", b"{}")]
+    database.close()
+
+
+def test_a_journal_of_the_first_schema_loads(tmp_path: Path) -> None:
+    """What an older daemon wrote must always be read: this file is never changed, only joined by newer ones."""
+    path = tmp_path / "journal"
+    database = sqlite3.connect(path)
+    database.executescript((Path(__file__).parent.parent / "golden" / "journal-schema-1.sql").read_text())
+    database.close()
+    journal = Journal.open(str(path))
+    (box,) = journal.sandboxes()
+    assert (box.id, box.name, box.state, box.engine) == ("sb-golden2345", "gold", State.RUNNING, "podman")
+    assert box.limits.memory_bytes_max == 67108864
+    assert [command.argv for command in journal.commands(box.id)] == [("sleep", "1000")]
+    assert journal.owner() == "0123456789abcdef0123456789abcdef"
+    journal.close()

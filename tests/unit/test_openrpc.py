@@ -46,7 +46,9 @@ def test_the_wire_table_knows_each_field_and_default(method: protocol.Method) ->
     given = {name: default for name, default in fields.items() if default is not wire_table.REQUIRED}
     required = {field.encode_name for field in msgspec.structs.fields(method.params) if field.required}
     assert required == fields.keys() - given.keys()
+    size = {"rows": 1, "cols": 1}
     stand_in = {"sandbox": "s", "argv": ["true"], "command_id": "0" * 12, "signal": 1, "limits": {}}
+    stand_in |= {"data": "", "size": size}
     least = {name: stand_in[name] for name in required}
     assert msgspec.convert(given | least, method.params) == msgspec.convert(least, method.params)
 

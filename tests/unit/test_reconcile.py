@@ -43,6 +43,12 @@ def test_a_record_whose_engine_is_silent_is_kept() -> None:
     assert [decision.action for decision in decisions] == [Action.NOTE_UNREACHABLE]
 
 
+def test_a_paused_container_is_out_of_reach_and_not_stopped() -> None:
+    """Somebody paused it behind our back: it cannot be started, only unpaused."""
+    paused = container(state=ContainerState.PAUSED)
+    assert _actions([record()], {"podman": [paused]}) == {"sb-aaaaaaaaaa": Action.NOTE_UNREACHABLE}
+
+
 def test_a_vanished_container_is_said_to_be_lost() -> None:
     """Somebody removed it behind our back: the user is told, not left guessing."""
     assert _actions([record()], {"podman": []}) == {"sb-aaaaaaaaaa": Action.NOTE_LOST}

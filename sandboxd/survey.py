@@ -1,0 +1,69 @@
+"""Looking at everything that doctor judges."""
+
+from __future__ import annotations
+
+import os
+import resource
+
+import anyio.to_thread
+import psutil
+
+from runtimes.init.binary import InitBinaryMissing, init_binary_path
+from sandboxd import doctor
+from sandboxd.engines import EngineRoom
+from sandboxd.image_builder import has_image
+from sandboxd.paths import is_private
+
+
+class Survey:
+    """Gathers facts for doctor.
+
+    Args:
+        engines: Looked at again at each survey.
+        image: The configured image.
+        socket: Where the daemon listens.
+        state_dir: Whose disk must have room.
+        maps_ids: Id-mapped mounts work; None where they are not needed.
+    """
+
+    def __init__(
+        self, *, engines: EngineRoom, image: str, socket: str, state_dir: str, maps_ids: bool | None
+    ) -> None:
+        self._engines = engines
+        self._image = image
+        self._socket = socket
+        self._state_dir = state_dir
+        self._maps_ids = maps_ids
+
+    async def examine(self) -> doctor.Facts:
+        """Look at the host."""
+        await self._engines.refresh()
+        usable = {engine.name: engine for engine in self._engines.usable()}
+        found = [
+            doctor.EngineFacts(
+                info=info, has_image=await has_image(usable[info.name], self._image) if info.usable else None
+            )
+            for info in self._engines.infos
+        ]
+        init_error = init_hint = ""
+        try:
+            init_binary_path()
+        except InitBinaryMissing as error:
+            init_error, init_hint = str(error), error.hint
+        try:
+            free_bytes: int | None = (await anyio.to_thread.run_sync(psutil.disk_usage, self._state_dir)).free
+        except OSError:
+            free_bytes = None
+        return doctor.Facts(
+            engines=tuple(found),
+            image=self._image,
+            init_error=init_error,
+            init_hint=init_hint,
+            state_dir=self._state_dir,
+            state_free_bytes=free_bytes,
+            socket=self._socket,
+            socket_dir_private=is_private(os.path.dirname(self._socket), os.geteuid()),
+            daemon_nofile_soft=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+            idmap_works=self._maps_ids,
+            swap_bytes=psutil.swap_memory().total,
+        )

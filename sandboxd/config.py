@@ -7,17 +7,36 @@ it is the default below. What a request says comes before all of these. Unknown 
 
 from __future__ import annotations
 
+import shlex
 import tomllib
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 import msgspec
 from msgspec import Meta, Struct
 
+from runtimes.argv import host_path, image_reference
+from runtimes.errors import Unsupported
+from runtimes.quantities import CPU_NUMBER_MAX, PIDS_MIN, QuantityError, parse_cpus, parse_memory
 from sandboxd.failures import InvalidArgument
 from sandboxd.protocol import ConfigEntry, EngineChoice, LimitsPolicy, NetworkMode
 
 DEFAULT_IMAGE = "localhost/sandboxd/default:latest"
+
+NOFILE_MIN = 64
+"""Fewer, and a shell cannot start."""
+
+SMALL_TMPFS_BYTES_MIN = 64 * 1024
+"""For /dev/shm and /tmp: sixteen pages."""
+
+OUTPUT_BYTES_MIN = 64 * 1024
+OUTPUT_BYTES_MAX = 2**40
+"""Of what is kept of one stream: a head and a tail that say something, and no more than a disk holds."""
+
+SIZE_BYTES_MAX = 2**60
+COUNT_MAX = 2**30
+"""Of a default, which is cut to what the host has; this only bounds the arithmetic."""
 
 
 class Defaults(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -29,10 +48,10 @@ class Defaults(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     image: Annotated[str, Meta(description="Image for new sandboxes.")] = DEFAULT_IMAGE
     memory: Annotated[str, Meta(description="Memory and swap together; at most half of the host's is given.")] = "2g"
     cpus: Annotated[str, Meta(description="CPU quota; at most the host's CPUs are given.")] = "2"
-    pids: Annotated[int, Meta(description="Processes and threads at once.")] = 512
+    pids: Annotated[int, Meta(ge=PIDS_MIN, le=COUNT_MAX, description="Processes and threads at once.")] = 512
     shm: Annotated[str, Meta(description="Size of /dev/shm.")] = "64m"
     tmp: Annotated[str, Meta(description="Size of /tmp and of the home directory; counts as memory.")] = "512m"
-    nofile: Annotated[int, Meta(description="Open files per process.")] = 4096
+    nofile: Annotated[int, Meta(ge=NOFILE_MIN, le=COUNT_MAX, description="Open files per process.")] = 4096
     output: Annotated[str, Meta(description="How much of each stream of a spooled command is kept.")] = "64m"
     network: Annotated[NetworkMode, Meta(description="none: loopback only. full: the engine's network.")] = "none"
     limits_policy: Annotated[
@@ -69,61 +88,132 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 def load_config(text: str, *, origin: str, env: Mapping[str, str]) -> tuple[Config, list[ConfigEntry]]:
     """Return the settings in force and where each comes from.
 
+    Every value is checked here, so that a daemon that starts can make a sandbox of its own defaults.
+
     Args:
         text: The user's file, TOML; empty when there is none.
         origin: The file's path, for messages.
-        env: The environment; only ``SANDBOXD_*`` names of known keys are looked at.
+        env: The environment; only names that begin as those of settings do are looked at.
 
     Raises:
-        InvalidArgument: the file or a variable does not hold what it may.
+        InvalidArgument: the file or a variable does not hold what it may; names the setting and where it stands.
+    """
+    given = _from_file(text, origin) | _from_environment(env)
+    sections: dict[str, dict[str, Any]] = {section: {} for section in get_type_hints(Config)}
+    for (section, key), kind in _SETTINGS.items():
+        if (section, key) in given:
+            sections[section][key] = _checked(f"{section}.{key}", kind, given[section, key])
+    config = msgspec.convert(sections, Config)
+    return config, _entries(config, {key: value.origin for key, value in given.items()})
+
+
+class _Given(NamedTuple):
+    """One value as it was found."""
+
+    value: object
+    origin: str
+    """A path, or the name of a variable."""
+    hint: str
+
+
+def _settings() -> dict[tuple[str, str], Any]:
+    """Section and key of every setting, and its annotated type."""
+    return {
+        (section, key): hint
+        for section, struct in get_type_hints(Config).items()
+        for key, hint in get_type_hints(struct, include_extras=True).items()
+    }
+
+
+_SETTINGS = _settings()
+
+
+def _from_file(text: str, origin: str) -> dict[tuple[str, str], _Given]:
+    hint = f"${{EDITOR:-vi}} {shlex.quote(origin)}"
+    try:
+        sections = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidArgument(f"cannot read {origin}", detail=f"it is not TOML: {error}", hint=hint) from None
+    given = {}
+    for section, entries in sections.items():
+        if section not in Config.__struct_fields__ or not isinstance(entries, dict):
+            raise InvalidArgument(
+                f"cannot use {section!r} in {origin}",
+                detail=f"the sections are {', '.join(f'[{name}]' for name in Config.__struct_fields__)}",
+                hint=hint,
+            )
+        for key, value in entries.items():
+            if (section, key) not in _SETTINGS:
+                raise InvalidArgument(
+                    f"cannot use {f'{section}.{key}'!r} in {origin}", detail="there is no such setting", hint=hint
+                )
+            given[section, key] = _Given(value, origin, hint)
+    return given
+
+
+def _from_environment(env: Mapping[str, str]) -> dict[tuple[str, str], _Given]:
+    names = {f"SANDBOXD_{section}_{key}".upper(): (section, key) for section, key in _SETTINGS}
+    prefixes = tuple(f"SANDBOXD_{section}_".upper() for section in Config.__struct_fields__)
+    given = {}
+    for variable in sorted(name for name in env if name.startswith(prefixes)):
+        hint = f"unset {variable}"
+        if variable not in names:
+            raise InvalidArgument(f"cannot use the variable {variable}", detail="there is no such setting", hint=hint)
+        setting = names[variable]
+        text = env[variable]
+        value = [part for part in text.split(":") if part] if setting == ("paths", "allow") else text
+        given[setting] = _Given(value, variable, hint)
+    return given
+
+
+def _checked(key: str, kind: Any, given: _Given) -> object:
+    """The value in its setting's type.
+
+    Raises:
+        InvalidArgument: it is not what the setting takes.
     """
     try:
-        values: dict[str, Any] = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise InvalidArgument(f"cannot read {origin}", detail=str(error), hint="the file is TOML") from None
-    origins = {
-        f"{section}.{key}": origin
-        for section, entries in values.items()
-        if isinstance(entries, dict)
-        for key in entries
-    }
-    for section, key in _keys():
-        variable = f"SANDBOXD_{section}_{key}".upper()
-        if variable in env:
-            entries = values.setdefault(section, {})
-            if isinstance(entries, dict):
-                entries[key] = _from_environment(env[variable], list_expected=(section, key) == ("paths", "allow"))
-                origins[f"{section}.{key}"] = variable
-    try:
-        config = msgspec.convert(values, Config, strict=False)
+        value = msgspec.convert(given.value, kind, strict=False)
+        if key in _CHECKS:
+            _CHECKS[key](value)
     except msgspec.ValidationError as error:
-        raise InvalidArgument(
-            f"cannot use the settings in {origin}", detail=str(error), hint="sandboxctl config lists the settings"
-        ) from None
-    return config, _entries(config, origins)
+        detail = str(error)
+    except QuantityError as error:
+        detail = f"give {error.allowed}"
+    except Unsupported as error:
+        detail = str(error)
+    else:
+        return value
+    raise InvalidArgument(f"cannot use {given.value!r} for {key} in {given.origin}", detail=detail, hint=given.hint)
 
 
-def _from_environment(text: str, *, list_expected: bool) -> str | list[str]:
-    return [part for part in text.split(":") if part] if list_expected else text
+def _refuse_relative(paths: list[str]) -> None:
+    for path in paths:
+        host_path(path)
 
 
-def _keys() -> list[tuple[str, str]]:
-    sections = get_type_hints(Config)
-    return [(section, key) for section, struct in sections.items() for key in struct.__struct_fields__]
+_CHECKS: Mapping[str, Callable[[Any], object]] = {
+    "defaults.image": image_reference,
+    "defaults.memory": partial(parse_memory, bytes_max=SIZE_BYTES_MAX),
+    "defaults.cpus": partial(parse_cpus, cpu_count=CPU_NUMBER_MAX),
+    "defaults.shm": partial(parse_memory, bytes_max=SIZE_BYTES_MAX, bytes_min=SMALL_TMPFS_BYTES_MIN),
+    "defaults.tmp": partial(parse_memory, bytes_max=SIZE_BYTES_MAX, bytes_min=SMALL_TMPFS_BYTES_MIN),
+    "defaults.output": partial(parse_memory, bytes_max=OUTPUT_BYTES_MAX, bytes_min=OUTPUT_BYTES_MIN),
+    "paths.allow": _refuse_relative,
+}
+"""What a type cannot say. Raise QuantityError or Unsupported. What is more than this host has is cut later."""
 
 
-def _entries(config: Config, origins: Mapping[str, str]) -> list[ConfigEntry]:
+def _entries(config: Config, origins: Mapping[tuple[str, str], str]) -> list[ConfigEntry]:
     entries = []
-    for section, key in _keys():
-        struct = getattr(config, section)
-        hint = get_type_hints(type(struct), include_extras=True)[key]
-        description = next((meta.description or "" for meta in get_args(hint)[1:] if isinstance(meta, Meta)), "")
-        value = getattr(struct, key)
+    for (section, key), kind in _SETTINGS.items():
+        description = next((meta.description or "" for meta in get_args(kind)[1:] if isinstance(meta, Meta)), "")
+        value = getattr(getattr(config, section), key)
         entries.append(
             ConfigEntry(
                 key=f"{section}.{key}",
                 value=":".join(value) if isinstance(value, list) else str(value),
-                origin=origins.get(f"{section}.{key}", "default"),
+                origin=origins.get((section, key), "default"),
                 description=description,
             )
         )

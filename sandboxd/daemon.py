@@ -297,13 +297,16 @@ def _caller(env: Mapping[str, str]) -> Caller:
 
 
 def _host() -> Host:
-    with open("/proc/sys/kernel/pid_max", encoding="ascii") as file:
-        pid_max = int(file.read())
+    kernel = {}
+    for name in ("kernel/pid_max", "fs/nr_open"):
+        with open(f"/proc/sys/{name}", encoding="ascii") as file:
+            kernel[name] = int(file.read())
     return Host(
         cpus_online=tuple(sorted(os.sched_getaffinity(0))),
         memory_bytes=psutil.virtual_memory().total,
         swap_bytes=psutil.swap_memory().total,
-        pid_max=pid_max,
+        pid_max=kernel["kernel/pid_max"],
+        nr_open=kernel["fs/nr_open"],
     )
 
 

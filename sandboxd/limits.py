@@ -15,19 +15,16 @@ from runtimes.cgroup.readings import UNLIMITED
 from runtimes.cgroup.verify import LimitProof
 from runtimes.model import CPU_MILLIS_PER_CPU, Limits
 from runtimes.quantities import QuantityError
-from sandboxd.config import Defaults
+from sandboxd.config import (
+    NOFILE_MIN,
+    OUTPUT_BYTES_MAX,
+    OUTPUT_BYTES_MIN,
+    SIZE_BYTES_MAX,
+    SMALL_TMPFS_BYTES_MIN,
+    Defaults,
+)
 from sandboxd.failures import InvalidArgument
 from sandboxd.protocol import LimitReport, LimitsParams
-
-NOFILE_MIN = 64
-"""Fewer, and a shell cannot start."""
-
-SMALL_TMPFS_BYTES_MIN = 64 * 1024
-"""For /dev/shm and /tmp: sixteen pages."""
-
-OUTPUT_BYTES_MIN = 64 * 1024
-OUTPUT_BYTES_MAX = 2**40
-"""Of what is kept of one stream: a head and a tail that say something, and no more than a disk holds."""
 
 CREATE_ONLY = ("shm", "tmp", "nofile")
 """Fixed when the container is created."""
@@ -40,6 +37,8 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int
     swap_bytes: int
     pid_max: int
+    nr_open: int
+    """The most open files that a process may be allowed: ``fs.nr_open``."""
 
 
 class ResolvedLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,11 +62,12 @@ def resolve(params: LimitsParams, defaults: Defaults, host: Host, *, nofile_hard
 
 
 def _resolve(params: LimitsParams, defaults: Defaults, host: Host, nofile_hard_max: int | None) -> ResolvedLimits:
-    nofile_max = nofile_hard_max or host.pid_max
+    nofile_max = host.nr_open if nofile_hard_max is None else min(nofile_hard_max, host.nr_open)
     given = _given(params, host, nofile_max)
     memory = given.memory_bytes_max
     if memory is None:
-        memory = min(_size(defaults.memory, host, "defaults.memory"), host.memory_bytes // 2)
+        wanted = quantities.parse_memory(defaults.memory, bytes_max=SIZE_BYTES_MAX, option="defaults.memory")
+        memory = min(wanted, host.memory_bytes // 2)
     cpu_millis = given.cpu_millis
     if cpu_millis is None:
         # The quota of a sandbox that is bound to some CPUs cannot be more than those give.
@@ -76,10 +76,10 @@ def _resolve(params: LimitsParams, defaults: Defaults, host: Host, nofile_hard_m
         cpu_millis = min(wanted, available * CPU_MILLIS_PER_CPU)
     shm = given.shm_bytes_max
     if shm is None:
-        shm = min(_size(defaults.shm, host, "defaults.shm"), memory)
+        shm = min(_default_tmpfs_size(defaults.shm, "defaults.shm"), memory)
     tmp = _tmp(params, host)
     if tmp is None:
-        tmp = min(_size(defaults.tmp, host, "defaults.tmp"), memory)
+        tmp = min(_default_tmpfs_size(defaults.tmp, "defaults.tmp"), memory)
     limits = Limits(
         memory_bytes_max=memory,
         cpu_millis=cpu_millis,
@@ -104,7 +104,7 @@ def resolve_update(params: LimitsParams, host: Host) -> Limits:
                 hint="give it to sandboxctl create",
             )
     try:
-        limits = _given(params, host, host.pid_max)
+        limits = _given(params, host, host.nr_open)
     except QuantityError as error:
         raise InvalidArgument(str(error)) from None
     if limits == Limits():
@@ -134,7 +134,9 @@ def merged(current: Limits, changed: Limits) -> Limits:
 
 def _given(params: LimitsParams, host: Host, nofile_max: int) -> Limits:
     return Limits(
-        memory_bytes_max=None if params.memory is None else _size(params.memory, host, "--memory", clamp=False),
+        memory_bytes_max=None
+        if params.memory is None
+        else quantities.parse_memory(_text(params.memory), bytes_max=host.memory_bytes),
         cpu_millis=None
         if params.cpus is None
         else quantities.parse_cpus(_text(params.cpus), cpu_count=len(host.cpus_online)),
@@ -161,9 +163,8 @@ def _tmpfs_size(value: float | str, host: Host, option: str) -> int:
     )
 
 
-def _size(value: float | str, host: Host, option: str, *, clamp: bool = True) -> int:
-    bytes_max = 2**60 if clamp else host.memory_bytes
-    return quantities.parse_memory(_text(value), bytes_max=bytes_max, option=option)
+def _default_tmpfs_size(text: str, option: str) -> int:
+    return quantities.parse_memory(text, bytes_max=SIZE_BYTES_MAX, bytes_min=SMALL_TMPFS_BYTES_MIN, option=option)
 
 
 def _text(value: float | str) -> str:

@@ -46,6 +46,82 @@ def test_nonsense_is_refused_with_the_place(text: str) -> None:
         load_config(text, origin="config.toml", env={})
 
 
+BAD = [
+    ("pids", "-3"),
+    ("pids", "7"),
+    ("pids", "many"),
+    ("nofile", "0"),
+    ("memory", "banana"),
+    ("memory", "1k"),
+    ("memory", ""),
+    ("cpus", "0"),
+    ("cpus", "two"),
+    ("image", "-v"),
+    ("image", ""),
+    ("shm", "1"),
+    ("tmp", "-1m"),
+    ("output", "x"),
+    ("engine", "lxc"),
+    ("network", "some"),
+    ("limits_policy", "lax"),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), BAD)
+def test_a_default_that_no_sandbox_could_have_is_refused_at_once(key: str, value: str) -> None:
+    """Else the daemon starts, and each create fails later without a word of the setting."""
+    variable = f"SANDBOXD_DEFAULTS_{key.upper()}"
+    with pytest.raises(InvalidArgument) as refusal:
+        load_config("", origin="config.toml", env={variable: value})
+    assert f"defaults.{key} in {variable}" in refusal.value.brief
+    assert refusal.value.detail
+    assert refusal.value.hint == f"unset {variable}"
+    with pytest.raises(InvalidArgument) as refusal:
+        load_config(f"[defaults]\n{key} = '{value}'\n", origin="/my files/config.toml", env={})
+    assert f"defaults.{key} in /my files/config.toml" in refusal.value.brief
+    assert refusal.value.hint == "${EDITOR:-vi} '/my files/config.toml'"
+
+
+def test_the_place_at_fault_is_named_although_the_other_sets_more() -> None:
+    """A variable comes before the file, so the file's value does not matter, right or wrong."""
+    text = "[defaults]\nmemory = 'banana'\ncpus = '1'\n"
+    config, _ = load_config(text, origin="config.toml", env={"SANDBOXD_DEFAULTS_MEMORY": "1g"})
+    assert config.defaults.memory == "1g"
+    with pytest.raises(InvalidArgument, match=r"defaults\.memory in config\.toml"):
+        load_config(text, origin="config.toml", env={"SANDBOXD_DEFAULTS_CPUS": "1"})
+
+
+@pytest.mark.parametrize("path", ["x", "./x", "~/x", "~"])
+def test_a_relative_path_allows_nothing(path: str) -> None:
+    """Relative to what? The daemon's own directory is nobody's business."""
+    with pytest.raises(InvalidArgument, match=r"paths\.allow in SANDBOXD_PATHS_ALLOW: .*absolute"):
+        load_config("", origin="config.toml", env={"SANDBOXD_PATHS_ALLOW": f"/srv/a:{path}"})
+    with pytest.raises(InvalidArgument, match=r"paths\.allow in config\.toml"):
+        load_config(f"[paths]\nallow = ['{path}']\n", origin="config.toml", env={})
+
+
+@pytest.mark.parametrize("variable", ["SANDBOXD_DEFAULTS_MEMROY", "SANDBOXD_PATHS_DENY", "SANDBOXD_DAEMON_"])
+def test_a_misspelt_variable_is_refused(variable: str) -> None:
+    """As a misspelt key of the file is."""
+    with pytest.raises(InvalidArgument, match=f"cannot use the variable {variable}: there is no such setting"):
+        load_config("", origin="config.toml", env={variable: "1g"})
+
+
+def test_variables_that_are_no_settings_are_left_alone() -> None:
+    """They say where things are, and belong to the rooms that read them."""
+    names = ["SANDBOXD_SOCKET", "SANDBOXD_STATE_DIR", "SANDBOXD_CONFIG", "DEFAULTS_MEMORY", "HOME"]
+    config, _ = load_config("", origin="config.toml", env=dict.fromkeys(names, "/x"))
+    assert config == Config()
+
+
+def test_the_defaults_pass_their_own_checks() -> None:
+    """They are not converted, so nothing else would notice."""
+    _, entries = load_config("", origin="config.toml", env={})
+    variables = {f"SANDBOXD_{entry.key.replace('.', '_').upper()}": entry.value for entry in entries}
+    config, _ = load_config("", origin="config.toml", env=variables)
+    assert config == Config()
+
+
 def test_numbers_and_lists_come_out_of_variables() -> None:
     """A variable is text, a setting has a type."""
     config, _ = load_config(

@@ -49,6 +49,7 @@ from sandboxd.manager import Caller, Manager, Places
 from sandboxd.paths import socket_path, state_dir
 from sandboxd.programs import install_programs
 from sandboxd.protocol import PROTOCOL_VERSION, ConfigEntry, DaemonConfig, DaemonInfo
+from sandboxd.recovery import Recovery
 from sandboxd.server import serve
 from sandboxd.survey import Survey
 from sandboxd.timings import now_ms
@@ -150,6 +151,7 @@ async def run(listener: Listener, env: Mapping[str, str], *, ready_fd: int | Non
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_watch_signals, stop)
             manager = ground.manager(Background(tasks))
+            recovery = ground.recovery(manager)
             survey = Survey(
                 engines=ground.engines,
                 image=config.defaults.image,
@@ -168,9 +170,9 @@ async def run(listener: Listener, env: Mapping[str, str], *, ready_fd: int | Non
             )
             await ground.engines.refresh()
             await clients.wait_for_clients(owner_label_argument(ground.owner), deadline_s=LEFT_CLIENTS_DEADLINE_S)
-            await manager.recover()
+            await recovery.recover()
             async with _serving(listener, handlers):
-                tasks.start_soon(manager.sweep_periodically)
+                tasks.start_soon(recovery.sweep_periodically)
                 logger.info("listening on %s", listener.path)
                 if ready_fd is not None:
                     _tell(ready_fd, "ready")
@@ -189,6 +191,7 @@ class _Ground:
     engines: EngineRoom
     userns_fd: int | None
     manager: Callable[[Background], Manager]
+    recovery: Callable[[Manager], Recovery]
 
 
 def _prepare(
@@ -208,6 +211,12 @@ def _prepare(
         functools.partial(_build_engine, env=env),
         config.daemon.engine_calls_max,
     )
+    places = Places(
+        boxes_dir=boxes_dir,
+        bin_dir=install_programs(state),
+        seccomp_profile=seccomp.profile_path(),
+        spools_dir=os.path.join(state, "spools"),
+    )
     return _Ground(
         owner=journal.owner(),
         engines=engines,
@@ -217,17 +226,13 @@ def _prepare(
             config=config,
             host=_host(),
             caller=_caller(env),
-            places=Places(
-                boxes_dir=boxes_dir,
-                bin_dir=install_programs(state),
-                seccomp_profile=seccomp.profile_path(),
-                spools_dir=os.path.join(state, "spools"),
-            ),
+            places=places,
             journal=journal,
             engines=engines,
             userns_fd=userns_fd,
             inotify=held.enter_context(Inotify()),
         ),
+        recovery=functools.partial(Recovery, engines=engines, journal=journal, places=places),
     )
 
 

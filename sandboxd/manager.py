@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import logging
 import math
 import os
 import random
-import shutil
-from collections.abc import Iterator, Sequence
-from typing import assert_never
+from collections.abc import Iterator
 
 import anyio
 import anyio.lowlevel
 import anyio.to_thread
 import msgspec
 
-from runtimes import mounts
 from runtimes.cgroup.verify import LimitProof, enforceable
 from runtimes.engine import Engine
 from runtimes.errors import (
@@ -38,7 +34,6 @@ from runtimes.model import (
     ContainerFacts,
     ContainerSpec,
     ContainerState,
-    ContainerSummary,
     EngineInfo,
     EngineName,
     Limits,
@@ -66,7 +61,6 @@ from sandboxd.protocol import SandboxCreateParams, SandboxUpdateParams
 from sandboxd.running import identity_inside
 from sandboxd.sandbox import INSIDE_BIN, INSIDE_RUN, TMPFS_TARGETS, Sandbox, container_id_of
 from sandboxd.spool import SpoolDirectory
-from sandboxd.spool import sweep as sweep_spools
 from sandboxd.timings import Timings, now_ms
 from sandboxd.workspace import TARGET, Identity, OpenedWorkspace, Stage, identify, open_workspace
 
@@ -81,11 +75,6 @@ RUN_TMPFS_BYTES_MAX = 16 * 1024 * 1024
 
 OPEN_DEADLINE_S = 5.0
 """How long the file system of a workspace may take to open a directory."""
-
-SWEEP_PERIOD_S = 60.0
-"""How often containers that nobody owns are looked for."""
-SWEEP_AFTER_START_S = (1.0, 5.0, 20.0)
-"""And after a start: an engine may still be finishing what a killed daemon had asked for."""
 
 
 class Caller(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,7 +119,8 @@ class Manager:
         self._caller = caller
         self._places = places
         self._journal = journal
-        self._owner = journal.owner()
+        self.owner = journal.owner()
+        """What labels its containers."""
         self._engines = engines
         self._background = background
         self._userns_fd = userns_fd
@@ -141,6 +131,10 @@ class Manager:
     def all(self) -> list[Sandbox]:
         """All sandboxes, in the order of their making."""
         return list(self._sandboxes.values())
+
+    def find(self, sandbox_id: str) -> Sandbox | None:
+        """The sandbox with exactly this id."""
+        return self._sandboxes.get(sandbox_id)
 
     def get(self, reference: str) -> Sandbox:
         """Find a sandbox by its id, an unambiguous prefix of one, or its name.
@@ -230,7 +224,7 @@ class Manager:
             # Again, for others may have come in between; from here to the registration nothing waits.
             self._check_room(params.name)
             self._journal.put(record)
-            sandbox = self._register(record)
+            sandbox = self.register(record)
             timings.mark("journal")
             with anyio.CancelScope(shield=True):
                 await self._make(sandbox, engine, workspace, timings)
@@ -291,13 +285,13 @@ class Manager:
     async def _discard(self, sandbox: Sandbox) -> None:
         """Undo a failed create. What cannot be undone now stays written down, and is undone at the next sweep."""
         try:
-            await self._remove_from_engine(sandbox)
+            await self.remove_from_engine(sandbox)
         except RuntimeFailure as error:
             logger.warning("cannot remove the failed sandbox %s yet: %s", sandbox.record.id, error)
             sandbox.put(state=State.REMOVING, state_reason=f"its creation failed, and {error.brief}")
             sandbox.disconnect()
         else:
-            self._forget(sandbox)
+            self.forget(sandbox)
 
     def _check_room(self, name: str | None) -> None:
         if name is not None and any(sandbox.record.name == name for sandbox in self._sandboxes.values()):
@@ -351,7 +345,8 @@ class Manager:
             if sandbox_id not in self._sandboxes:
                 return sandbox_id
 
-    def _register(self, record: SandboxRecord) -> Sandbox:
+    def register(self, record: SandboxRecord) -> Sandbox:
+        """Have a sandbox of a record that is in the journal."""
         sandbox = Sandbox(
             record,
             directory=os.path.join(self._places.boxes_dir, record.id),
@@ -365,7 +360,12 @@ class Manager:
         self._sandboxes[record.id] = sandbox
         return sandbox
 
-    def _forget(self, sandbox: Sandbox) -> None:
+    def forget(self, sandbox: Sandbox) -> None:
+        """Have it no more: its container is known to be gone.
+
+        Raises:
+            Failure: the journal cannot be written; it is tried again at the next sweep.
+        """
         sandbox.disconnect(killed=True)
         Stage(sandbox.stage_dir).clear()
         sandbox.erase()
@@ -414,7 +414,7 @@ class Manager:
         tmp = record.tmp_bytes_max
         return ContainerSpec(
             sandbox_id=record.id,
-            owner=self._owner,
+            owner=self.owner,
             image=record.image,
             command=(f"{INSIDE_BIN}/sandbox-init", INSIDE_RUN),
             user=record.user,
@@ -440,7 +440,7 @@ class Manager:
             async with sandbox.lock:
                 if sandbox.record.state is State.STOPPED:
                     return
-                engine = self._engine_of(sandbox)
+                engine = self.engine_of(sandbox)
                 container_id = container_id_of(sandbox)
                 sandbox.change(Event.STOP)
                 try:
@@ -463,7 +463,7 @@ class Manager:
 
     async def _stop_again(self, sandbox: Sandbox) -> None:
         """Undo a start that failed: a sandbox whose limits are not proven must not run."""
-        engine = self._engine_of(sandbox)
+        engine = self.engine_of(sandbox)
         sandbox.disconnect()
         try:
             await engine.stop(container_id_of(sandbox), grace_s=0)
@@ -472,7 +472,7 @@ class Manager:
         await self._look(sandbox, engine, container_id_of(sandbox))
 
     async def _start(self, sandbox: Sandbox, timings: Timings) -> None:
-        engine = self._engine_of(sandbox)
+        engine = self.engine_of(sandbox)
         container_id = container_id_of(sandbox)
         record = sandbox.record
         sandbox.prepare()
@@ -507,9 +507,9 @@ class Manager:
                 except Failure as error:
                     # The journal is full or damaged. The row is there; that it is being removed can be said later.
                     logger.warning("cannot write down that %s is being removed: %s", sandbox.record.id, error)
-                await self._remove_from_engine(sandbox)
+                await self.remove_from_engine(sandbox)
                 timings.mark("engine")
-                self._forget(sandbox)
+                self.forget(sandbox)
                 timings.mark("host")
 
     def remove_soon(self, sandbox: Sandbox) -> None:
@@ -522,15 +522,21 @@ class Manager:
         except (RuntimeFailure, Failure) as error:
             logger.warning("cannot remove %s yet: %s", sandbox.record.id, error)
 
-    async def _remove_from_engine(self, sandbox: Sandbox) -> None:
-        engine = self._engine_of(sandbox)
+    async def remove_from_engine(self, sandbox: Sandbox) -> None:
+        """Remove its container, or whatever the engine has under its label."""
+        engine = self.engine_of(sandbox)
         sandbox.disconnect(killed=True)
         if sandbox.record.container_id is not None:
             await engine.remove(sandbox.record.container_id)
         else:
-            await engine.remove_sandbox(sandbox.record.id, owner=self._owner)
+            await engine.remove_sandbox(sandbox.record.id, owner=self.owner)
 
-    def _engine_of(self, sandbox: Sandbox) -> Engine:
+    def engine_of(self, sandbox: Sandbox) -> Engine:
+        """The engine that runs it.
+
+        Raises:
+            EngineUnavailable: it cannot be used now.
+        """
         return self._engines.get(EngineName(sandbox.record.engine))
 
     # --- noticing what happened -----------------------------------------------------------------------
@@ -546,156 +552,41 @@ class Manager:
                 return
             if sandbox.record.container_id is None:
                 return
-            await self._look(sandbox, self._engine_of(sandbox), sandbox.record.container_id)
+            await self._look(sandbox, self.engine_of(sandbox), sandbox.record.container_id)
 
     async def _look(self, sandbox: Sandbox, engine: Engine, container_id: str) -> None:
         """Ask the engine what became of a container, and write it down. Connects again if it runs."""
         try:
             facts = await engine.inspect(container_id)
         except ContainerNotFound:
-            self._note(sandbox, Event.VANISHED, f"{engine.name} no longer has its container")
+            self.note(sandbox, Event.VANISHED, f"{engine.name} no longer has its container")
         except RuntimeFailure as error:
-            self._note(sandbox, Event.UNREACHABLE, str(error))
+            self.note(sandbox, Event.UNREACHABLE, str(error))
         else:
             if facts.state is ContainerState.RUNNING:
-                await self._adopt(sandbox, engine, container_id)
+                await self.adopt(sandbox, engine, container_id)
             elif facts.state is ContainerState.PAUSED:
-                self._note(sandbox, Event.UNREACHABLE, reconcile.PAUSED)
+                self.note(sandbox, Event.UNREACHABLE, reconcile.PAUSED)
             else:
-                self._note(sandbox, Event.EXITED, _why_stopped(facts))
+                self.note(sandbox, Event.EXITED, _why_stopped(facts))
 
-    async def _adopt(self, sandbox: Sandbox, engine: Engine, container_id: str) -> None:
+    async def adopt(self, sandbox: Sandbox, engine: Engine, container_id: str) -> None:
+        """Connect to a container that runs, unless we are, and book it as running, or as out of reach."""
         try:
             if not sandbox.connected:
                 await sandbox.connect(container_id, engine)
                 await sandbox.adopt_commands()
         except (Failure, InitError, RuntimeFailure, OSError) as error:
-            self._note(sandbox, Event.UNREACHABLE, str(error))
+            self.note(sandbox, Event.UNREACHABLE, str(error))
             return
         sandbox.change(Event.ADOPTED, container_id=container_id)
         self.prove(sandbox)
 
     @staticmethod
-    def _note(sandbox: Sandbox, event: Event, reason: str) -> None:
+    def note(sandbox: Sandbox, event: Event, reason: str) -> None:
+        """Book what was seen of a sandbox that does not run, or does not answer."""
         sandbox.disconnect()
         sandbox.change(event, reason=reason)
-
-    async def recover(self) -> None:
-        """Make the journal, the engines and this process agree again, after a start."""
-        records = self._journal.sandboxes()
-        for record in records:
-            self._register(record)
-        listed = await self._listed()
-        decisions = reconcile.decide(records, listed, reachable=set(listed))
-        async with anyio.create_task_group() as tasks:
-            for decision in decisions:
-                tasks.start_soon(self._carry_out, decision)
-        for sandbox in self._sandboxes.values():
-            if sandbox.record.state in (State.STOPPED, State.LOST):
-                await sandbox.adopt_commands()
-        known = {
-            record.id: [command.id for command in self._journal.commands(record.id)]
-            for record in records
-            if record.id in self._sandboxes
-        }
-        for name in await sweep_spools(self._places.spools_dir, known):
-            logger.info("removed the output of a command that nobody knows: %s", name)
-        for name in os.listdir(self._places.boxes_dir):
-            if name not in self._sandboxes:
-                try:
-                    erase_box(os.path.join(self._places.boxes_dir, name))
-                except OSError as error:
-                    logger.warning("cannot clear %s: %s", name, error)
-
-    async def _listed(self) -> dict[str, Sequence[ContainerSummary]]:
-        """Our containers by engine; an engine that does not answer is not in it."""
-        listed: dict[str, Sequence[ContainerSummary]] = {}
-
-        async def ask(engine: Engine) -> None:
-            try:
-                listed[engine.name.value] = await engine.list_containers(owner=self._owner)
-            except RuntimeFailure as error:
-                logger.warning("cannot list the containers of %s: %s", engine.name, error)
-
-        async with anyio.create_task_group() as tasks:
-            for engine in self._engines.usable():
-                tasks.start_soon(ask, engine)
-        return listed
-
-    async def _carry_out(self, decision: reconcile.Decision) -> None:
-        log = logger.info if decision.action is reconcile.Action.ADOPT else logger.warning
-        log("%s %s: %s", decision.action.value, decision.sandbox_id, decision.reason)
-        sandbox = self._sandboxes.get(decision.sandbox_id)
-        try:
-            if decision.action is reconcile.Action.REMOVE_CONTAINER:
-                if decision.container is not None:
-                    await self._engines.get(EngineName(decision.engine)).remove(decision.container.container_id)
-            elif sandbox is not None:
-                async with sandbox.lock:
-                    await self._settle(sandbox, decision)
-        except (RuntimeFailure, Failure, InitError, OSError) as error:
-            logger.warning("cannot %s %s: %s", decision.action.value, decision.sandbox_id, error)
-
-    async def _settle(self, sandbox: Sandbox, decision: reconcile.Decision) -> None:
-        match decision.action:
-            case reconcile.Action.ADOPT:
-                if decision.container is not None:
-                    await self._adopt(sandbox, self._engine_of(sandbox), decision.container.container_id)
-            case reconcile.Action.NOTE_STOPPED:
-                self._note(sandbox, Event.EXITED, decision.reason)
-            case reconcile.Action.NOTE_LOST:
-                self._note(sandbox, Event.VANISHED, decision.reason)
-            case reconcile.Action.NOTE_UNREACHABLE:
-                if sandbox.record.state in (State.CREATING, State.REMOVING) or sandbox.record.ephemeral:
-                    # Nobody waits for it: it goes as soon as its engine answers again.
-                    sandbox.change(Event.REMOVE, reason=decision.reason)
-                else:
-                    self._note(sandbox, Event.UNREACHABLE, decision.reason)
-            case reconcile.Action.FORGET:
-                sandbox.change(Event.REMOVE, reason=decision.reason)
-                await self._remove_from_engine(sandbox)
-                self._forget(sandbox)
-            case reconcile.Action.REMOVE_CONTAINER:
-                raise AssertionError("not about a sandbox")
-            case _:
-                assert_never(decision.action)
-
-    async def sweep_periodically(self) -> None:
-        """Look for containers of ours that nobody owns, a few times soon after the start and then now and then."""
-        for pause_s in itertools.chain(SWEEP_AFTER_START_S, itertools.repeat(SWEEP_PERIOD_S)):
-            await anyio.sleep(pause_s)
-            try:
-                await self.sweep()
-            except (RuntimeFailure, Failure, OSError) as error:
-                logger.warning("cannot sweep: %s", error)
-
-    async def sweep(self) -> None:
-        """Remove what nobody owns, finish removals that failed, and find again what was out of reach."""
-        usable = {engine.name.value for engine in self._engines.usable()}
-        if any(sandbox.record.engine not in usable for sandbox in self._sandboxes.values()):
-            await self._engines.refresh()
-        listed = await self._listed()
-        records = [sandbox.record for sandbox in self._sandboxes.values()]
-        for decision in reconcile.decide(records, listed, reachable=set(listed)):
-            if decision.action is reconcile.Action.REMOVE_CONTAINER or self._is_due(decision):
-                await self._carry_out(decision)
-
-    def _is_due(self, decision: reconcile.Decision) -> bool:
-        """Whether a sweep may act: what is under way is left to whoever does it."""
-        sandbox = self._sandboxes.get(decision.sandbox_id)
-        if sandbox is None or sandbox.lock.locked():
-            return False
-        match decision.action:
-            case reconcile.Action.FORGET:
-                return sandbox.record.state is State.REMOVING
-            case reconcile.Action.ADOPT | reconcile.Action.NOTE_STOPPED:
-                # Running, and yet not connected: whoever noticed could not write it down.
-                silent = sandbox.record.state is State.RUNNING and not sandbox.connected
-                return silent or sandbox.record.state in (State.BROKEN, State.LOST)
-            case reconcile.Action.NOTE_LOST:
-                return sandbox.record.state in (State.BROKEN, State.STOPPED)
-            case _:
-                return False
 
     def disconnect_all(self) -> None:
         """Let go of every sandbox; they and their commands go on."""
@@ -713,7 +604,7 @@ class Manager:
         if sandbox.record.container_id is None:
             return None
         try:
-            return await self._engine_of(sandbox).inspect(sandbox.record.container_id)
+            return await self.engine_of(sandbox).inspect(sandbox.record.container_id)
         except ContainerNotFound:
             await self._look_into(sandbox)
             return None
@@ -737,7 +628,7 @@ class Manager:
                         f"cannot change the limits of a sandbox that is {sandbox.record.state.value}",
                         hint=f"sandboxctl start {sandbox.record.id}",
                     )
-                engine = self._engine_of(sandbox)
+                engine = self.engine_of(sandbox)
                 policy = params.limits_policy or sandbox.record.limits_policy
                 self._check_enforceable(changed, engine.info, policy)
                 self._check_use(sandbox, changed)
@@ -818,11 +709,3 @@ def _why_stopped(facts: ContainerFacts) -> str:
     if facts.oom_killed:
         return "its init was killed for memory"
     return "" if facts.exit_code in (None, 0) else f"its init ended with {facts.exit_code}"
-
-
-def erase_box(directory: str) -> None:
-    """Remove what a sandbox that nobody knows left on the host: its mounts first."""
-    for target in mounts.mounts_below(directory):
-        while mounts.unmount(target):
-            pass
-    shutil.rmtree(directory, ignore_errors=True)

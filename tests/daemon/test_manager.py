@@ -22,6 +22,7 @@ from sandboxd.lifecycle import State
 from sandboxd.limits import Host
 from sandboxd.manager import Caller, Manager, Places
 from sandboxd.protocol import LimitsParams, SandboxCreateParams
+from sandboxd.recovery import Recovery
 from sandboxd.timings import Timings
 from sandboxd.translation import failure_from
 from tests.fakes.fake_engine import FakeEngine
@@ -54,6 +55,7 @@ class World:
         self.boxes.mkdir()
         self.journal = Journal.open(str(directory / "journal.sqlite3"))
         self.manager: Manager
+        self.recovery: Recovery
 
     @asynccontextmanager
     async def managed(self, config: Config | None = None) -> AsyncIterator[Manager]:
@@ -65,23 +67,25 @@ class World:
         room = EngineRoom(detect, lambda _info, _limiter: self.engine, calls_max=3)
         await room.refresh()
         inotify = Inotify()
+        places = Places(
+            boxes_dir=str(self.boxes),
+            bin_dir="/bin",
+            seccomp_profile="/seccomp.json",
+            spools_dir=str(self.boxes.parent / "spools"),
+        )
         async with anyio.create_task_group() as tasks:
             self.manager = Manager(
                 Background(tasks),
                 config=config or Config(),
                 host=Host(cpus_online=(0, 1), memory_bytes=2**33, swap_bytes=0, pid_max=2**22, nr_open=2**20),
                 caller=Caller(user=User(uid=1000, gid=1000), home="/home/somebody"),
-                places=Places(
-                    boxes_dir=str(self.boxes),
-                    bin_dir="/bin",
-                    seccomp_profile="/seccomp.json",
-                    spools_dir=str(self.boxes.parent / "spools"),
-                ),
+                places=places,
                 journal=self.journal,
                 engines=room,
                 userns_fd=None,
                 inotify=inotify,
             )
+            self.recovery = Recovery(self.manager, engines=room, journal=self.journal, places=places)
             yield self.manager
             tasks.cancel_scope.cancel()
         inotify.close()
@@ -164,28 +168,28 @@ async def test_what_a_failed_create_cannot_undo_is_undone_by_the_next_sweep(worl
         assert "nobody answers" not in left.record.state_reason, "it is one clause"
         assert [row.state for row in world.journal.sandboxes()] == [State.REMOVING]
         assert len(await world.containers()) == 1
-        await manager.sweep()
+        await world.recovery.sweep()
         await world.assert_empty()
 
 
 async def test_a_removal_that_failed_says_so_and_is_finished_by_the_next_sweep(world: World) -> None:
     async with world.managed() as manager:
         await world.container_of(record(state=State.STOPPED))
-        await manager.recover()
+        await world.recovery.recover()
         (box,) = manager.all()
         world.engine.fail_next("remove", UNAVAILABLE)
         with pytest.raises(EngineUnavailable):
             await manager.remove(box, Timings())
         assert box.record.state is State.REMOVING
         assert len(await world.containers()) == 1
-        await manager.sweep()
+        await world.recovery.sweep()
         await world.assert_empty()
 
 
 async def test_a_removal_that_failed_can_be_asked_for_again(world: World) -> None:
     async with world.managed() as manager:
         await world.container_of(record(state=State.STOPPED))
-        await manager.recover()
+        await world.recovery.recover()
         (box,) = manager.all()
         world.engine.fail_next("remove", UNAVAILABLE)
         with pytest.raises(EngineUnavailable):
@@ -199,13 +203,13 @@ async def test_a_sandbox_whose_engine_does_not_answer_is_kept_and_looked_at_agai
     box = await world.container_of(record())
     async with world.managed() as manager:
         world.engine.fail_next("list_containers", UNAVAILABLE)
-        await manager.recover()
+        await world.recovery.recover()
         (kept,) = manager.all()
         assert kept.record.state is State.BROKEN
         assert "does not answer" in kept.record.state_reason
         assert await world.containers() == [box.container_id]
         world.engine.end(str(box.container_id))
-        await manager.sweep()
+        await world.recovery.sweep()
         assert (kept.record.state, kept.record.state_reason) == (State.STOPPED, "its container is exited")
 
 
@@ -219,9 +223,9 @@ async def test_what_nobody_waits_for_goes_as_soon_as_its_engine_answers(world: W
     world.journal.put(left)
     async with world.managed() as manager:
         world.engine.fail_next("list_containers", UNAVAILABLE)
-        await manager.recover()
+        await world.recovery.recover()
         assert [box.record.state for box in manager.all()] == [State.REMOVING]
-        await manager.sweep()
+        await world.recovery.sweep()
         await world.assert_empty()
 
 
@@ -230,18 +234,18 @@ async def test_a_stopped_sandbox_whose_container_vanished_is_lost(world: World) 
     box = await world.container_of(record(state=State.STOPPED))
     async with world.managed() as manager:
         world.engine.end(str(box.container_id))
-        await manager.recover()
+        await world.recovery.recover()
         (kept,) = manager.all()
         assert kept.record.state is State.STOPPED
         await world.engine.remove(str(box.container_id))
-        await manager.sweep()
+        await world.recovery.sweep()
         assert kept.record.state is State.LOST
         await manager.remove(kept, Timings())
         await world.assert_empty()
 
 
 async def test_a_container_with_our_label_that_nobody_owns_is_removed_and_others_are_not(world: World) -> None:
-    async with world.managed() as manager:
+    async with world.managed():
         await world.container_of(record(id="sb-nobodys111"))
         world.journal.delete("sb-nobodys111")
         foreign = await world.engine.create(
@@ -255,7 +259,7 @@ async def test_a_container_with_our_label_that_nobody_owns_is_removed_and_others
             )
         )
         (world.boxes / "sb-nobodys111").mkdir()
-        await manager.recover()
+        await world.recovery.recover()
         await world.assert_empty()
         assert [row.container_id for row in await world.engine.list_containers(owner="somebody-else")] == [foreign]
 
@@ -273,7 +277,7 @@ async def test_a_sweep_leaves_a_create_in_flight_alone(world: World) -> None:
         tasks.start_soon(create)
         while "create" not in world.engine.calls:
             await anyio.lowlevel.checkpoint()
-        await manager.sweep()
+        await world.recovery.sweep()
         assert [box.record.state for box in manager.all()] == [State.CREATING]
         assert {"remove", "remove_sandbox"}.isdisjoint(world.engine.calls)
         world.engine.release("create")
@@ -296,7 +300,7 @@ async def test_nonsense_is_refused_before_anything_is_written_down(world: World)
 async def test_there_is_room_for_as_many_as_the_configuration_says(world: World) -> None:
     await world.container_of(record(state=State.STOPPED))
     async with world.managed(Config(daemon=Daemon(sandboxes_max=1))) as manager:
-        await manager.recover()
+        await world.recovery.recover()
         with pytest.raises(CapacityExceeded):
             await manager.create(SandboxCreateParams(), Timings())
 
@@ -305,7 +309,7 @@ async def test_a_reference_is_an_id_or_its_beginning_or_a_name(world: World) -> 
     for sandbox_id, name in (("sb-abc1111111", "first"), ("sb-abd1111111", None)):
         world.journal.put(record(id=sandbox_id, name=name, state=State.LOST))
     async with world.managed() as manager:
-        await manager.recover()
+        await world.recovery.recover()
         for reference in ("sb-abc1111111", "sb-abc", "abc", "first"):
             assert manager.get(reference).record.id == "sb-abc1111111"
         for reference, failure in (("sb-ab", InvalidArgument), ("sb-", NotFound), ("x", NotFound)):

@@ -1,0 +1,171 @@
+"""Making the journal, the engines and this process agree again: after a start, and now and then.
+
+``reconcile`` decides, this carries out. What fails is logged and tried again by the next sweep.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from typing import assert_never
+
+import anyio
+
+from runtimes import mounts
+from runtimes.engine import Engine
+from runtimes.errors import RuntimeFailure
+from runtimes.init.wire import InitError
+from runtimes.model import ContainerSummary, EngineName
+from sandboxd import reconcile
+from sandboxd.engines import EngineRoom
+from sandboxd.failures import Failure
+from sandboxd.journal import Journal
+from sandboxd.lifecycle import Event, State
+from sandboxd.manager import Manager, Places
+from sandboxd.sandbox import Sandbox
+from sandboxd.spool import sweep as sweep_spools
+
+logger = logging.getLogger(__name__)
+
+SWEEP_PERIOD_S = 60.0
+"""How often containers that nobody owns are looked for."""
+SWEEP_AFTER_START_S = (1.0, 5.0, 20.0)
+"""And after a start: an engine may still be finishing what a killed daemon had asked for."""
+
+
+class Recovery:
+    """Recovers the sandboxes of one manager."""
+
+    def __init__(self, manager: Manager, *, engines: EngineRoom, journal: Journal, places: Places) -> None:
+        self._manager = manager
+        self._engines = engines
+        self._journal = journal
+        self._boxes_dir = places.boxes_dir
+        self._spools_dir = places.spools_dir
+
+    async def recover(self) -> None:
+        """Make the journal, the engines and this process agree again, after a start."""
+        records = self._journal.sandboxes()
+        for record in records:
+            self._manager.register(record)
+        listed = await self._listed()
+        decisions = reconcile.decide(records, listed, reachable=set(listed))
+        async with anyio.create_task_group() as tasks:
+            for decision in decisions:
+                tasks.start_soon(self._carry_out, decision)
+        for sandbox in self._manager.all():
+            if sandbox.record.state in (State.STOPPED, State.LOST):
+                await sandbox.adopt_commands()
+        known = {
+            sandbox.record.id: [command.id for command in self._journal.commands(sandbox.record.id)]
+            for sandbox in self._manager.all()
+        }
+        for name in await sweep_spools(self._spools_dir, known):
+            logger.info("removed the output of a command that nobody knows: %s", name)
+        for name in set(os.listdir(self._boxes_dir)) - known.keys():
+            try:
+                erase_box(os.path.join(self._boxes_dir, name))
+            except OSError as error:
+                logger.warning("cannot clear %s: %s", name, error)
+
+    async def _listed(self) -> dict[str, Sequence[ContainerSummary]]:
+        """Our containers by engine; an engine that does not answer is not in it."""
+        listed: dict[str, Sequence[ContainerSummary]] = {}
+
+        async def ask(engine: Engine) -> None:
+            try:
+                listed[engine.name.value] = await engine.list_containers(owner=self._manager.owner)
+            except RuntimeFailure as error:
+                logger.warning("cannot list the containers of %s: %s", engine.name, error)
+
+        async with anyio.create_task_group() as tasks:
+            for engine in self._engines.usable():
+                tasks.start_soon(ask, engine)
+        return listed
+
+    async def _carry_out(self, decision: reconcile.Decision) -> None:
+        log = logger.info if decision.action is reconcile.Action.ADOPT else logger.warning
+        log("%s %s: %s", decision.action.value, decision.sandbox_id, decision.reason)
+        sandbox = self._manager.find(decision.sandbox_id)
+        try:
+            if decision.action is reconcile.Action.REMOVE_CONTAINER:
+                if decision.container is not None:
+                    await self._engines.get(EngineName(decision.engine)).remove(decision.container.container_id)
+            elif sandbox is not None:
+                async with sandbox.lock:
+                    await self._settle(sandbox, decision)
+        except (RuntimeFailure, Failure, InitError, OSError) as error:
+            logger.warning("cannot %s %s: %s", decision.action.value, decision.sandbox_id, error)
+
+    async def _settle(self, sandbox: Sandbox, decision: reconcile.Decision) -> None:
+        match decision.action:
+            case reconcile.Action.ADOPT:
+                if decision.container is not None:
+                    engine = self._manager.engine_of(sandbox)
+                    await self._manager.adopt(sandbox, engine, decision.container.container_id)
+            case reconcile.Action.NOTE_STOPPED:
+                self._manager.note(sandbox, Event.EXITED, decision.reason)
+            case reconcile.Action.NOTE_LOST:
+                self._manager.note(sandbox, Event.VANISHED, decision.reason)
+            case reconcile.Action.NOTE_UNREACHABLE:
+                if sandbox.record.state in (State.CREATING, State.REMOVING) or sandbox.record.ephemeral:
+                    # Nobody waits for it: it goes as soon as its engine answers again.
+                    sandbox.change(Event.REMOVE, reason=decision.reason)
+                else:
+                    self._manager.note(sandbox, Event.UNREACHABLE, decision.reason)
+            case reconcile.Action.FORGET:
+                sandbox.change(Event.REMOVE, reason=decision.reason)
+                await self._manager.remove_from_engine(sandbox)
+                self._manager.forget(sandbox)
+            case reconcile.Action.REMOVE_CONTAINER:
+                raise AssertionError("not about a sandbox")
+            case _:
+                assert_never(decision.action)
+
+    async def sweep_periodically(self) -> None:
+        """Look for containers of ours that nobody owns, a few times soon after the start and then now and then."""
+        for pause_s in itertools.chain(SWEEP_AFTER_START_S, itertools.repeat(SWEEP_PERIOD_S)):
+            await anyio.sleep(pause_s)
+            try:
+                await self.sweep()
+            except (RuntimeFailure, Failure, OSError) as error:
+                logger.warning("cannot sweep: %s", error)
+
+    async def sweep(self) -> None:
+        """Remove what nobody owns, finish removals that failed, and find again what was out of reach."""
+        usable = {engine.name.value for engine in self._engines.usable()}
+        if any(sandbox.record.engine not in usable for sandbox in self._manager.all()):
+            await self._engines.refresh()
+        listed = await self._listed()
+        records = [sandbox.record for sandbox in self._manager.all()]
+        for decision in reconcile.decide(records, listed, reachable=set(listed)):
+            if decision.action is reconcile.Action.REMOVE_CONTAINER or self._is_due(decision):
+                await self._carry_out(decision)
+
+    def _is_due(self, decision: reconcile.Decision) -> bool:
+        """Whether a sweep may act: what is under way is left to whoever does it."""
+        sandbox = self._manager.find(decision.sandbox_id)
+        if sandbox is None or sandbox.lock.locked():
+            return False
+        match decision.action:
+            case reconcile.Action.FORGET:
+                return sandbox.record.state is State.REMOVING
+            case reconcile.Action.ADOPT | reconcile.Action.NOTE_STOPPED:
+                # Running, and yet not connected: whoever noticed could not write it down.
+                silent = sandbox.record.state is State.RUNNING and not sandbox.connected
+                return silent or sandbox.record.state in (State.BROKEN, State.LOST)
+            case reconcile.Action.NOTE_LOST:
+                return sandbox.record.state in (State.BROKEN, State.STOPPED)
+            case _:
+                return False
+
+
+def erase_box(directory: str) -> None:
+    """Remove what a sandbox that nobody knows left on the host: its mounts first."""
+    for target in mounts.mounts_below(directory):
+        while mounts.unmount(target):
+            pass
+    shutil.rmtree(directory, ignore_errors=True)

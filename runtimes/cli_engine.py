@@ -308,7 +308,7 @@ class CliEngine(ABC):
             if asked is not None and not enforced:
                 raise Unsupported(
                     f"cannot limit {what} with {self.name.value} on this host",
-                    detail="; ".join(self._info.warnings),
+                    detail="; ".join(warning.what for warning in self._info.warnings),
                     hint=self._info.hint,
                 )
         asked, nofile_max = limits.nofile_max, self._info.nofile_hard_max

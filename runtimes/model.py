@@ -171,9 +171,6 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     cpu_limit: bool
     pids_limit: bool
     cpuset_limit: bool
-    bind_mounts: bool
-    init_socket: bool
-    """A Unix socket bound inside can be connected to from the host."""
     keep_id: bool
     """The caller's uid can be mapped to itself inside."""
     rootless: bool
@@ -183,6 +180,14 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     """The engine's own ``update`` can change the pids limit of a running container."""
     update_limits: bool
     """The engine's own ``update`` exists."""
+
+
+class Shortcoming(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that an engine lacks on this host, and works without."""
+
+    what: str
+    fix: str
+    """What to type to mend it."""
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -213,4 +218,4 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     nproc_hard_max: int | None = None
     selinux_enforcing: bool = False
     capabilities: Capabilities | None = None
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[Shortcoming, ...] = ()

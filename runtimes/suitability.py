@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
+from typing import assert_never
 
 import msgspec
 
-from runtimes.cgroup.verify import BOOT_V2_HINT, DELEGATE_HINT, LINGER_HINT
+from runtimes.cgroup.verify import BOOT_V2_HINT, COUNT_SWAP_HINT, DELEGATE_HINT, LINGER_HINT, boot_with
 from runtimes.errors import EngineUnavailable
-from runtimes.model import Capabilities, CgroupVersion, EngineInfo, EngineName
+from runtimes.model import Capabilities, CgroupVersion, EngineInfo, EngineName, Shortcoming
 from runtimes.parse import DockerInfo, PodmanInfo, version
 
 PODMAN_NPROC_MAX = 32768
@@ -21,6 +22,8 @@ PODMAN_NPROC_MAX = 32768
 PODMAN_UPDATE_SINCE = (4, 3)
 PODMAN_UPDATE_PIDS_SINCE = (4, 4)
 """``podman update``, and its ``--pids-limit``, by Podman's own manuals of these versions."""
+
+HOST_DOCKER_HINT = "unset DOCKER_HOST && docker context use default"
 
 _DOCKER_SOCKETS = frozenset({"", "/var/run/docker.sock", "/run/docker.sock"})
 
@@ -109,7 +112,9 @@ def judge_docker(host: HostFacts, facts: DockerFacts) -> EngineInfo:
     if facts.client_path is None:
         return _unusable(found, "docker is not installed", _install(host, "docker"))
     if info is not None and info.host is not None:
-        return _unusable(found, "the docker command here is Podman's own stand-in", "use the engine podman")
+        return _unusable(
+            found, "the docker command here is Podman's own stand-in", "sandboxctl create --engine podman"
+        )
     found = msgspec.structs.replace(
         found,
         client_version=info.client_info.version or None if info is not None else None,
@@ -120,7 +125,11 @@ def judge_docker(host: HostFacts, facts: DockerFacts) -> EngineInfo:
         return _unusable(found, *obstacle)
     if info is None or not info.server_version:
         return _unusable(found, _because("the Docker daemon does not answer", facts.complaint), "docker info")
-    return _judge_docker_server(found, facts, info)
+    if info.operating_system == "Docker Desktop":
+        return _unusable(
+            found, "Docker Desktop runs containers in a virtual machine, out of this host's reach", HOST_DOCKER_HINT
+        )
+    return _judge_docker_server(found, info)
 
 
 def judge_podman(host: HostFacts, facts: PodmanFacts) -> EngineInfo:
@@ -220,21 +229,23 @@ def _docker_obstacle(facts: DockerFacts) -> tuple[str, str] | None:
     path = facts.endpoint.removeprefix("unix://")
     match facts.socket:
         case SocketState.FORBIDDEN:
-            return (
-                f"you may not use Docker's socket {path}",
-                'sudo usermod -aG docker "$USER", then log in again',
-            )
+            return f"you may not use Docker's socket {path}", 'sudo usermod -aG docker "$USER" && newgrp docker'
         case SocketState.MISSING | SocketState.DEAD:
             if path.startswith("/run/user/"):
                 return "your rootless Docker daemon is not running", "systemctl --user start docker"
             if path not in _DOCKER_SOCKETS:
-                return f"no Docker daemon listens at {path}", "unset DOCKER_HOST, or: docker context use default"
+                return f"no Docker daemon listens at {path}", HOST_DOCKER_HINT
             return "the Docker daemon is not running", "sudo systemctl start docker"
-        case _:
+        case SocketState.REMOTE:
+            reason = f"Docker runs on another machine ({facts.endpoint}), where nothing of this one can be mounted"
+            return reason, HOST_DOCKER_HINT
+        case SocketState.OPEN:
             return None
+        case _:
+            assert_never(facts.socket)
 
 
-def _judge_docker_server(found: EngineInfo, facts: DockerFacts, info: DockerInfo) -> EngineInfo:
+def _judge_docker_server(found: EngineInfo, info: DockerInfo) -> EngineInfo:
     rootless = "name=rootless" in (info.security_options or ())
     able = {
         "memory": info.memory_limit,
@@ -242,19 +253,21 @@ def _judge_docker_server(found: EngineInfo, facts: DockerFacts, info: DockerInfo
         "pids": info.pids_limit,
         "cpuset": info.cpu_set,
     }
-    local = facts.socket is not SocketState.REMOTE
-    in_machine = not local or info.operating_system == "Docker Desktop"
     controllers = tuple(name for name in _LIMIT_CONTROLLERS if able[name])
-    warnings = _limit_warnings(controllers, "Docker")
+    hint = _limit_hint(found.cgroup_version, controllers, rootless=rootless, user_session=True)
+    warnings = _limit_warnings(controllers, "Docker", hint)
     if info.memory_limit and not info.swap_limit:
-        warnings.append("the kernel does not count swap by container: a memory limit does not bound it")
-    if not local:
-        warnings.append(f"Docker runs on another machine ({facts.endpoint}): no folder of this one can be mounted")
+        warnings.append(
+            Shortcoming(
+                what="the kernel does not count swap by container: a memory limit does not bound it",
+                fix=COUNT_SWAP_HINT,
+            )
+        )
     return msgspec.structs.replace(
         found,
         usable=True,
         reason=f"Docker {info.server_version} answers",
-        hint=_limit_hint(found.cgroup_version, controllers, rootless=rootless, user_session=True),
+        hint=hint,
         server_version=info.server_version,
         rootless=rootless,
         cgroup_manager=info.cgroup_driver or None,
@@ -263,8 +276,6 @@ def _judge_docker_server(found: EngineInfo, facts: DockerFacts, info: DockerInfo
         storage_driver=info.driver or None,
         capabilities=_capabilities(
             controllers,
-            local=local,
-            init_socket=not in_machine,
             rootless=rootless,
             pause=not rootless or bool(controllers),
             update_limits=True,
@@ -325,24 +336,25 @@ def _judge_podman_limits(found: EngineInfo, host: HostFacts, info: PodmanInfo) -
     controllers = _podman_controllers(found, host, info)
     rootless = info.host.security.rootless
     numbers = version(info.version.version)
-    warnings = _limit_warnings(controllers, "Podman")
+    hint = _limit_hint(found.cgroup_version, controllers, rootless=rootless, user_session=host.user_session)
+    warnings = _limit_warnings(controllers, "Podman", hint)
     if found.storage_driver == "vfs":
         warnings.append(
-            "storage driver vfs copies the whole image for every container: "
-            f"{_install(host, 'fuse-overlayfs')}, then podman system reset"
+            Shortcoming(
+                what="storage driver vfs copies the whole image for every container",
+                fix=f"{_install(host, 'fuse-overlayfs')} && podman system reset",
+            )
         )
     if rootless and host.runtime_dir is None:
-        warnings.append(f"XDG_RUNTIME_DIR is not a folder of yours: {LINGER_HINT}")
+        warnings.append(Shortcoming(what="XDG_RUNTIME_DIR is not a folder of yours", fix=LINGER_HINT))
     return msgspec.structs.replace(
         found,
         usable=True,
         reason=f"Podman {info.version.version} answers",
-        hint=_limit_hint(found.cgroup_version, controllers, rootless=rootless, user_session=host.user_session),
+        hint=hint,
         controllers=controllers,
         capabilities=_capabilities(
             controllers,
-            local=True,
-            init_socket=True,
             rootless=rootless,
             pause=not rootless or bool(controllers),
             update_limits=numbers >= PODMAN_UPDATE_SINCE and bool(controllers),
@@ -356,8 +368,6 @@ def _judge_podman_limits(found: EngineInfo, host: HostFacts, info: PodmanInfo) -
 def _capabilities(
     controllers: Sequence[str],
     *,
-    local: bool,
-    init_socket: bool,
     rootless: bool,
     pause: bool,
     update_limits: bool,
@@ -369,8 +379,6 @@ def _capabilities(
         cpu_limit="cpu" in controllers,
         pids_limit="pids" in controllers,
         cpuset_limit="cpuset" in controllers,
-        bind_mounts=local,
-        init_socket=init_socket,
         keep_id=keep_id,
         rootless=rootless,
         network_none=True,
@@ -386,9 +394,12 @@ def _limits_all(capabilities: Capabilities | None) -> bool:
     )
 
 
-def _limit_warnings(controllers: Sequence[str], engine: str) -> list[str]:
+def _limit_warnings(controllers: Sequence[str], engine: str, hint: str) -> list[Shortcoming]:
     missing = [name for name in _LIMIT_CONTROLLERS if name not in controllers]
-    return [f"{engine} cannot limit {', '.join(missing)} on this host"] if missing else []
+    if not missing:
+        return []
+    what = f"{engine} cannot limit {', '.join(missing)} on this host"
+    return [Shortcoming(what=what, fix=hint or boot_with(" ".join(f"cgroup_enable={name}" for name in missing)))]
 
 
 def _limit_hint(

@@ -5,9 +5,13 @@ Pure: the daemon gathers ``Facts``, ``judge`` turns them into findings.
 
 from __future__ import annotations
 
+import shlex
+
 import msgspec
 
-from runtimes.model import CgroupVersion, EngineInfo
+from runtimes.cgroup.verify import COUNT_SWAP_HINT, enforceable
+from runtimes.model import EngineInfo, Limits
+from runtimes.quantities import format_bytes
 from sandboxd.protocol import Check
 
 FREE_BYTES_MIN = 512 * 1024 * 1024
@@ -15,6 +19,9 @@ FREE_BYTES_MIN = 512 * 1024 * 1024
 
 NOFILE_MIN = 1024
 """The daemon holds about twenty descriptors per sandbox."""
+
+ONE_OF_EACH = Limits(memory_bytes_max=1, cpu_millis=1, pids_max=1, cpuset_cpus=(0,))
+"""Every limit that a control group holds: which of them an engine can enforce does not depend on the figures."""
 
 
 class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,6 +48,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     idmap_works: bool | None
     """None where it is not needed: the daemon is not root."""
     swap_bytes: int
+    swap_counted: bool | None
+    """By control group; None where that cannot be told."""
 
 
 def judge(facts: Facts) -> list[Check]:
@@ -53,6 +62,7 @@ def judge(facts: Facts) -> list[Check]:
         _socket(facts),
         _disk(facts),
         _descriptors(facts),
+        _swap(facts),
     ]
     if facts.idmap_works is not None:
         checks.append(
@@ -61,8 +71,9 @@ def judge(facts: Facts) -> list[Check]:
                 facts.idmap_works,
                 "a project that belongs to root is its sandbox's own inside"
                 if facts.idmap_works
-                else "a project that belongs to root cannot be written inside: Linux 5.12 can map ids",
-                "chown the project to an ordinary user",
+                else "a project that belongs to root cannot be written inside: give it to an ordinary user, "
+                "or use Linux 5.12 or newer and a file system whose ids it can map",
+                "sandboxctl create --ro",
                 worst="warning",
             )
         )
@@ -85,7 +96,10 @@ def _engine(engine: EngineFacts, image: str) -> list[Check]:
     checks = [
         _check(info.name.value, True, _description(info), ""),
         _cgroups(info),
-        *(Check(name=info.name.value, status="warning", detail=warning, fix=info.hint) for warning in info.warnings),
+        *(
+            Check(name=info.name.value, status="warning", detail=warning.what, fix=warning.fix)
+            for warning in info.warnings
+        ),
     ]
     if engine.has_image is not None:
         checks.append(
@@ -114,47 +128,33 @@ def _description(info: EngineInfo) -> str:
 
 
 def _cgroups(info: EngineInfo) -> Check:
-    can = info.capabilities
-    missing = [
-        name
-        for name, possible in (
-            ("memory", can is not None and can.memory_limit),
-            ("cpu", can is not None and can.cpu_limit),
-            ("pids", can is not None and can.pids_limit),
-            ("cpuset", can is not None and can.cpuset_limit),
-        )
-        if not possible
-    ]
     version = "unknown" if info.cgroup_version is None else info.cgroup_version.value
     base = f"cgroup {version}, {info.cgroup_manager}, controllers: {' '.join(info.controllers) or 'none'}"
+    missing = enforceable(ONE_OF_EACH, info)
     if not missing:
         return _check(f"{info.name} limits", True, base, "")
-    essential = [name for name in missing if name != "cpuset"]
-    if info.cgroup_version is CgroupVersion.V2:
-        fix = (
-            "sudo mkdir -p /etc/systemd/system/user@.service.d && "
-            "printf '[Service]\\nDelegate=cpu cpuset io memory pids\\n' | "
-            "sudo tee /etc/systemd/system/user@.service.d/delegate.conf && sudo systemctl daemon-reload"
-        )
-    else:
-        fix = "boot with systemd.unified_cgroup_hierarchy=1, or run the engine as root"
+    essential = [entry for entry in missing if entry.limit != "cpuset"]
+    reasons = "; ".join(dict.fromkeys(entry.reason for entry in missing))
     return Check(
         name=f"{info.name} limits",
         status="failure" if essential else "warning",
-        detail=f"{base}; cannot limit {', '.join(missing)}",
-        fix=fix,
+        detail=f"{base}; cannot limit {', '.join(entry.limit for entry in missing)}: {reasons}",
+        fix=(essential or missing)[0].hint,
     )
 
 
 def _socket(facts: Facts) -> Check:
-    return _check("socket", facts.socket_dir_private, facts.socket, "chmod 700 the directory of the socket")
+    directory = facts.socket.rpartition("/")[0] or "/"
+    detail = facts.socket if facts.socket_dir_private else f"others may use the directory of {facts.socket}"
+    return _check("socket", facts.socket_dir_private, detail, f"chmod 700 {shlex.quote(directory)}")
 
 
 def _disk(facts: Facts) -> Check:
+    fix = f"df -h {shlex.quote(facts.state_dir)}"
     if facts.state_free_bytes is None:
-        return Check(name="disk", status="warning", detail=f"cannot look at {facts.state_dir}", fix="df -h ~")
+        return Check(name="disk", status="warning", detail=f"cannot look at {facts.state_dir}", fix=fix)
     free = f"{facts.state_free_bytes // (1024 * 1024)} MiB free for {facts.state_dir}"
-    return _check("disk", facts.state_free_bytes >= FREE_BYTES_MIN, free, "free some space: df -h shows where")
+    return _check("disk", facts.state_free_bytes >= FREE_BYTES_MIN, free, fix)
 
 
 def _descriptors(facts: Facts) -> Check:
@@ -162,7 +162,25 @@ def _descriptors(facts: Facts) -> Check:
         "open files",
         facts.daemon_nofile_soft >= NOFILE_MIN,
         f"the daemon may open {facts.daemon_nofile_soft}",
-        f"ulimit -n {NOFILE_MIN}, then sandboxctl daemon stop",
+        # The daemon has raised its own limit as far as it goes; the next one inherits the shell's.
+        f"sudo prlimit --pid $$ --nofile={NOFILE_MIN}:{NOFILE_MIN} && sandboxctl daemon stop",
+        worst="warning",
+    )
+
+
+def _swap(facts: Facts) -> Check:
+    if not facts.swap_bytes:
+        return _check("swap", True, "none", "")
+    size = format_bytes(facts.swap_bytes)
+    if facts.swap_counted is None:
+        return _check("swap", True, f"{size}; whether it is counted by container, each sandbox's proof tells", "")
+    return _check(
+        "swap",
+        facts.swap_counted,
+        f"{size}, counted by container"
+        if facts.swap_counted
+        else f"{size}, not counted by container: no limit on memory can be proven",
+        COUNT_SWAP_HINT,
         worst="warning",
     )
 

@@ -424,7 +424,7 @@ def engine_report(info: EngineInfo, *, default: bool) -> protocol.EngineReport:
         socket_path=info.socket_path,
         nofile_hard_max=info.nofile_hard_max,
         capabilities={} if info.capabilities is None else msgspec.structs.asdict(info.capabilities),
-        warnings=list(info.warnings),
+        warnings=[warning.what for warning in info.warnings],
     )
 
 

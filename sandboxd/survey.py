@@ -8,6 +8,8 @@ import resource
 import anyio.to_thread
 import psutil
 
+from runtimes.cgroup.fs import swap_is_counted
+from runtimes.errors import CgroupUnreadable
 from runtimes.init.binary import InitBinaryMissing, init_binary_path
 from sandboxd import doctor
 from sandboxd.engines import EngineRoom
@@ -66,4 +68,12 @@ class Survey:
             daemon_nofile_soft=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
             idmap_works=self._maps_ids,
             swap_bytes=psutil.swap_memory().total,
+            swap_counted=_swap_counted(),
         )
+
+
+def _swap_counted() -> bool | None:
+    try:
+        return swap_is_counted(os.getpid())
+    except CgroupUnreadable:
+        return None

@@ -74,9 +74,25 @@ def locate(pid: int, *, proc: str = "/proc") -> CgroupPaths:
     return paths
 
 
-def host_swap_bytes(*, proc: str = "/proc") -> int:
-    """All swap of this host, in use or not."""
-    return readings.parse_meminfo_swap(_read_path(f"{proc}/meminfo"))
+def swap_is_counted(pid: int, *, proc: str = "/proc") -> bool | None:
+    """Whether the kernel counts swap by control group; None where the groups of this process do not tell.
+
+    Raises:
+        CgroupUnreadable: there is no such process, or its groups cannot be seen from here.
+    """
+    paths = locate(pid, proc=proc)
+    if paths.version is CgroupVersion.V2:
+        path, memory, swap = paths.unified, "memory.max", "memory.swap.max"
+    else:
+        path, memory, swap = paths.controllers.get("memory"), "memory.limit_in_bytes", "memory.memsw.limit_in_bytes"
+    if path is None:
+        return None
+    # The root of a v2 tree has neither file, and the groups below the last one with the controller have neither.
+    for depth in range(len(path.names), -1, -1):
+        directory = "/".join((path.mount_point.rstrip("/"), *path.names[:depth]))
+        if os.path.exists(f"{directory}/{memory}"):
+            return os.path.exists(f"{directory}/{swap}")
+    return None
 
 
 def read_fixed_limits(pid: int, *, proc: str = "/proc") -> EffectiveLimits:
@@ -224,29 +240,6 @@ class CgroupHandle:
             self._write_levels("pids", "pids.max", str(limits.pids_max))
         if limits.cpuset_cpus is not None:
             self._write_levels("cpuset", "cpuset.cpus", format_cpuset(limits.cpuset_cpus))
-
-    def kill_all(self) -> bool:
-        """SIGKILL every process of the container at once, forks in flight included.
-
-        Returns:
-            True when none is left alive, as is so where the container is gone; False where the kernel has no
-            ``cgroup.kill`` (before 5.14, or without a v2 tree): kill by other means.
-
-        Raises:
-            CgroupUnreadable: the kernel has it and refused.
-        """
-        group = self._groups.get(_UNIFIED)
-        if group is None:
-            return False
-        try:
-            group.write(group.top, "cgroup.kill", "1")
-        except OSError as error:
-            if not group.exists():
-                return True
-            if error.errno == errno.ENOENT:
-                return False
-            raise _failure("cannot kill the container's processes by its control group", error) from error
-        return True
 
     def _open_groups(self) -> None:
         by_name = dict(self.paths.controllers)

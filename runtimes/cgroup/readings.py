@@ -140,7 +140,7 @@ class CgroupPaths(msgspec.Struct, frozen=True, kw_only=True):
     controllers: dict[str, CgroupPath]
     """By v1 controller; empty on v2."""
     unified: CgroupPath | None = None
-    """Its v2 group: the one with the limits on v2, one with pressure files and ``cgroup.kill`` on a hybrid host."""
+    """Its v2 group: the one with the limits on v2, one with pressure files on a hybrid host."""
 
 
 def parse_count(raw: bytes | None, name: str) -> int | None:
@@ -245,14 +245,6 @@ def parse_tmpfs_sizes(raw: bytes | None) -> dict[str, int] | None:
         else:
             sizes.pop(mount.point, None)
     return sizes
-
-
-def parse_meminfo_swap(raw: bytes) -> int:
-    """Total swap of the host in bytes, out of ``/proc/meminfo``."""
-    match = re.search(rb"^SwapTotal: +([0-9]{1,15}) kB$", raw, re.MULTILINE)
-    if match is None:
-        raise _unreadable("meminfo", raw)
-    return int(match[1]) * 1024
 
 
 def tightest(levels: Iterable[int | None]) -> int | None:

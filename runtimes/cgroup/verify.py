@@ -28,7 +28,18 @@ PAGE_BYTES: Final = 4096
 
 UNREADABLE: Final = "it cannot be read: the controller or the mount is not there"
 
-BOOT_V2_HINT: Final = "boot with systemd.unified_cgroup_hierarchy=1 on the kernel command line"
+
+def boot_with(arguments: str) -> str:
+    """The command that boots with these arguments of the kernel: Fedora has grubby, the others GRUB's own file."""
+    edit = f"sudo sed -i 's/^GRUB_CMDLINE_LINUX=\"/&{arguments} /' /etc/default/grub"
+    return (
+        f"{{ sudo grubby --update-kernel=ALL --args='{arguments}' || "
+        f"{{ {edit} && sudo grub-mkconfig -o /boot/grub/grub.cfg; }}; }} && sudo reboot"
+    )
+
+
+BOOT_V2_HINT: Final = boot_with("systemd.unified_cgroup_hierarchy=1")
+COUNT_SWAP_HINT: Final = boot_with("swapaccount=1")
 DELEGATE_HINT: Final = (
     "sudo mkdir -p /etc/systemd/system/user@.service.d && "
     "printf '[Service]\\nDelegate=cpu cpuset io memory pids\\n' | "
@@ -122,16 +133,12 @@ def verify(
     return tuple(proofs)
 
 
-def enforceable(
-    limits: Limits, info: EngineInfo, *, swap_total_bytes: int | None = None, swap_accounting: bool | None = None
-) -> tuple[Unenforceable, ...]:
+def enforceable(limits: Limits, info: EngineInfo) -> tuple[Unenforceable, ...]:
     """Which of the limits this engine cannot hold on this host, and what mends it. Empty: all can be held.
 
     Args:
         limits: What is asked for.
         info: The engine as it was found.
-        swap_total_bytes: All swap of the host; None where that is not known.
-        swap_accounting: Whether the kernel counts swap by group; None where that is not known.
     """
     can = info.capabilities
     wanted = [
@@ -145,15 +152,6 @@ def enforceable(
         for name, controller, value, possible in wanted
         if value is not None and not possible
     ]
-    uncounted_swap = swap_accounting is False and swap_total_bytes != 0
-    if limits.memory_bytes_max is not None and uncounted_swap and not any(u.limit == "memory" for u in found):
-        found.append(
-            Unenforceable(
-                limit="memory_swap",
-                reason="the host has swap and its kernel does not count it by container",
-                hint="boot with swapaccount=1 on the kernel command line, or: sudo swapoff -a",
-            )
-        )
     hard = info.nofile_hard_max
     if limits.nofile_max is not None and hard is not None and limits.nofile_max > hard:
         found.append(
@@ -278,11 +276,10 @@ def _missing(name: str, controller: str, info: EngineInfo) -> Unenforceable:
         return Unenforceable(limit=name, reason=info.reason or f"{engine} cannot be used", hint=info.hint)
     if not info.rootless:
         reason = f"the kernel does not offer the {controller} controller to {engine}"
-        boot = f"boot with cgroup_enable={controller} on the kernel command line"
-        return Unenforceable(limit=name, reason=reason, hint=boot)
+        return Unenforceable(limit=name, reason=reason, hint=boot_with(f"cgroup_enable={controller}"))
     if info.cgroup_version is not CgroupVersion.V2:
         reason = f"rootless {engine} cannot limit anything on cgroup v1"
-        return Unenforceable(limit=name, reason=reason, hint=f"{BOOT_V2_HINT}, or use a rootful engine")
+        return Unenforceable(limit=name, reason=reason, hint=BOOT_V2_HINT)
     if controller not in info.controllers:
         reason = f"the {controller} controller is not delegated to your user"
         return Unenforceable(limit=name, reason=reason, hint=DELEGATE_HINT)

@@ -15,7 +15,7 @@ import pytest
 
 from runtimes.cgroup import fs
 from runtimes.cgroup.fs import CgroupHandle, LimitBelowUsage, read_fixed_limits
-from runtimes.cgroup.readings import UNLIMITED, EffectiveLimits, OwnLimits, Pressure, Usage
+from runtimes.cgroup.readings import EffectiveLimits, OwnLimits, Pressure, Usage
 from runtimes.errors import CgroupUnreadable
 from runtimes.model import CgroupVersion, Limits
 
@@ -326,7 +326,6 @@ def test_a_hybrid_host_whose_runtime_ignores_the_v2_tree_is_read_without_it(host
     with host.open() as handle:
         assert handle.read_usage().cpu_pressure is None
         assert handle.read_limits().pids_max == 50
-        assert not handle.kill_all()
 
 
 @on("v2_docker")
@@ -353,26 +352,6 @@ def test_a_container_that_is_gone_is_an_error_and_not_a_row_of_unknowns(host: Ho
         for read in (handle.read_limits, handle.read_usage, lambda: handle.write_limits(Limits(pids_max=20))):
             with pytest.raises(CgroupUnreadable, match="the container is gone"):
                 read()
-
-
-@on("hybrid", "v2_rootless")
-def test_kill_all_writes_to_the_whole_containers_group(host: Host) -> None:
-    with host.open() as handle:
-        assert handle.kill_all()
-        assert host.find("cgroup.kill").read_text() == "1"
-
-
-@on("v1", "v2_docker")
-def test_kill_all_says_so_where_the_kernel_cannot(host: Host) -> None:
-    with host.open() as handle:
-        assert not handle.kill_all()
-
-
-@on("v2_docker")
-def test_kill_all_of_a_container_that_is_gone_has_nothing_left_to_do(host: Host) -> None:
-    with host.open() as handle:
-        shutil.rmtree(host.directory / "fs")
-        assert handle.kill_all()
 
 
 @every_host
@@ -412,8 +391,24 @@ def test_the_process_that_runs_this_can_be_located() -> None:
     assert all(os.path.isdir(directory) for directory in directories)
 
 
-def test_the_swap_of_this_host_is_read() -> None:
-    assert 0 <= fs.host_swap_bytes() < UNLIMITED
+def test_whether_swap_is_counted_is_told_of_this_very_process() -> None:
+    """Against the real kernel: it must come to an answer, or to none, and not to an error."""
+    assert fs.swap_is_counted(os.getpid()) in {True, False, None}
+
+
+@every_host
+def test_whether_swap_is_counted_is_seen_by_the_files_that_there_are(host: Host) -> None:
+    """Where it is not, a limit on memory lets a program swap without bound."""
+    counted = any(host.directory.rglob("memory.*sw*"))
+    assert fs.swap_is_counted(PID, proc=host.proc) is counted
+    for name in ("memory.swap.max", "memory.memsw.limit_in_bytes"):
+        for path in list(host.directory.rglob(name)):
+            path.unlink()
+    assert fs.swap_is_counted(PID, proc=host.proc) is False
+    for name in ("memory.max", "memory.limit_in_bytes"):
+        for path in list(host.directory.rglob(name)):
+            path.unlink()
+    assert fs.swap_is_counted(PID, proc=host.proc) is None
 
 
 def test_limits_that_are_no_control_group_are_read_without_one() -> None:

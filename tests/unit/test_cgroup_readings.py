@@ -104,14 +104,6 @@ def test_open_files_are_told_by_soft_and_hard_limit() -> None:
         readings.parse_nofile(b"Max processes 1 2 processes\n")
 
 
-def test_the_swap_of_the_host() -> None:
-    assert (
-        readings.parse_meminfo_swap(b"MemTotal:  100 kB\nSwapTotal:       2048 kB\nSwapFree: 0 kB\n") == 2 * 1024**2
-    )
-    with pytest.raises(CgroupUnreadable):
-        readings.parse_meminfo_swap(b"MemTotal: 100 kB\n")
-
-
 def test_a_v2_group_below_the_root_of_its_mount() -> None:
     paths = readings.cgroup_paths(b"0::/user.slice/a.scope\n", V2_MOUNT.encode())
     assert paths.version is CgroupVersion.V2
@@ -178,7 +170,6 @@ PARSERS: list[Callable[[bytes], object]] = [
     lambda raw: readings.parse_pressure(raw, "x"),
     readings.parse_nofile,
     readings.parse_tmpfs_sizes,
-    readings.parse_meminfo_swap,
     lambda raw: readings.cgroup_paths(raw, V2_MOUNT.encode()),
     lambda raw: readings.cgroup_paths(b"0::/a\n", raw),
 ]

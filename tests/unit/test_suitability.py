@@ -208,7 +208,7 @@ def test_what_podmans_update_can_do_depends_on_its_version(version: str, update:
 def test_a_slow_storage_driver_is_warned_of() -> None:
     info = judge_podman(DESKTOP, podman(driver="vfs"))
     assert info.usable
-    assert "sudo apt-get install fuse-overlayfs" in info.warnings[0]
+    assert "sudo apt-get install fuse-overlayfs" in info.warnings[0].fix
 
 
 def test_rootful_docker_needs_nothing() -> None:
@@ -228,7 +228,7 @@ def test_rootless_docker_is_recognised_and_limited_by_what_it_says() -> None:
     assert info.rootless
     assert limits_of(info) == (True, True, False, False)
     assert info.hint == DELEGATE_HINT
-    assert "pids" in info.warnings[0]
+    assert "pids" in info.warnings[0].what
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_rootless_docker_is_recognised_and_limited_by_what_it_says() -> None:
         ),
         (silent_docker(SocketState.MISSING, "unix:///odd.sock"), "/odd.sock", "unset DOCKER_HOST"),
         (silent_docker(SocketState.OPEN), "does not answer", "docker info"),
-        (docker(host={"arch": "amd64"}), "Podman", "use the engine podman"),
+        (docker(host={"arch": "amd64"}), "Podman", "sandboxctl create --engine podman"),
     ],
 )
 def test_a_docker_that_cannot_be_used_says_why_and_what_to_type(facts: DockerFacts, word: str, hint: str) -> None:
@@ -255,18 +255,41 @@ def test_a_docker_that_cannot_be_used_says_why_and_what_to_type(facts: DockerFac
     assert info.hint.startswith(hint)
 
 
-def test_a_docker_elsewhere_can_mount_nothing_of_this_machine() -> None:
-    info = judge_docker(DESKTOP, docker(socket=SocketState.REMOTE, endpoint="tcp://build:2376"))
-    assert info.usable
-    assert info.capabilities is not None
-    assert (info.capabilities.bind_mounts, info.capabilities.init_socket, info.socket_path) == (False, False, None)
-    desktop = judge_docker(DESKTOP, docker(OperatingSystem="Docker Desktop"))
-    assert desktop.capabilities is not None
-    assert (desktop.capabilities.bind_mounts, desktop.capabilities.init_socket) == (True, False)
+@pytest.mark.parametrize("endpoint", ["tcp://build:2376", "ssh://me@build"])
+def test_a_docker_on_another_machine_is_refused_as_such(endpoint: str) -> None:
+    """It answers, and a create would fail in ways that nobody understands: its folders are not ours."""
+    info = judge_docker(DESKTOP, docker(socket=SocketState.REMOTE, endpoint=endpoint))
+    assert not info.usable
+    assert "another machine" in info.reason
+    assert endpoint in info.reason
+    assert info.hint == "unset DOCKER_HOST && docker context use default"
+    with pytest.raises(EngineUnavailable, match="another machine"):
+        choose([info], EngineName.DOCKER)
+
+
+def test_a_docker_in_a_virtual_machine_is_refused_as_such() -> None:
+    """Its folders are shared, and init's socket is not: the container would start and never be heard of."""
+    info = judge_docker(DESKTOP, docker(OperatingSystem="Docker Desktop"))
+    assert not info.usable
+    assert "virtual machine" in info.reason
+    assert info.hint == "unset DOCKER_HOST && docker context use default"
+
+
+def test_every_warning_says_what_to_type() -> None:
+    """Also where the engine as a whole needs nothing, and so has no hint of its own."""
+    found = [
+        judge_docker(DESKTOP, docker(SwapLimit=False)),
+        judge_docker(DESKTOP, docker(PidsLimit=False)),
+        judge_podman(host(uid=0), podman(rootless=False, controllers=("memory",))),
+        judge_podman(DESKTOP, podman(driver="vfs")),
+        judge_podman(host(runtime_dir=None), podman()),
+    ]
+    assert [len(info.warnings) for info in found] == [1] * len(found)
+    assert all(warning.fix for info in found for warning in info.warnings)
 
 
 def test_uncounted_swap_is_warned_of() -> None:
-    assert "swap" in judge_docker(DESKTOP, docker(SwapLimit=False)).warnings[0]
+    assert "swap" in judge_docker(DESKTOP, docker(SwapLimit=False)).warnings[0].what
 
 
 def found(name: EngineName, *, usable: bool = True, limits: bool = True) -> EngineInfo:
@@ -275,8 +298,6 @@ def found(name: EngineName, *, usable: bool = True, limits: bool = True) -> Engi
         cpu_limit=limits,
         pids_limit=limits,
         cpuset_limit=False,
-        bind_mounts=True,
-        init_socket=True,
         keep_id=False,
         rootless=False,
         network_none=True,

@@ -87,7 +87,7 @@ def test_an_opened_workspace_knows_what_was_opened(tmp_path: Path) -> None:
 
 def _engine(*, rootless: bool, keep_id: bool = False) -> EngineInfo:
     capabilities = Capabilities(
-        memory_limit=True, cpu_limit=True, pids_limit=True, cpuset_limit=True, bind_mounts=True, init_socket=True,
+        memory_limit=True, cpu_limit=True, pids_limit=True, cpuset_limit=True,
         keep_id=keep_id, rootless=rootless, network_none=True, pause=True, update_pids=True, update_limits=True,
     )  # fmt: skip
     return EngineInfo(name=EngineName.PODMAN, usable=True, reason="", rootless=rootless, capabilities=capabilities)

@@ -17,7 +17,6 @@ import contextlib
 import ctypes
 import os
 import struct
-from types import TracebackType
 from typing import Self
 
 from runtimes.errors import Unsupported
@@ -55,9 +54,7 @@ class Inotify:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -136,9 +133,7 @@ class Watch:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def arm(self) -> None:

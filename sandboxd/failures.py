@@ -18,6 +18,8 @@ class Exit(IntEnum):
     ENGINE_UNAVAILABLE = 3
     PREREQUISITE_MISSING = 4
     NO_SUCH_SANDBOX = 5
+    TIMEOUT = 124
+    """``run`` and ``exec``: the command was ended because its time was up."""
     EXEC_FAILED = 125
     """``run`` and ``exec``: we failed, the command did not run."""
     NOT_EXECUTABLE = 126
@@ -162,8 +164,6 @@ FAILURES: tuple[type[Failure], ...] = (
     PrerequisiteMissing,
     CommandNotStarted,
 )
-
-FAILURE_BY_TYPE: dict[str, type[Failure]] = {failure.type: failure for failure in FAILURES}
 
 PARSE_ERROR = -32700
 INVALID_REQUEST = -32600

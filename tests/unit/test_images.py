@@ -11,11 +11,12 @@ import time
 from pathlib import Path, PurePosixPath
 
 import pytest
+from pytest_subprocess import FakeProcess
 
 import images
 from images import HostFacts, RootfsError, Source, plan
 from images.recipes import Family, Recipe, apt_lines, family, parse_os_release, parse_packages, recipe, suite
-from images.rootfs import busybox_rootfs, distribution_rootfs, is_static, remove_stale
+from images.rootfs import busybox_rootfs, distribution_rootfs, find_busybox, is_static, remove_stale
 
 EVERY_TOOL = frozenset({"mmdebstrap", "debootstrap", "newuidmap", "unshare", "setpriv", "tar"})
 HOST = HostFacts(
@@ -38,6 +39,38 @@ def busybox_tar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("images") / "busybox.tar"
     busybox_rootfs(str(out))
     return out
+
+
+class TestWhatBusyboxSays:
+    """Its list becomes file names in the image. A busybox that lists nonsense is hard to come by; a fake one is not."""
+
+    @pytest.fixture
+    def busybox(self) -> str:
+        found = find_busybox()
+        assert found is not None
+        return found
+
+    def test_only_plain_names_become_links(self, fp: FakeProcess, busybox: str, tmp_path: Path) -> None:
+        fp.register([busybox, "--list"], stdout="ls\n../../etc/passwd\nbusybox\n/bin/sh\nsh\n..\n")
+        busybox_rootfs(str(tmp_path / "out.tar"))
+        with tarfile.open(tmp_path / "out.tar") as tar:
+            links = {PurePosixPath(member.name).name for member in tar if member.issym() or member.islnk()}
+        assert {"ls", "sh"} <= links
+        assert not links & {"passwd", "..", "busybox"}
+
+    def test_a_busybox_that_fails_is_a_failure_of_ours(self, fp: FakeProcess, busybox: str, tmp_path: Path) -> None:
+        fp.register([busybox, "--list"], returncode=127)
+        with pytest.raises(RootfsError, match="cannot use"):
+            busybox_rootfs(str(tmp_path / "out.tar"))
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_busybox_that_hangs_is_not_waited_for(self, fp: FakeProcess, busybox: str, tmp_path: Path) -> None:
+        def hang(_: object) -> None:
+            raise subprocess.TimeoutExpired([busybox, "--list"], 10)
+
+        fp.register([busybox, "--list"], callback=hang)
+        with pytest.raises(RootfsError, match="cannot use"):
+            busybox_rootfs(str(tmp_path / "out.tar"))
 
 
 class TestPlan:

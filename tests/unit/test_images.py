@@ -42,7 +42,7 @@ def busybox_tar(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestWhatBusyboxSays:
-    """Its list becomes file names in the image. A busybox that lists nonsense is hard to come by; a fake one is not."""
+    """Its list becomes file names in the image. A real busybox never lists nonsense; a fake one may."""
 
     @pytest.fixture
     def busybox(self) -> str:

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from sandboxd.config import load_config
+from sandboxd.failures import Exit
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("images/*/README.md")])
 
@@ -71,11 +74,30 @@ def test_the_changelog_has_an_entry_for_what_is_coming() -> None:
     assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_every_setting_is_documented() -> None:
-    from sandboxd.config import load_config
-
+def test_every_setting_is_documented_and_every_documented_setting_exists() -> None:
+    """A setting that is only on paper is refused by the daemon; one that is only in the code is found by nobody."""
     page = (ROOT / "docs" / "CONFIGURATION.md").read_text()
     _, entries = load_config("", origin="none", env={})
-    for entry in entries:
-        assert f"`{entry.key}`" in page, entry.key
-        assert f"`{entry.value}`" in page or not entry.value, entry.value
+    rows = dict(re.findall(r"^\| `([a-z]+\.[a-z_]+)` \| (?:`([^`]*)`)? ?\|", page, re.MULTILINE))
+    assert rows == {entry.key: entry.value for entry in entries}
+
+
+@pytest.mark.parametrize(("section", "folder"), [("sandboxd/", "sandboxd"), ("runtimes/", "runtimes")])
+def test_the_code_map_names_every_room(section: str, folder: str) -> None:
+    """And none that is gone."""
+    page = (ROOT / "docs" / "ARCHITECTURE.md").read_text()
+    table = page.partition(f"### {section} ")[2].partition("\n#")[0]
+    first_cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    named = {name for cell in first_cells for name in re.findall(r"`([^`]+)`", cell)}
+    assert [name for name in sorted(named) if not (ROOT / folder / name).exists()] == []
+    rooms = {f"{name.partition('/')[0]}/" if "/" in name else name for name in named}
+    there = {path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"}
+    there |= {f"{path.parent.name}/" for path in (ROOT / folder).glob("*/__init__.py")}
+    assert rooms == there
+
+
+def test_the_exit_codes_of_the_readme_are_the_ones_in_use() -> None:
+    """Scripts are written by this table."""
+    text = (ROOT / "README.md").read_text().partition("## Exit codes")[2].partition("\n## ")[0]
+    documented = {int(number) for number in re.findall(r"\b([0-9]+)\b", text)}
+    assert documented == {int(code) for code in Exit}

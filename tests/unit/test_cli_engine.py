@@ -276,5 +276,3 @@ async def test_an_error_of_the_library_does_not_climb_above(client: Client) -> N
     assert failure.value.detail == "broken"
     with pytest.raises(UnreadableAnswer):
         await client(image='[ "$2" = list ] && echo abc || echo "not json"').list_images()
-
-

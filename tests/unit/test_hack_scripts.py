@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,16 @@ def shell_scripts() -> list[Path]:
     candidates = [*ROOT.glob("hack/*"), *ROOT.glob(".ci/*"), *ROOT.glob("images/*/*")]
     found = [path for path in candidates if path.is_file() and path.read_bytes()[:2] == b"#!"]
     return [*sorted(path for path in found if b"sh" in path.read_bytes().splitlines()[0]), ROOT / "hack/host.sh"]
+
+
+def test_python_without_a_suffix_is_linted_too() -> None:
+    """By itself ruff sees only what is named ``*.py``."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]
+    candidates = [path for folder in ("hack", ".ci", "sandboxd/cli") for path in (ROOT / folder).glob("*")]
+    scripts = [path for path in candidates if path.is_file() and not path.suffix]
+    first_lines = {path: path.read_bytes().partition(b"\n")[0] for path in scripts}
+    python = {path for path, line in first_lines.items() if line.startswith(b"#!") and b"python" in line}
+    assert {str(path.relative_to(ROOT)) for path in python} == set(settings["extend-include"])
 
 
 def program(folder: Path, name: str, body: str = "exit 0") -> None:

@@ -1,7 +1,105 @@
-"""The client: one thin connection to the daemon, and how a daemon is started that does not run."""
+"""The client: one thin connection, and on it ``Sandbox`` and ``AsyncSandbox``.
+
+The command line's hot verbs import this package for the connection alone, so everything else is loaded when it is
+first named. By ``import_module`` and not by ``import``, which would count as an import of the command line's, too.
+"""
 
 from __future__ import annotations
 
 from sandboxd.client.connection import FRAME_BYTES_MAX, Connection, Message, NotRunning, RpcError, result_of
 
-__all__ = ["FRAME_BYTES_MAX", "Connection", "Message", "NotRunning", "RpcError", "result_of"]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from sandboxd.client.aio import AsyncCommandHandle, AsyncSandbox
+    from sandboxd.client.errors import (
+        AuthenticationException,
+        CommandExitException,
+        InvalidArgumentException,
+        NotEnoughSpaceException,
+        NotFoundException,
+        RateLimitException,
+        SandboxException,
+        TimeoutException,
+    )
+    from sandboxd.client.model import (
+        CommandResult,
+        LimitReport,
+        ListedSandbox,
+        ProcessInfo,
+        Provocation,
+        PtySize,
+        SandboxInfo,
+        SandboxMetrics,
+        SandboxQuery,
+        SandboxVerification,
+    )
+    from sandboxd.client.sandbox import CommandHandle, Sandbox
+
+_ROOMS = {
+    "aio": ("AsyncCommandHandle", "AsyncSandbox"),
+    "errors": (
+        "AuthenticationException",
+        "CommandExitException",
+        "InvalidArgumentException",
+        "NotEnoughSpaceException",
+        "NotFoundException",
+        "RateLimitException",
+        "SandboxException",
+        "TimeoutException",
+    ),
+    "model": (
+        "CommandResult",
+        "LimitReport",
+        "ListedSandbox",
+        "ProcessInfo",
+        "Provocation",
+        "PtySize",
+        "SandboxInfo",
+        "SandboxMetrics",
+        "SandboxQuery",
+        "SandboxVerification",
+    ),
+    "sandbox": ("CommandHandle", "Sandbox"),
+}
+
+__all__ = [
+    "FRAME_BYTES_MAX",
+    "AsyncCommandHandle",
+    "AsyncSandbox",
+    "AuthenticationException",
+    "CommandExitException",
+    "CommandHandle",
+    "CommandResult",
+    "Connection",
+    "InvalidArgumentException",
+    "LimitReport",
+    "ListedSandbox",
+    "Message",
+    "NotEnoughSpaceException",
+    "NotFoundException",
+    "NotRunning",
+    "ProcessInfo",
+    "Provocation",
+    "PtySize",
+    "RateLimitException",
+    "RpcError",
+    "Sandbox",
+    "SandboxException",
+    "SandboxInfo",
+    "SandboxMetrics",
+    "SandboxQuery",
+    "SandboxVerification",
+    "TimeoutException",
+    "result_of",
+]
+
+
+def __getattr__(name: str) -> object:
+    for room, names in _ROOMS.items():
+        if name in names:
+            from importlib import import_module
+
+            value: object = getattr(import_module(f"{__name__}.{room}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,553 @@
+"""``AsyncSandbox``: the client for async code, on asyncio or trio. The twin of ``sandbox``, method for method.
+
+Each call, and each handle that is followed, has a connection of its own: cancelling the one that waits closes it, and
+the daemon then ends what was asked for. Requests are small and the socket is local, so they are sent without waiting.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import anyio
+import anyio.to_thread
+
+from sandboxd.client.connection import Connection, NotRunning, RpcError, result_of
+from sandboxd.client.errors import NotFoundException, SandboxException, translated
+from sandboxd.client.following import Chunk, Following, checked, input_params
+from sandboxd.client.model import (
+    COMMAND_TIMEOUT_S,
+    LOGIN_SHELL,
+    CommandResult,
+    CreateOptions,
+    Env,
+    LimitOptions,
+    ListedSandbox,
+    ProcessInfo,
+    PtySize,
+    SandboxInfo,
+    SandboxMetrics,
+    SandboxQuery,
+    SandboxVerification,
+    check_background,
+    command_params,
+    command_result,
+    create_params,
+    find_command,
+    given,
+    input_bytes,
+    limits_params,
+    list_params,
+    listed_sandboxes,
+    memory_files,
+    processes,
+    read_files,
+    run_params,
+    sandbox_info,
+    sandbox_metrics,
+    verification,
+)
+from sandboxd.client.sandbox import InstanceOrClass
+from sandboxd.client.starting import start
+from sandboxd.paths import socket_path
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+    from types import TracebackType
+    from typing import Self, Unpack
+
+    OnText = Callable[[str], object]
+    OnBytes = Callable[[bytes], object]
+
+
+async def connect() -> Connection:
+    """A connection to the daemon, which is started if it does not run."""
+    path = socket_path(os.environ)
+    try:
+        return Connection.connect(path)
+    except NotRunning:
+        return await anyio.to_thread.run_sync(start, path, os.environ)
+
+
+async def call(
+    method: str, params: dict[str, Any], timeout_s: float | None = None, descriptors: Sequence[int] = ()
+) -> dict[str, Any]:
+    """One request over a connection of its own; the daemon is started if it does not run.
+
+    Raises:
+        SandboxException: What it answered, or that it did not.
+    """
+    with translated():
+        connection = await connect()
+        with connection, anyio.move_on_after(timeout_s):
+            request_id = connection.send(method, params, descriptors)
+            while True:
+                await anyio.wait_readable(connection.fileno())
+                for message in connection.read():
+                    if "method" not in message.content:
+                        connection.keep(message)
+                reply = connection.take_reply(request_id)
+                if reply is not None:
+                    return result_of(reply)
+        raise _late()
+
+
+async def receive(connection: Connection, following: Following, timeout_s: float | None = None) -> None:
+    """Wait for one portion of what the daemon says about a command, and answer it.
+
+    Raises:
+        RpcError: As ``Following.take``; or ``timeout``.
+    """
+    with anyio.move_on_after(timeout_s) as waiting:
+        await anyio.wait_readable(connection.fileno())
+    if waiting.cancelled_caught:
+        raise _late()
+    for message in connection.read():
+        request = following.take(message.content)
+        if request is not None:
+            connection.send(*request)
+
+
+def _late() -> RpcError:
+    return RpcError(0, "timeout", "the daemon did not answer in time", hint="give request_timeout")
+
+
+class AsyncCommandHandle:
+    """A command that runs in the background. Iterate over it, or ``wait`` for it; its output is kept until then.
+
+    It begins with the first byte that the command wrote, whenever that was. To drop the handle is to leave the
+    command alone.
+    """
+
+    def __init__(
+        self,
+        sandbox_id: str,
+        command_id: str,
+        pid: int | None,
+        on_stdout: OnText | None = None,
+        on_stderr: OnText | None = None,
+        on_data: OnBytes | None = None,
+        *,
+        pty: bool = False,
+    ) -> None:
+        self._ref = {"sandbox": sandbox_id, "command_id": command_id}
+        self._pid = pid
+        self._pty = pty
+        self._on_stdout = on_stdout
+        self._on_stderr = on_stderr
+        self._on_data = on_data
+        self._connection: Connection | None = None
+        self._following = Following()
+
+    @property
+    def pid(self) -> int | None:
+        """As seen inside the sandbox; None if nobody knows it any more."""
+        return self._pid
+
+    @property
+    def command_id(self) -> str:
+        """What names it to ``commands.connect`` and ``sandboxctl``."""
+        return self._ref["command_id"]
+
+    @property
+    def stdout(self) -> str:
+        """What it wrote to stdout, as far as it was read."""
+        return self._following.written("stdout").decode(errors="replace")
+
+    @property
+    def stderr(self) -> str:
+        """What it wrote to stderr, as far as it was read."""
+        return self._following.written("stderr").decode(errors="replace")
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> tuple[str | None, str | None, bytes | None]:
+        """The next portion of output as ``(stdout, stderr, pty)``, two of which are None."""
+        chunk = await self._next()
+        if chunk is None:
+            raise StopAsyncIteration
+        if self._pty:
+            return None, None, chunk.data
+        return (chunk.text, None, None) if chunk.stream == "stdout" else (None, chunk.text, None)
+
+    async def wait(
+        self,
+        on_pty: OnBytes | None = None,
+        on_stdout: OnText | None = None,
+        on_stderr: OnText | None = None,
+    ) -> CommandResult:
+        """Wait for the end. May be called again. Callbacks may be async, and go before those given at the start.
+
+        Raises:
+            CommandExitException: It did not exit with 0.
+            TimeoutException: It ran into the timeout that it was started with.
+        """
+        on_data = on_pty or self._on_data
+        while (chunk := await self._next()) is not None:
+            if not self._pty:
+                await deliver_text(chunk, on_stdout or self._on_stdout, on_stderr or self._on_stderr)
+            elif on_data is not None and chunk.data:
+                await settled(on_data(chunk.data))
+        if self._following.end is None:
+            raise SandboxException("cannot wait for the command", "disconnect was called meanwhile")
+        return self._following.result()
+
+    async def kill(self) -> bool:
+        """Kill it and everything that it started. False: it had ended."""
+        return await kill(self._ref)
+
+    async def send_stdin(self, data: str | bytes) -> None:
+        """Write to its stdin or terminal."""
+        await send_stdin(self._ref, data)
+
+    async def close_stdin(self) -> None:
+        """Close its stdin: it reads end of file."""
+        await call("commands/close_stdin", self._ref)
+
+    async def disconnect(self) -> None:
+        """Stop following it. It goes on; ``wait`` and iterating take up where this left off."""
+        self._close()
+
+    async def _next(self) -> Chunk | None:
+        following = self._following
+        with translated():
+            if self._connection is None and following.end is None:
+                self._connection = await connect()
+                params = {**self._ref, **following.connect_params()}
+                following.request_id = self._connection.send("commands/connect", params)
+            try:
+                while not following.chunks and following.end is None and self._connection is not None:
+                    await receive(self._connection, following)
+            except BaseException:
+                self._close()
+                raise
+        if following.end is not None:
+            self._close()
+        return following.chunks.popleft() if following.chunks else None
+
+    def _close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+async def deliver_text(chunk: Chunk, on_stdout: OnText | None, on_stderr: OnText | None) -> None:
+    """Give a portion of output to whom it is for."""
+    callback = on_stdout if chunk.stream == "stdout" else on_stderr
+    if callback is not None and chunk.text:
+        await settled(callback(chunk.text))
+
+
+async def settled(answer: object) -> None:
+    """Wait for what a callback returned, if it is a coroutine's."""
+    if inspect.isawaitable(answer):
+        await answer
+
+
+async def kill(ref: dict[str, str], timeout_s: float | None = None) -> bool:
+    """Kill a command; False: it had ended, or nobody knows it."""
+    try:
+        end = await call("commands/kill", ref, timeout_s)
+    except NotFoundException:
+        return False
+    return bool(end["status"] == "killed")
+
+
+async def send_stdin(ref: dict[str, str], data: str | bytes, timeout_s: float | None = None) -> None:
+    """Write to a command's stdin or terminal, and wait until it is taken."""
+    for params in input_params(data):
+        await call("commands/send_stdin", {**ref, **params}, timeout_s)
+
+
+class _Processes:
+    """What commands and terminals have in common."""
+
+    def __init__(self, sandbox_id: str) -> None:
+        self._sandbox_id = sandbox_id
+
+    async def kill(self, pid: int | str, request_timeout: float | None = None) -> bool:
+        """Kill a command and everything that it started. False: it had ended, or there is none."""
+        try:
+            ref = await self._ref(pid, request_timeout)
+        except NotFoundException:
+            return False
+        return await kill(ref, request_timeout)
+
+    async def send_stdin(self, pid: int | str, data: str | bytes, request_timeout: float | None = None) -> None:
+        """Write to a command's stdin or terminal."""
+        await send_stdin(await self._ref(pid, request_timeout), data, request_timeout)
+
+    async def _list(self, timeout_s: float | None) -> list[ProcessInfo]:
+        return processes(await call("commands/list", {"sandbox": self._sandbox_id}, timeout_s))
+
+    async def _ref(self, pid: int | str, timeout_s: float | None) -> dict[str, str]:
+        """What names a command, by its pid inside or by its id."""
+        command_id = pid if isinstance(pid, str) else find_command(await self._list(timeout_s), pid).command_id
+        return {"sandbox": self._sandbox_id, "command_id": command_id}
+
+    async def _start(self, params: dict[str, Any], timeout_s: float | None) -> tuple[str, int]:
+        """Start a command that goes on without us; its id and pid."""
+        started = await call("commands/start", {**params, "stdio": "spool"}, timeout_s)
+        return started["command_id"], started["pid"]
+
+
+class AsyncCommands(_Processes):
+    """The commands of a sandbox."""
+
+    @overload
+    async def run(
+        self,
+        cmd: str | Sequence[str],
+        background: Literal[False] | None = None,
+        envs: Env | None = None,
+        user: str | None = None,
+        cwd: str | None = None,
+        on_stdout: OnText | None = None,
+        on_stderr: OnText | None = None,
+        stdin: bool | str | bytes | None = None,
+        timeout: float | None = None,
+        request_timeout: float | None = None,
+    ) -> CommandResult: ...
+    @overload
+    async def run(
+        self,
+        cmd: str | Sequence[str],
+        background: Literal[True],
+        envs: Env | None = None,
+        user: str | None = None,
+        cwd: str | None = None,
+        on_stdout: OnText | None = None,
+        on_stderr: OnText | None = None,
+        stdin: bool | None = None,
+        timeout: float | None = None,
+        request_timeout: float | None = None,
+    ) -> AsyncCommandHandle: ...
+    async def run(
+        self,
+        cmd: str | Sequence[str],
+        background: bool | None = None,
+        envs: Env | None = None,
+        user: str | None = None,
+        cwd: str | None = None,
+        on_stdout: OnText | None = None,
+        on_stderr: OnText | None = None,
+        stdin: bool | str | bytes | None = None,
+        timeout: float | None = None,
+        request_timeout: float | None = None,
+    ) -> CommandResult | AsyncCommandHandle:
+        """Run a command to its end, or start it in the background. Cancelling the former kills the command.
+
+        Args:
+            cmd: Text for ``/bin/sh -c``, or a list that is run as it is.
+            background: Return a handle at once; callbacks are then called by its ``wait``.
+            envs: On top of the sandbox's own.
+            user: Another user than the sandbox's. Slower, and its output comes when it has ended.
+            cwd: Absolute, or relative to /workspace.
+            on_stdout: Called with each portion of text; may be async.
+            on_stderr: The same.
+            stdin: What it reads. True: what ``send_stdin`` writes, until ``close_stdin``.
+            timeout: Seconds; then its whole tree is killed. 0: none. Default: 60, and in the background none.
+            request_timeout: Seconds for the daemon to start it.
+
+        Raises:
+            CommandExitException: It did not exit with 0.
+            TimeoutException: It did not end in time.
+            SandboxException: It could not be started.
+        """
+        if background:
+            check_background(stdin)
+            params = command_params(self._sandbox_id, cmd, envs, cwd, timeout)
+            params.update(given(user=user, stdin="pipe" if stdin else None))
+            started = await self._start(params, request_timeout)
+            return AsyncCommandHandle(self._sandbox_id, *started, on_stdout, on_stderr)
+        limit = COMMAND_TIMEOUT_S if timeout is None else timeout
+        params = command_params(self._sandbox_id, cmd, envs, cwd, limit)
+        if user is not None:
+            return await self._run_as(user, params, stdin, on_stdout, on_stderr)
+        params.update(run_params(stdin))
+        following = Following(input_bytes(stdin))
+        with translated():
+            connection = await connect()
+            with connection:
+                following.request_id = connection.send("commands/run", params)
+                while following.end is None:
+                    await receive(connection, following, None if following.started else request_timeout)
+                    while following.chunks:
+                        await deliver_text(following.chunks.popleft(), on_stdout, on_stderr)
+        return following.result()
+
+    async def list(self, request_timeout: float | None = None) -> list[ProcessInfo]:
+        """Commands that run, have left processes behind, or ended lately."""
+        return await self._list(request_timeout)
+
+    async def connect(
+        self,
+        pid: int | str,
+        on_stdout: OnText | None = None,
+        on_stderr: OnText | None = None,
+        request_timeout: float | None = None,
+    ) -> AsyncCommandHandle:
+        """A handle on a command that was started in the background, by its pid inside or by its id."""
+        found = find_command(await self._list(request_timeout), pid)
+        return AsyncCommandHandle(self._sandbox_id, found.command_id, found.pid, on_stdout, on_stderr)
+
+    async def close_stdin(self, pid: int | str, request_timeout: float | None = None) -> None:
+        """Close a command's stdin: it reads end of file."""
+        await call("commands/close_stdin", await self._ref(pid, request_timeout), request_timeout)
+
+    async def _run_as(
+        self,
+        user: str,
+        params: dict[str, Any],
+        stdin: bool | str | bytes | None,
+        on_stdout: OnText | None,
+        on_stderr: OnText | None,
+    ) -> CommandResult:
+        with memory_files(input_bytes(stdin)) as files:
+            end = await call("commands/run", {**params, "user": user, "stdio": "descriptors"}, None, files)
+            stdout, stderr = read_files(files)
+        result = command_result(end, stdout, stderr)
+        await deliver_text(Chunk("stdout", stdout, result.stdout), on_stdout, on_stderr)
+        await deliver_text(Chunk("stderr", stderr, result.stderr), on_stdout, on_stderr)
+        return checked(result)
+
+
+class AsyncPty(_Processes):
+    """The terminals of a sandbox."""
+
+    async def create(
+        self,
+        size: PtySize,
+        on_data: OnBytes | None = None,
+        user: str | None = None,
+        cwd: str | None = None,
+        envs: Env | None = None,
+        timeout: float | None = None,
+        request_timeout: float | None = None,
+        cmd: str | Sequence[str] = LOGIN_SHELL,
+    ) -> AsyncCommandHandle:
+        """Start a shell, or ``cmd``, on a terminal that the daemon holds. Arguments as for ``Pty.create``."""
+        params = command_params(self._sandbox_id, cmd, envs, cwd, timeout)
+        params.update(given(user=user, pty={"rows": size.rows, "cols": size.cols}))
+        started = await self._start(params, request_timeout)
+        return AsyncCommandHandle(self._sandbox_id, *started, on_data=on_data, pty=True)
+
+    async def connect(
+        self, pid: int | str, on_data: OnBytes | None = None, request_timeout: float | None = None
+    ) -> AsyncCommandHandle:
+        """A handle on a terminal, by its pid inside or by its id. What it showed until now comes first."""
+        found = find_command(await self._list(request_timeout), pid)
+        return AsyncCommandHandle(self._sandbox_id, found.command_id, found.pid, on_data=on_data, pty=True)
+
+    async def resize(self, pid: int | str, size: PtySize, request_timeout: float | None = None) -> None:
+        """Change a terminal's size."""
+        params = {**await self._ref(pid, request_timeout), "size": {"rows": size.rows, "cols": size.cols}}
+        await call("commands/resize", params, request_timeout)
+
+
+class AsyncSandbox:
+    """A sandbox, for async code: made by ``create``, found by ``connect``. An ``async with`` kills it at its end."""
+
+    def __init__(self, sandbox_id: str) -> None:
+        self._sandbox_id = sandbox_id
+        self._ref = {"sandbox": sandbox_id}
+        self.commands = AsyncCommands(sandbox_id)
+        """Run and reach its commands."""
+        self.pty = AsyncPty(sandbox_id)
+        """Terminals in it."""
+
+    @classmethod
+    async def create(
+        cls,
+        template: str | None = None,
+        metadata: Env | None = None,
+        envs: Env | None = None,
+        **options: Unpack[CreateOptions],
+    ) -> Self:
+        """Make a sandbox and prove its limits. Arguments as for ``Sandbox``."""
+        params = create_params(template, metadata, envs, options)
+        return cls((await call("sandbox/create", params, options.get("request_timeout")))["id"])
+
+    @classmethod
+    async def connect(cls, sandbox_id: str, request_timeout: float | None = None) -> Self:
+        """A sandbox that is there, by its id, an unambiguous prefix of it, or its name.
+
+        Raises:
+            NotFoundException: There is none.
+        """
+        reply = await call("sandbox/metrics", {"sandboxes": [sandbox_id]}, request_timeout)
+        return cls(reply["sandboxes"][0]["id"])
+
+    @staticmethod
+    async def list(query: SandboxQuery | None = None, request_timeout: float | None = None) -> list[ListedSandbox]:
+        """The sandboxes of this daemon, or those that the query means."""
+        return listed_sandboxes(await call("sandbox/list", list_params(query), request_timeout), query)
+
+    @property
+    def sandbox_id(self) -> str:
+        """What names it."""
+        return self._sandbox_id
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with anyio.CancelScope(shield=True):
+            await self.kill()
+
+    kill = InstanceOrClass(
+        lambda self: _killer(self.sandbox_id),
+        lambda _: _kill_sandbox,
+        "End everything in it and remove it. False: there is none. On the class it takes the sandbox's id.",
+    )
+
+    async def get_info(self, request_timeout: float | None = None) -> SandboxInfo:
+        """Everything about it, the engine's view included.
+
+        Raises:
+            NotFoundException: It is gone.
+        """
+        return sandbox_info(await call("sandbox/get", self._ref, request_timeout))
+
+    async def is_running(self, request_timeout: float | None = None) -> bool:
+        """Whether commands can be run in it."""
+        try:
+            reply = await call("sandbox/metrics", {"sandboxes": [self.sandbox_id]}, request_timeout)
+        except NotFoundException:
+            return False
+        return bool(reply["sandboxes"][0]["state"] == "running")
+
+    async def get_metrics(self, request_timeout: float | None = None) -> Sequence[SandboxMetrics]:
+        """Its usage now, as the only element of a list."""
+        return [sandbox_metrics(await call("sandbox/metrics", {"sandboxes": [self.sandbox_id]}, request_timeout))]
+
+    async def update(self, request_timeout: float | None = None, **limits: Unpack[LimitOptions]) -> SandboxInfo:
+        """Change limits while it runs, and prove them again.
+
+        Raises:
+            InvalidArgumentException: A limit that cannot be meant, or enforced here.
+        """
+        return sandbox_info(await call("sandbox/update", {**self._ref, **limits_params(limits)}, request_timeout))
+
+    async def verify(self, provoke: bool = False, request_timeout: float | None = None) -> SandboxVerification:
+        """Read the limits from the kernel again; with ``provoke`` run into them as well."""
+        return verification(await call("sandbox/verify", {**self._ref, "provoke": provoke}, request_timeout))
+
+
+def _killer(sandbox_id: str) -> Callable[..., Awaitable[bool]]:
+    async def kill_it(request_timeout: float | None = None) -> bool:
+        return await _kill_sandbox(sandbox_id, request_timeout)
+
+    return kill_it
+
+
+async def _kill_sandbox(sandbox_id: str, request_timeout: float | None = None) -> bool:
+    try:
+        await call("sandbox/kill", {"sandbox": sandbox_id}, request_timeout)
+    except NotFoundException:
+        return False
+    return True

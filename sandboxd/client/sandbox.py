@@ -1,0 +1,571 @@
+"""``Sandbox``: the blocking client. Each call, and each handle that is followed, has a connection of its own.
+
+So threads may share a sandbox and its rooms; a handle belongs to one thread at a time. Callbacks run in the thread
+that waits. Its twin for async code is ``aio``; what both know of requests and replies is in ``model``, and of a
+running command in ``following``.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
+
+from sandboxd.client.connection import Connection, RpcError
+from sandboxd.client.errors import NotFoundException, SandboxException, translated
+from sandboxd.client.following import Chunk, Following, checked, input_params
+from sandboxd.client.model import (
+    COMMAND_TIMEOUT_S,
+    LOGIN_SHELL,
+    CommandResult,
+    CreateOptions,
+    Env,
+    LimitOptions,
+    ListedSandbox,
+    ProcessInfo,
+    PtySize,
+    SandboxInfo,
+    SandboxMetrics,
+    SandboxQuery,
+    SandboxVerification,
+    check_background,
+    command_params,
+    command_result,
+    create_params,
+    find_command,
+    given,
+    input_bytes,
+    limits_params,
+    list_params,
+    listed_sandboxes,
+    memory_files,
+    processes,
+    read_files,
+    run_params,
+    sandbox_info,
+    sandbox_metrics,
+    verification,
+)
+from sandboxd.client.starting import connect_or_start
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from types import TracebackType
+    from typing import Self, Unpack
+
+    OnText = Callable[[str], object]
+    OnBytes = Callable[[bytes], object]
+
+OfInstance = TypeVar("OfInstance")
+OfClass = TypeVar("OfClass")
+
+
+class InstanceOrClass(Generic[OfInstance, OfClass]):
+    """A method that is another one on the class: ``box.kill()`` and ``Sandbox.kill(sandbox_id)``."""
+
+    def __init__(
+        self, of_instance: Callable[[Any], OfInstance], of_class: Callable[[type[Any]], OfClass], doc: str
+    ) -> None:
+        self._of_instance = of_instance
+        self._of_class = of_class
+        self.__doc__ = doc
+
+    @overload
+    def __get__(self, instance: None, owner: type[Any]) -> OfClass: ...
+    @overload
+    def __get__(self, instance: object, owner: type[Any]) -> OfInstance: ...
+    def __get__(self, instance: object | None, owner: type[Any]) -> OfInstance | OfClass:
+        return self._of_class(owner) if instance is None else self._of_instance(instance)
+
+
+def call(
+    method: str, params: dict[str, Any], timeout_s: float | None = None, descriptors: Sequence[int] = ()
+) -> dict[str, Any]:
+    """One request over a connection of its own; the daemon is started if it does not run.
+
+    Raises:
+        SandboxException: What it answered, or that it did not.
+    """
+    with translated(), connect_or_start(os.environ) as connection:
+        return connection.call(method, params, descriptors, timeout_s=timeout_s)
+
+
+def receive(connection: Connection, following: Following, deadline: float | None = None) -> None:
+    """Wait for one portion of what the daemon says about a command, and answer it.
+
+    Raises:
+        RpcError: As ``Following.take``; or ``timeout``, once the deadline is past.
+    """
+    if deadline is not None:
+        poll = select.poll()
+        poll.register(connection.fileno(), select.POLLIN)
+        if not poll.poll(max(deadline - time.monotonic(), 0) * 1000):
+            raise RpcError(0, "timeout", "the daemon did not answer in time", hint="give request_timeout")
+    for message in connection.read():
+        request = following.take(message.content)
+        if request is not None:
+            connection.send(*request)
+
+
+class CommandHandle:
+    """A command that runs in the background. Iterate over it, or ``wait`` for it; its output is kept until then.
+
+    It begins with the first byte that the command wrote, whenever that was. To drop the handle is to leave the
+    command alone.
+    """
+
+    def __init__(
+        self,
+        sandbox_id: str,
+        command_id: str,
+        pid: int | None,
+        on_stdout: OnText | None = None,
+        on_stderr: OnText | None = None,
+        on_data: OnBytes | None = None,
+        *,
+        pty: bool = False,
+    ) -> None:
+        self._ref = {"sandbox": sandbox_id, "command_id": command_id}
+        self._pid = pid
+        self._pty = pty
+        self._on_stdout = on_stdout
+        self._on_stderr = on_stderr
+        self._on_data = on_data
+        self._connection: Connection | None = None
+        self._following = Following()
+
+    @property
+    def pid(self) -> int | None:
+        """As seen inside the sandbox; None if nobody knows it any more."""
+        return self._pid
+
+    @property
+    def command_id(self) -> str:
+        """What names it to ``commands.connect`` and ``sandboxctl``."""
+        return self._ref["command_id"]
+
+    @property
+    def stdout(self) -> str:
+        """What it wrote to stdout, as far as it was read."""
+        return self._written("stdout")
+
+    @property
+    def stderr(self) -> str:
+        """What it wrote to stderr, as far as it was read."""
+        return self._written("stderr")
+
+    def __iter__(self) -> Iterator[tuple[str | None, str | None, bytes | None]]:
+        """Each portion of output as ``(stdout, stderr, pty)``, two of which are None, until the command has ended."""
+        for chunk in self._chunks():
+            if self._pty:
+                yield None, None, chunk.data
+            elif chunk.stream == "stdout":
+                yield chunk.text, None, None
+            else:
+                yield None, chunk.text, None
+
+    def wait(
+        self,
+        on_pty: OnBytes | None = None,
+        on_stdout: OnText | None = None,
+        on_stderr: OnText | None = None,
+    ) -> CommandResult:
+        """Wait for the end. May be called again. Callbacks go before those given at the start.
+
+        Raises:
+            CommandExitException: It did not exit with 0.
+            TimeoutException: It ran into the timeout that it was started with.
+        """
+        on_data = on_pty or self._on_data
+        for chunk in self._chunks():
+            if not self._pty:
+                deliver_text(chunk, on_stdout or self._on_stdout, on_stderr or self._on_stderr)
+            elif on_data is not None and chunk.data:
+                on_data(chunk.data)
+        if self._following.end is None:
+            raise SandboxException("cannot wait for the command", "disconnect was called meanwhile")
+        return self._following.result()
+
+    def kill(self) -> bool:
+        """Kill it and everything that it started. False: it had ended."""
+        return kill(self._ref)
+
+    def send_stdin(self, data: str | bytes) -> None:
+        """Write to its stdin or terminal."""
+        send_stdin(self._ref, data)
+
+    def close_stdin(self) -> None:
+        """Close its stdin: it reads end of file."""
+        call("commands/close_stdin", self._ref)
+
+    def disconnect(self) -> None:
+        """Stop following it. It goes on; ``wait`` and iterating take up where this left off."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _written(self, stream: str) -> str:
+        return self._following.written(stream).decode(errors="replace")
+
+    def _chunks(self) -> Iterator[Chunk]:
+        following = self._following
+        with translated():
+            self._follow()
+            while True:
+                while following.chunks:
+                    yield following.chunks.popleft()
+                if self._connection is None:
+                    return
+                try:
+                    receive(self._connection, following)
+                except RpcError:
+                    self.disconnect()
+                    raise
+                if following.end is not None:
+                    self.disconnect()
+
+    def _follow(self) -> None:
+        if self._connection is None and self._following.end is None:
+            self._connection = connect_or_start(os.environ)
+            self._following.request_id = self._connection.send(
+                "commands/connect", {**self._ref, **self._following.connect_params()}
+            )
+
+
+def deliver_text(chunk: Chunk, on_stdout: OnText | None, on_stderr: OnText | None) -> None:
+    """Give a portion of output to whom it is for."""
+    callback = on_stdout if chunk.stream == "stdout" else on_stderr
+    if callback is not None and chunk.text:
+        callback(chunk.text)
+
+
+def kill(ref: dict[str, str], timeout_s: float | None = None) -> bool:
+    """Kill a command; False: it had ended, or nobody knows it."""
+    try:
+        return bool(call("commands/kill", ref, timeout_s)["status"] == "killed")
+    except NotFoundException:
+        return False
+
+
+def send_stdin(ref: dict[str, str], data: str | bytes, timeout_s: float | None = None) -> None:
+    """Write to a command's stdin or terminal, and wait until it is taken."""
+    for params in input_params(data):
+        call("commands/send_stdin", {**ref, **params}, timeout_s)
+
+
+class _Processes:
+    """What commands and terminals have in common."""
+
+    def __init__(self, sandbox_id: str) -> None:
+        self._sandbox_id = sandbox_id
+
+    def kill(self, pid: int | str, request_timeout: float | None = None) -> bool:
+        """Kill a command and everything that it started. False: it had ended, or there is none."""
+        try:
+            ref = self._ref(pid, request_timeout)
+        except NotFoundException:
+            return False
+        return kill(ref, request_timeout)
+
+    def send_stdin(self, pid: int | str, data: str | bytes, request_timeout: float | None = None) -> None:
+        """Write to a command's stdin or terminal."""
+        send_stdin(self._ref(pid, request_timeout), data, request_timeout)
+
+    def _list(self, timeout_s: float | None) -> list[ProcessInfo]:
+        return processes(call("commands/list", {"sandbox": self._sandbox_id}, timeout_s))
+
+    def _ref(self, pid: int | str, timeout_s: float | None) -> dict[str, str]:
+        """What names a command, by its pid inside or by its id."""
+        command_id = pid if isinstance(pid, str) else find_command(self._list(timeout_s), pid).command_id
+        return {"sandbox": self._sandbox_id, "command_id": command_id}
+
+    def _start(self, params: dict[str, Any], timeout_s: float | None) -> tuple[str, int]:
+        """Start a command that goes on without us; its id and pid."""
+        started = call("commands/start", {**params, "stdio": "spool"}, timeout_s)
+        return started["command_id"], started["pid"]
+
+
+class Commands(_Processes):
+    """The commands of a sandbox."""
+
+    @overload
+    def run(
+        self,
+        cmd: str | Sequence[str],
+        background: Literal[False] | None = None,
+        envs: Env | None = None,
+        user: str | None = None,
+        cwd: str | None = None,
+        on_stdout: OnText | None = None,
+        on_stderr: OnText | None = None,
+        stdin: bool | str | bytes | None = None,
+        timeout: float | None = None,
+        request_timeout: float | None = None,
+    ) -> CommandResult: ...
+    @overload
+    def run(
+        self,
+        cmd: str | Sequence[str],
+        background: Literal[True],
+        envs: Env | None = None,
+        user: str | None = None,
+        cwd: str | None = None,
+        on_stdout: OnText | None = None,
+        on_stderr: OnText | None = None,
+        stdin: bool | None = None,
+        timeout: float | None = None,
+        request_timeout: float | None = None,
+    ) -> CommandHandle: ...
+    def run(
+        self,
+        cmd: str | Sequence[str],
+        background: bool | None = None,
+        envs: Env | None = None,
+        user: str | None = None,
+        cwd: str | None = None,
+        on_stdout: OnText | None = None,
+        on_stderr: OnText | None = None,
+        stdin: bool | str | bytes | None = None,
+        timeout: float | None = None,
+        request_timeout: float | None = None,
+    ) -> CommandResult | CommandHandle:
+        """Run a command to its end, or start it in the background.
+
+        Args:
+            cmd: Text for ``/bin/sh -c``, or a list that is run as it is.
+            background: Return a handle at once; callbacks are then called by its ``wait``.
+            envs: On top of the sandbox's own.
+            user: Another user than the sandbox's. Slower, and its output comes when it has ended.
+            cwd: Absolute, or relative to /workspace.
+            on_stdout: Called with each portion of text.
+            on_stderr: The same.
+            stdin: What it reads. True: what ``send_stdin`` writes, until ``close_stdin``.
+            timeout: Seconds; then its whole tree is killed. 0: none. Default: 60, and in the background none.
+            request_timeout: Seconds for the daemon to start it.
+
+        Raises:
+            CommandExitException: It did not exit with 0.
+            TimeoutException: It did not end in time.
+            SandboxException: It could not be started.
+        """
+        if background:
+            check_background(stdin)
+            params = command_params(self._sandbox_id, cmd, envs, cwd, timeout)
+            params.update(given(user=user, stdin="pipe" if stdin else None))
+            return CommandHandle(self._sandbox_id, *self._start(params, request_timeout), on_stdout, on_stderr)
+        limit = COMMAND_TIMEOUT_S if timeout is None else timeout
+        params = command_params(self._sandbox_id, cmd, envs, cwd, limit)
+        if user is not None:
+            return self._run_as(user, params, stdin, on_stdout, on_stderr)
+        params.update(run_params(stdin))
+        following = Following(input_bytes(stdin))
+        deadline = None if request_timeout is None else time.monotonic() + request_timeout
+        with translated(), connect_or_start(os.environ) as connection:
+            following.request_id = connection.send("commands/run", params)
+            while following.end is None:
+                receive(connection, following, None if following.started else deadline)
+                while following.chunks:
+                    deliver_text(following.chunks.popleft(), on_stdout, on_stderr)
+        return following.result()
+
+    def list(self, request_timeout: float | None = None) -> list[ProcessInfo]:
+        """Commands that run, have left processes behind, or ended lately."""
+        return self._list(request_timeout)
+
+    def connect(
+        self,
+        pid: int | str,
+        on_stdout: OnText | None = None,
+        on_stderr: OnText | None = None,
+        request_timeout: float | None = None,
+    ) -> CommandHandle:
+        """A handle on a command that was started in the background, by its pid inside or by its id."""
+        found = find_command(self._list(request_timeout), pid)
+        return CommandHandle(self._sandbox_id, found.command_id, found.pid, on_stdout, on_stderr)
+
+    def close_stdin(self, pid: int | str, request_timeout: float | None = None) -> None:
+        """Close a command's stdin: it reads end of file."""
+        call("commands/close_stdin", self._ref(pid, request_timeout), request_timeout)
+
+    def _run_as(
+        self,
+        user: str,
+        params: dict[str, Any],
+        stdin: bool | str | bytes | None,
+        on_stdout: OnText | None,
+        on_stderr: OnText | None,
+    ) -> CommandResult:
+        with memory_files(input_bytes(stdin)) as files:
+            end = call("commands/run", {**params, "user": user, "stdio": "descriptors"}, None, files)
+            stdout, stderr = read_files(files)
+        result = command_result(end, stdout, stderr)
+        deliver_text(Chunk("stdout", stdout, result.stdout), on_stdout, on_stderr)
+        deliver_text(Chunk("stderr", stderr, result.stderr), on_stdout, on_stderr)
+        return checked(result)
+
+
+class Pty(_Processes):
+    """The terminals of a sandbox."""
+
+    def create(
+        self,
+        size: PtySize,
+        on_data: OnBytes | None = None,
+        user: str | None = None,
+        cwd: str | None = None,
+        envs: Env | None = None,
+        timeout: float | None = None,
+        request_timeout: float | None = None,
+        cmd: str | Sequence[str] = LOGIN_SHELL,
+    ) -> CommandHandle:
+        """Start a shell, or ``cmd``, on a terminal that the daemon holds.
+
+        Args:
+            size: Of the terminal.
+            on_data: Called by ``wait`` with each portion of what it shows.
+            user: Another user than the sandbox's; refused by daemons that cannot.
+            cwd: Absolute, or relative to /workspace.
+            envs: On top of the sandbox's own.
+            timeout: Seconds; then its whole tree is killed.
+            request_timeout: Seconds for the daemon to start it.
+            cmd: What to run.
+        """
+        params = command_params(self._sandbox_id, cmd, envs, cwd, timeout)
+        params.update(given(user=user, pty={"rows": size.rows, "cols": size.cols}))
+        return CommandHandle(self._sandbox_id, *self._start(params, request_timeout), on_data=on_data, pty=True)
+
+    def connect(
+        self, pid: int | str, on_data: OnBytes | None = None, request_timeout: float | None = None
+    ) -> CommandHandle:
+        """A handle on a terminal, by its pid inside or by its id. What it showed until now comes first."""
+        found = find_command(self._list(request_timeout), pid)
+        return CommandHandle(self._sandbox_id, found.command_id, found.pid, on_data=on_data, pty=True)
+
+    def resize(self, pid: int | str, size: PtySize, request_timeout: float | None = None) -> None:
+        """Change a terminal's size."""
+        params = {**self._ref(pid, request_timeout), "size": {"rows": size.rows, "cols": size.cols}}
+        call("commands/resize", params, request_timeout)
+
+
+class Sandbox:
+    """A sandbox. Making the object makes the sandbox; a ``with`` kills it at its end.
+
+    Args:
+        template: Its image. Default: the configured one.
+        metadata: Kept with it, and what ``list`` can ask for.
+        envs: Variables of all its commands.
+        options: See ``CreateOptions``.
+    """
+
+    def __init__(
+        self,
+        template: str | None = None,
+        metadata: Env | None = None,
+        envs: Env | None = None,
+        **options: Unpack[CreateOptions],
+    ) -> None:
+        params = create_params(template, metadata, envs, options)
+        self._adopt(call("sandbox/create", params, options.get("request_timeout"))["id"])
+
+    @classmethod
+    def create(
+        cls,
+        template: str | None = None,
+        metadata: Env | None = None,
+        envs: Env | None = None,
+        **options: Unpack[CreateOptions],
+    ) -> Self:
+        """Make a sandbox and prove its limits."""
+        return cls(template, metadata, envs, **options)
+
+    @classmethod
+    def connect(cls, sandbox_id: str, request_timeout: float | None = None) -> Self:
+        """A sandbox that is there, by its id, an unambiguous prefix of it, or its name.
+
+        Raises:
+            NotFoundException: There is none.
+        """
+        reply = call("sandbox/metrics", {"sandboxes": [sandbox_id]}, request_timeout)
+        self = cls.__new__(cls)
+        self._adopt(reply["sandboxes"][0]["id"])
+        return self
+
+    @staticmethod
+    def list(query: SandboxQuery | None = None, request_timeout: float | None = None) -> list[ListedSandbox]:
+        """The sandboxes of this daemon, or those that the query means."""
+        return listed_sandboxes(call("sandbox/list", list_params(query), request_timeout), query)
+
+    def _adopt(self, sandbox_id: str) -> None:
+        self._sandbox_id = sandbox_id
+        self._ref = {"sandbox": sandbox_id}
+        self.commands = Commands(sandbox_id)
+        """Run and reach its commands."""
+        self.pty = Pty(sandbox_id)
+        """Terminals in it."""
+
+    @property
+    def sandbox_id(self) -> str:
+        """What names it."""
+        return self._sandbox_id
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.kill()
+
+    kill = InstanceOrClass(
+        lambda self: _killer(self.sandbox_id),
+        lambda _: _kill_sandbox,
+        "End everything in it and remove it. False: there is none. On the class it takes the sandbox's id.",
+    )
+
+    def get_info(self, request_timeout: float | None = None) -> SandboxInfo:
+        """Everything about it, the engine's view included.
+
+        Raises:
+            NotFoundException: It is gone.
+        """
+        return sandbox_info(call("sandbox/get", self._ref, request_timeout))
+
+    def is_running(self, request_timeout: float | None = None) -> bool:
+        """Whether commands can be run in it."""
+        try:
+            [row] = call("sandbox/metrics", {"sandboxes": [self.sandbox_id]}, request_timeout)["sandboxes"]
+        except NotFoundException:
+            return False
+        return bool(row["state"] == "running")
+
+    def get_metrics(self, request_timeout: float | None = None) -> Sequence[SandboxMetrics]:
+        """Its usage now, as the only element of a list."""
+        return [sandbox_metrics(call("sandbox/metrics", {"sandboxes": [self.sandbox_id]}, request_timeout))]
+
+    def update(self, request_timeout: float | None = None, **limits: Unpack[LimitOptions]) -> SandboxInfo:
+        """Change limits while it runs, and prove them again.
+
+        Raises:
+            InvalidArgumentException: A limit that cannot be meant, or enforced here.
+        """
+        return sandbox_info(call("sandbox/update", {**self._ref, **limits_params(limits)}, request_timeout))
+
+    def verify(self, provoke: bool = False, request_timeout: float | None = None) -> SandboxVerification:
+        """Read the limits from the kernel again; with ``provoke`` run into them as well."""
+        return verification(call("sandbox/verify", {**self._ref, "provoke": provoke}, request_timeout))
+
+
+def _killer(sandbox_id: str) -> Callable[..., bool]:
+    def kill_it(request_timeout: float | None = None) -> bool:
+        return _kill_sandbox(sandbox_id, request_timeout)
+
+    return kill_it
+
+
+def _kill_sandbox(sandbox_id: str, request_timeout: float | None = None) -> bool:
+    try:
+        call("sandbox/kill", {"sandbox": sandbox_id}, request_timeout)
+    except NotFoundException:
+        return False
+    return True

@@ -80,8 +80,8 @@ class Attached:
             SystemExit: A signal ended us, because the command does not start, or has our terminal.
         """
         self._sandbox = fields["sandbox"]
-        signals, restore_signals = _catch_signals(FORWARDED + ((signal.SIGWINCH,) if self._tty else ()))
-        restore_terminal = _make_raw(0) if self._typing else _nothing
+        signals, restore_signals = catch_signals(FORWARDED + ((signal.SIGWINCH,) if self._tty else ()))
+        restore_terminal = make_raw(0) if self._typing else nothing
         try:
             self._send(fields)
             reply = self._wait(signals)
@@ -100,7 +100,7 @@ class Attached:
 
     def _send(self, fields: dict[str, Any]) -> None:
         if self._tty:
-            rows, cols = _terminal_size()
+            rows, cols = terminal_size()
             params = wire.build("commands/run", **fields, pty={"rows": rows, "cols": cols})
             self._request_id = self._connection.send("commands/run", params)
             return
@@ -254,11 +254,11 @@ class Attached:
         self._connection.send("commands/signal", params)
 
 
-def _nothing() -> None:
+def nothing() -> None:
     """Restore what was not changed."""
 
 
-def _catch_signals(numbers: tuple[int, ...]) -> tuple[int, Callable[[], None]]:
+def catch_signals(numbers: tuple[int, ...]) -> tuple[int, Callable[[], None]]:
     """Have these signals arrive as bytes in a pipe; return its read end, and what undoes it.
 
     What the caller of this program has set to be ignored, as nohup does, stays ignored.
@@ -281,7 +281,7 @@ def _catch_signals(numbers: tuple[int, ...]) -> tuple[int, Callable[[], None]]:
     return read_end, restore
 
 
-def _make_raw(terminal: int) -> Callable[[], None]:
+def make_raw(terminal: int) -> Callable[[], None]:
     """Pass every key through; return what undoes it."""
     import termios
 
@@ -308,7 +308,8 @@ def _make_raw(terminal: int) -> Callable[[], None]:
     return restore
 
 
-def _terminal_size() -> tuple[int, int]:
+def terminal_size() -> tuple[int, int]:
+    """Rows and columns of the terminal at stdin; what is usual where there is none."""
     try:
         cols, rows = os.get_terminal_size(0)
     except OSError:

@@ -41,7 +41,9 @@ def _add_exec(parser: argparse.ArgumentParser) -> None:
     _add_command_flags(parser)
     verb.add_env(parser)
     parser.add_argument("-w", "--cwd", metavar="DIR", help="directory inside; default: /workspace")
-    parser.add_argument("-d", "--detach", action="store_true", help="do not wait; print the command's id")
+    parser.add_argument(
+        "-d", "--detach", action="store_true", help="do not wait; print the command's id, for logs and attach"
+    )
     parser.add_argument("--json", action="store_true", help="with --detach: print the daemon's reply as JSON")
     verb.add_sandbox(parser)
     parser.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER, help="the command and its arguments")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from sandboxd.cli.attach import Attached
+from sandboxd.cli.attach import Attached, terminal_size
 from sandboxd.cli.session import USAGE, call, complain, connect, env_of, say, show, show_json
 from sandboxd.cli.shortcut import without_dashes
 from sandboxd.client import RpcError
@@ -55,6 +55,12 @@ def execute(arguments: argparse.Namespace | ExecArguments) -> int:
 
 
 def _start(arguments: argparse.Namespace | ExecArguments, argv: list[str], env: dict[str, str]) -> int:
+    """Start it, its output kept by the daemon; with ``-t`` in a terminal that the daemon holds."""
+    pty = None
+    if arguments.tty:
+        _set_term(env)
+        rows, cols = terminal_size()
+        pty = {"rows": rows, "cols": cols}
     with connect() as connection:
         started = call(
             connection,
@@ -65,6 +71,9 @@ def _start(arguments: argparse.Namespace | ExecArguments, argv: list[str], env: 
             cwd=arguments.cwd,
             user=arguments.user,
             timeout=arguments.timeout,
+            stdio="spool",
+            stdin="pipe" if arguments.interactive and pty is None else None,
+            pty=pty,
         )
     if arguments.json:
         show_json(started)
@@ -82,7 +91,7 @@ def run_in(
 ) -> int:
     """Run ``argv``, or the first shell that there is, and return the exit code."""
     if arguments.tty:
-        env.setdefault("TERM", os.environ.get("TERM", DEFAULT_TERM))
+        _set_term(env)
     fields = {
         "sandbox": sandbox,
         "env": env,
@@ -94,14 +103,19 @@ def run_in(
     for candidate in candidates:
         attached = Attached(connection, tty=arguments.tty, interactive=arguments.interactive)
         try:
-            return _exit_code_of(attached.run({**fields, "argv": candidate}))
+            return exit_code_of_end(attached.run({**fields, "argv": candidate}))
         except RpcError as error:
             if candidate is candidates[-1] or not _is_not_found(error):
                 raise
     raise AssertionError("there is always a last candidate")
 
 
-def _exit_code_of(end: dict[str, Any]) -> int:
+def _set_term(env: dict[str, str]) -> None:
+    env.setdefault("TERM", os.environ.get("TERM", DEFAULT_TERM))
+
+
+def exit_code_of_end(end: dict[str, Any]) -> int:
+    """The exit code that a command's end gives us. A verdict that no code tells is said on stderr."""
     status = end["status"]
     if status in VERDICTS:
         say(VERDICTS[status])

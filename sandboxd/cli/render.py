@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 UNKNOWN = "-"
 GAP = "   "
+CUT = "..."
 IMAGE_ID_CHARACTERS = 12
 
 _SIZES = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
@@ -134,6 +135,43 @@ def sandbox(info: dict[str, Any], now_ms: int) -> str:
     width = max(len(name) for name, _ in facts)
     text = "".join(f"{name.ljust(width)}{GAP}{value}\n" for name, value in facts)
     return f"{text}\n{limits_table(info['limits'])}"
+
+
+def command_list(commands: Sequence[dict[str, Any]], now_ms: int, columns: int | None) -> str:
+    """One line per command, cut to a terminal's width where there is one."""
+    text = table(
+        ("ID", "PID", "STATE", "AGE", "END", "COMMAND"),
+        [
+            (
+                row["command_id"],
+                _known(row["pid"]),
+                row["state"],
+                age(row["started_at_ms"], now_ms),
+                _end(row["end"]),
+                " ".join(word if word.isprintable() and word else repr(word) for word in row["argv"]),
+            )
+            for row in commands
+        ],
+    )
+    return text if columns is None else "".join(f"{_cut(line, columns)}\n" for line in text.splitlines())
+
+
+def _cut(line: str, columns: int) -> str:
+    return line if len(line) <= columns else f"{line[: max(columns - len(CUT), 0)]}{CUT}"
+
+
+def _end(end: dict[str, Any] | None) -> str:
+    """How a command ended: its code or signal, and the verdict where that says more."""
+    if end is None:
+        return UNKNOWN
+    how = ""
+    if end["exit_code"] is not None:
+        how = f"exit {end['exit_code']}"
+    elif end["signal"] is not None:
+        how = f"signal {end['signal']}"
+    if end["status"] in {"ok", "nonzero", "signaled"}:
+        return how or UNKNOWN
+    return f"{end['status']} ({how})" if how else str(end["status"])
 
 
 def metrics_table(sandboxes: Sequence[dict[str, Any]]) -> str:

@@ -18,6 +18,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import anyio
+import msgspec
+from anyio.abc import TaskGroup
 
 from sandboxd import failures
 from sandboxd import protocol as p
@@ -28,11 +30,64 @@ LIMIT = p.LimitReport(
     name="memory", unit="bytes", requested=1 << 29, reported=None, effective=1 << 29, verified=True, reason=""
 )
 TIMINGS = {"total": 0.1}
+KEPT_BYTES_MAX = 1 << 20
+
+
+class Kept:
+    """What a spooled command wrote to one stream: the last of it."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+        self.first = 0
+        self.whole = False
+        self._changed = anyio.Event()
+
+    @property
+    def total(self) -> int:
+        return self.first + len(self.data)
+
+    def append(self, data: bytes) -> None:
+        """Nothing is the end."""
+        self.data += data
+        self.whole = self.whole or not data
+        excess = max(len(self.data) - KEPT_BYTES_MAX, 0)
+        del self.data[:excess]
+        self.first += excess
+        self._changed.set()
+        self._changed = anyio.Event()
+
+    async def changed(self) -> None:
+        await self._changed.wait()
+
+    def read(self, offset: int, length: int) -> tuple[int, bytes]:
+        start = min(max(offset, self.first), self.total)
+        return start, bytes(self.data[start - self.first :][:length])
+
+
+class Spooled:
+    """A command that goes on without its caller."""
+
+    def __init__(self, sandbox: str, argv: list[str], stdin: int | None, terminal: int | None) -> None:
+        self.sandbox = sandbox
+        self.argv = argv
+        self.input = terminal if terminal is not None else stdin
+        self.terminal = terminal
+        self.started_at_ms = int(time.time() * 1000)
+        self.streams = {name: Kept() for name in (("stdout",) if terminal is not None else ("stdout", "stderr"))}
+        self.end: p.CommandEnd | None = None
+        self.ended = anyio.Event()
+
+    def close_input(self) -> None:
+        if self.input is not None:
+            os.close(self.input)
+            self.input = self.terminal = None
 
 
 class Stub:
-    def __init__(self, listener: Listener) -> None:
+    def __init__(self, listener: Listener, tasks: TaskGroup) -> None:
         self._listener = listener
+        self._tasks = tasks
+        self._spooled: dict[str, Spooled] = {}
         self._sandboxes: dict[str, p.SandboxInfo] = {}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._numbers = itertools.count(1)
@@ -90,7 +145,7 @@ class Stub:
                 return info
         raise failures.NotFound(f"cannot find {reference!r}", detail="no such sandbox", hint="sandboxctl ls")
 
-    async def sandbox_get(self, params: p.SandboxGetParams, context: Context) -> p.SandboxInfo:
+    async def sandbox_get(self, params: p.SandboxParams, context: Context) -> p.SandboxInfo:
         return self._find(params.sandbox)
 
     sandbox_start = sandbox_update = sandbox_stop = sandbox_get
@@ -155,9 +210,116 @@ class Stub:
 
     async def commands_start(self, params: p.CommandParams, context: Context) -> p.CommandStarted:
         info = self._find(params.sandbox)
-        command_id, _ = self._spawn(params, context)
+        if params.stdio == "spool":
+            command_id = self._spawn_spooled(params, info.id)
+        else:
+            command_id, _ = self._spawn(params, context)
         pid = self._processes[command_id].pid
         return p.CommandStarted(sandbox=info.id, command_id=command_id, pid=pid, timings_ms=TIMINGS)
+
+    def _spawn_spooled(self, params: p.CommandParams, sandbox: str) -> str:
+        outputs: list[int] = []
+        stdin = terminal = None
+        if params.pty is not None:
+            terminal, slave = os.openpty()
+            _resize(slave, params.pty)
+            command_id = self._popen(params, [slave] * 3)
+            outputs = [os.dup(terminal)]
+        else:
+            (out, out_end), (err, err_end) = os.pipe(), os.pipe()
+            stdin_end, stdin = os.pipe() if params.stdin == "pipe" else (os.open(os.devnull, os.O_RDONLY), None)
+            command_id = self._popen(params, [stdin_end, out_end, err_end])
+            outputs = [out, err]
+        spooled = self._spooled[command_id] = Spooled(sandbox, params.argv, stdin, terminal)
+        self._tasks.start_soon(self._see_to_end, command_id, spooled, outputs)
+        return command_id
+
+    async def _see_to_end(self, command_id: str, spooled: Spooled, outputs: list[int]) -> None:
+        async with anyio.create_task_group() as copying:
+            for number, kept in zip(outputs, spooled.streams.values(), strict=True):
+                copying.start_soon(_copy, number, kept)
+        await _exit_of(self._processes[command_id])
+        totals = {f"{name}_bytes": kept.total for name, kept in spooled.streams.items()}
+        spooled.end = msgspec.structs.replace(await self._end(command_id, None), **totals)
+        spooled.close_input()
+        spooled.ended.set()
+
+    def _kept(self, command_id: str) -> Spooled:
+        if command_id not in self._spooled:
+            raise failures.NotFound(f"cannot find command {command_id}", detail="it never was")
+        return self._spooled[command_id]
+
+    async def commands_list(self, params: p.CommandListParams, context: Context) -> p.CommandList:
+        info = self._find(params.sandbox)
+        rows = [
+            p.CommandInfo(
+                command_id=command_id,
+                pid=self._processes[command_id].pid,
+                argv=spooled.argv,
+                state="running" if spooled.end is None else "ended",
+                started_at_ms=spooled.started_at_ms,
+                end=spooled.end,
+            )
+            for command_id, spooled in self._spooled.items()
+            if spooled.sandbox == info.id
+        ]
+        return p.CommandList(commands=rows)
+
+    async def commands_wait(self, params: p.CommandRef, context: Context) -> p.CommandEnd:
+        spooled = self._kept(params.command_id)
+        await spooled.ended.wait()
+        assert spooled.end is not None
+        return spooled.end
+
+    async def commands_kill(self, params: p.CommandRef, context: Context) -> p.CommandEnd:
+        self._kept(params.command_id)
+        _kill(self._processes[params.command_id])
+        return await self.commands_wait(params, context)
+
+    async def commands_connect(self, params: p.CommandConnectParams, context: Context) -> p.CommandEnd:
+        spooled = self._kept(params.command_id)
+        offsets = {"stdout": params.stdout_offset, "stderr": params.stderr_offset}
+        async with anyio.create_task_group() as following:
+            for name, kept in spooled.streams.items():
+                following.start_soon(_follow, kept, name, offsets[name], params.command_id, context)
+        return await self.commands_wait(p.CommandRef(sandbox="any", command_id=params.command_id), context)
+
+    async def commands_logs(self, params: p.CommandLogsParams, context: Context) -> p.CommandLogs:
+        spooled = self._kept(params.command_id)
+        if params.stream not in spooled.streams:
+            raise failures.NotFound(f"cannot read {params.stream} of this command", detail="it is a terminal")
+        kept = spooled.streams[params.stream]
+        asked = max(kept.total - params.length, 0) if params.offset is None else params.offset
+        offset, data = kept.read(asked, params.length)
+        dropped = [p.ByteRange(start=asked, end=offset)] if asked < offset else []
+        return p.CommandLogs(
+            offset=offset, data=data, dropped=dropped, bytes_total=kept.total, ended=spooled.end is not None
+        )
+
+    def _open_input(self, command_id: str) -> int:
+        number = self._kept(command_id).input
+        if number is None:
+            raise failures.Conflict("cannot write to the command", detail="it has no open stdin", hint="use -i")
+        return number
+
+    async def commands_send_stdin(self, params: p.CommandInputParams, context: Context) -> p.Acknowledged:
+        number = self._open_input(params.command_id)
+        # The later of two requests would overtake this one, if they were not sent one after the other.
+        await anyio.sleep(0.02 if len(params.data) > 1 else 0)
+        os.write(number, params.data)
+        return p.Acknowledged()
+
+    async def commands_close_stdin(self, params: p.CommandRef, context: Context) -> p.Acknowledged:
+        self._open_input(params.command_id)
+        self._kept(params.command_id).close_input()
+        return p.Acknowledged()
+
+    async def commands_resize(self, params: p.CommandResizeParams, context: Context) -> p.Acknowledged:
+        terminal = self._kept(params.command_id).terminal
+        if terminal is None:
+            raise failures.Conflict("cannot resize", detail="the command has no terminal")
+        _resize(terminal, params.size)
+        return p.Acknowledged()
 
     async def commands_signal(self, params: p.CommandSignalParams, context: Context) -> p.Acknowledged:
         with contextlib.suppress(ProcessLookupError):
@@ -169,9 +331,18 @@ class Stub:
         master = None
         if params.pty is not None:
             master, slave = os.openpty()
-            fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", params.pty.rows, params.pty.cols, 0, 0))
-            given = [slave]
-        stdin, stdout, stderr = given * 3 if params.pty is not None else given or [subprocess.DEVNULL] * 3
+            _resize(slave, params.pty)
+            given = [slave] * 3
+        try:
+            return self._popen(params, given or [os.open(os.devnull, os.O_RDWR)] * 3), master
+        except failures.CommandNotStarted:
+            if master is not None:
+                os.close(master)
+            raise
+
+    def _popen(self, params: p.CommandParams, given: list[int]) -> str:
+        """Start a process with these descriptors, which are closed here, and return its id."""
+        stdin, stdout, stderr = given
         try:
             process = subprocess.Popen(
                 params.argv,
@@ -184,18 +355,16 @@ class Stub:
                 preexec_fn=_take_terminal if params.pty is not None else None,
             )
         except OSError as error:
-            if master is not None:
-                os.close(master)
             name = "ENOENT" if isinstance(error, FileNotFoundError) else "EACCES"
             raise failures.CommandNotStarted(
                 f"cannot execute {params.argv[0]!r}", detail=f"{name}: {error.strerror}"
             ) from None
         finally:
-            for number in given:
+            for number in set(given):
                 os.close(number)
         command_id = f"{next(self._numbers):012x}"
         self._processes[command_id] = process
-        return command_id, master
+        return command_id
 
     async def _end(self, command_id: str, status: Any) -> p.CommandEnd:
         process = self._processes[command_id]
@@ -256,12 +425,50 @@ class Stub:
             entries=[p.ConfigEntry(key="image", value="default", origin="default", description="What it is.")]
         )
 
-    async def daemon_shutdown(self, params: p.DaemonShutdownParams, context: Context) -> p.Acknowledged:
+    async def daemon_shutdown(self, params: p.NoParams, context: Context) -> p.Acknowledged:
         self.stopping.set()
         return p.Acknowledged()
 
 
+async def _copy(number: int, kept: Kept) -> None:
+    try:
+        while not kept.whole:
+            await anyio.wait_readable(number)
+            try:
+                kept.append(os.read(number, 65536))
+            except OSError:
+                kept.append(b"")
+    finally:
+        os.close(number)
+
+
+async def _follow(kept: Kept, name: Any, offset: int, command_id: str, context: Context) -> None:
+    while True:
+        start, data = kept.read(offset, 65536)
+        if data:
+            output = p.CommandOutput(
+                sandbox="any",
+                command_id=command_id,
+                stream=name,
+                offset=start,
+                data=data,
+                dropped_bytes=start - offset,
+            )
+            await context.deliver("commands/output", output)
+            offset = start + len(data)
+        elif kept.whole:
+            return
+        else:
+            await kept.changed()
+
+
+def _resize(terminal: int, size: p.PtySize) -> None:
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", size.rows, size.cols, 0, 0))
+
+
 async def _exit_of(process: subprocess.Popen[bytes]) -> None:
+    if process.returncode is not None:
+        return
     pidfd = os.pidfd_open(process.pid)
     try:
         await anyio.wait_readable(pidfd)
@@ -280,8 +487,8 @@ def _take_terminal() -> None:
 
 
 async def run(listener: Listener) -> None:
-    stub = Stub(listener)
     async with anyio.create_task_group() as tasks:
+        stub = Stub(listener, tasks)
         tasks.start_soon(_serve, listener, stub)
         await stub.stopping.wait()
         tasks.cancel_scope.cancel()

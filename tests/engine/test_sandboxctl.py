@@ -194,3 +194,60 @@ def test_the_daemons_status_names_its_process_and_its_socket(daemon: Daemon) -> 
     status = daemon.ctl_json("daemon", "status")
     assert (status["pid"], status["socket"]) == (daemon.pid, str(daemon.socket))
     assert daemon.ctl_json("version")["daemon"] == status["version"]
+
+
+# --- commands that go on without us
+
+COUNT = "for i in 1 2 3 4 5; do echo $i; echo err $i >&2; sleep 0.1; done; exit 5"
+
+
+def detached(daemon: Daemon, box: Box, script: str, flags: str = "-d") -> str:
+    done = daemon.ctl("exec", flags, box["id"], "sh", "-c", script)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.decode().strip()
+
+
+def test_output_is_followed_to_the_end_and_read_again(daemon: Daemon, box: Box) -> None:
+    command = detached(daemon, box, COUNT)
+    for flags in (["-f"], []):
+        done = daemon.ctl("logs", *flags, box["id"], command)
+        assert (done.returncode, done.stdout) == (0, b"1\n2\n3\n4\n5\n")
+        assert done.stderr == b"err 1\nerr 2\nerr 3\nerr 4\nerr 5\n"
+    assert daemon.ctl("logs", "--tail", "4", "--stdout", box["id"], command).stdout == b"4\n5\n"
+    assert daemon.ctl("wait", box["id"], command).returncode == 5
+
+
+def test_logs_of_what_runs_end_where_it_is_now(daemon: Daemon, box: Box) -> None:
+    command = detached(daemon, box, "printf '\\377\\000'; echo up; sleep 1000")
+    wait_until(lambda: daemon.ctl("logs", box["id"], command).stdout == b"\xff\x00up\n", "it had written")
+    assert daemon.ctl("kill", box["id"], command).returncode == 0
+
+
+def test_ps_wait_and_kill_agree_on_what_there_is(daemon: Daemon, box: Box) -> None:
+    runs = detached(daemon, box, "trap 'exit 4' USR1; echo up; while true; do sleep 0.05; done")
+    tree = detached(daemon, box, ESCAPES)
+    states = {row["command_id"]: row["state"] for row in daemon.ctl_json("ps", box["id"])["commands"]}
+    assert (states[runs], states[tree]) == ("running", "running")
+    table = daemon.ctl("ps", box["id"]).stdout.decode()
+    assert f"\n{runs} " in table
+    wait_until(lambda: daemon.ctl("logs", box["id"], runs).stdout, "the trap was set")
+    assert daemon.ctl("kill", "--signal", "USR1", box["id"], runs).returncode == 0
+    assert daemon.ctl("wait", box["id"], runs[:-1]).returncode == 4
+    wait_until(lambda: len(kernel.processes(box["pid"])) > ESCAPED_PROCESSES_MIN, "the tree stood")
+    assert daemon.ctl("kill", box["id"], tree).stdout.decode() == f"{tree}\n"
+    assert nothing_runs(box)
+    assert daemon.ctl("wait", box["id"], tree).returncode == 128 + 9
+
+
+def test_a_stdin_that_the_daemon_holds_is_typed_into_from_outside(daemon: Daemon, box: Box) -> None:
+    command = detached(daemon, box, "cat; exit 6", "-di")
+    done = daemon.ctl("attach", box["id"], command, stdin=EVERY_BYTE)
+    assert (done.returncode, done.stdout) == (6, EVERY_BYTE)
+
+
+def test_what_was_not_started_detached_was_not_kept(daemon: Daemon, box: Box) -> None:
+    started = daemon.call("commands/start", sandbox=box["id"], argv=["sleep", "1000"])
+    done = daemon.ctl("logs", box["id"], started["command_id"])
+    assert done.returncode == 1
+    assert b"not kept" in done.stderr
+    daemon.ctl("kill", box["id"], started["command_id"])

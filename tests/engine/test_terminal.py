@@ -154,3 +154,37 @@ def test_ctrl_c_reaches_a_command_without_a_terminal(daemon: Daemon, box: Box, t
         terminal.type(b"\x03")
         terminal.wait_for(b"caught")
         assert client.wait(PATIENCE_S) == 3
+
+
+def test_a_terminal_that_the_daemon_holds_is_left_and_come_back_to(
+    daemon: Daemon, box: Box, terminal: Terminal
+) -> None:
+    """From two windows at once, if need be; what was on the screen is shown again."""
+    before = termios.tcgetattr(terminal.slave)
+    other = Terminal(24, 80)
+    started = daemon.ctl("exec", "-dt", box["id"], "sh")
+    command = started.stdout.decode().strip()
+    try:
+        with terminal.runs(daemon, "attach", box["id"], command) as client:
+            terminal.type(b"stty size; echo $((6 * 7))\r")
+            terminal.wait_for(b"40 100\r\n42\r\n")
+            terminal.resize(50, 120)
+            with other.runs(daemon, "attach", box["id"], command) as second:
+                other.wait_for(b"42\r\n")
+                other.type(b"echo $((7 * 8))\r")
+                terminal.wait_for(b"56\r\n")
+                other.type(b"\x10\x11")
+                other.wait_for(b"goes on")
+                assert second.wait(PATIENCE_S) == 0
+            terminal.type(b"\x10\x11")
+            terminal.wait_for(b"goes on")
+            assert client.wait(PATIENCE_S) == 0
+        assert termios.tcgetattr(terminal.slave) == before, "the caller's terminal is as it was"
+        with terminal.runs(daemon, "attach", box["id"], command) as client:
+            terminal.wait_for(b"56\r\n")
+            terminal.type(b"exit 4\r")
+            assert client.wait(PATIENCE_S) == 4
+    finally:
+        other.close()
+    assert termios.tcgetattr(terminal.slave) == before
+    wait_until(lambda: nothing_runs(box), "the shell was gone")

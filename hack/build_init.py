@@ -24,7 +24,7 @@ except ImportError:  # by hand, where only the compiler is needed
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "runtimes" / "init"
-SOURCES = tuple(FOLDER / name for name in ("init.c", "message.c"))
+SOURCES = tuple(FOLDER / name for name in ("init.c", "message.c", "files.c"))
 BINARY = FOLDER / "sandbox-init"
 PROGRAMS = {BINARY: SOURCES, FOLDER / "sandbox-provoke": (FOLDER / "provoke.c",)}
 

@@ -6,6 +6,7 @@ Replies resolve futures (see `exchange.py`), events are plain calls.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import stat
@@ -17,12 +18,16 @@ import msgspec
 
 from runtimes.init import wire
 from runtimes.init.exchange import Exchange, close_all
+from runtimes.init.file_worker import FilesUnsupported
+from runtimes.init.files import FilesChannel
+from runtimes.init.files_wire import FILES_VERSION
 from runtimes.init.peer import PeerCredentials, peer_credentials
 from runtimes.init.wire import (
     Acknowledged,
     CommandEntry,
     Event,
     Exited,
+    FilesReply,
     Gone,
     HelloReply,
     InitError,
@@ -200,11 +205,44 @@ class InitChannel:
         """
         await self._do(lambda n: wire.encode_forget(n, command_id), wire.MessageType.FORGET)
 
+    async def open_files(self, base: bytes = b"/workspace") -> FilesChannel:
+        """File operations inside of the sandbox, by a process of their own; relative paths start at `base`.
+
+        Raises:
+            FilesUnsupported: this init is older than its file worker.
+            RequestRefused: ENOSPC as many as there may be are open, EAGAIN no process can be started.
+        """
+        files = FilesChannel(self._take_file_worker, base)
+        await files.connect()
+        return files
+
     def close(self) -> None:
         """Ends the connection; commands go on. Idempotent."""
         self._exchange.close()
 
     # ---- asking
+
+    async def _take_file_worker(self) -> socket.socket:
+        reply, received = await self._ask(wire.encode_files)
+        if isinstance(reply, Refused) and reply.errno == errno.EOPNOTSUPP:
+            close_all(received)
+            raise FilesUnsupported(f"init {self.hello.program} has no file worker")
+        if isinstance(reply, Refused):
+            close_all(received)
+            raise RequestRefused(reply.errno, reply.stage)
+        if (
+            not isinstance(reply, FilesReply)
+            or len(received) != 1
+            or not stat.S_ISSOCK(os.fstat(received[0]).st_mode)
+        ):
+            close_all(received)
+            raise self._exchange.broken("init answered a request for a file worker with something else")
+        worker = socket.socket(fileno=received[0])
+        if reply.version != FILES_VERSION or (worker.family, worker.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
+            worker.close()
+            raise FilesUnsupported(f"init {self.hello.program} has a file worker of version {reply.version}")
+        worker.setblocking(False)
+        return worker
 
     async def _do(self, encode: Callable[[int], bytes], request: wire.MessageType) -> None:
         acknowledged = self._expect(await self._ask(encode), Acknowledged)

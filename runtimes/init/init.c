@@ -42,6 +42,11 @@
  * killed, and its command with it. (Orphans of a process that the engine itself put into the container look like
  * strays, and are killed with them.)
  *
+ * File workers. FILES forks a process that does file operations for whoever asked (files.c) and hands out the other
+ * end of its socket. Init keeps a copy of the worker's end, only to see when the other one is closed: the worker
+ * should then end by itself, and is killed if a system call holds it up. It is no command and no stray: no wave
+ * reaches it. A command can kill it, or stop it, and then it is continued or killed like a keeper.
+ *
  * Output. Events are not queued: which connection has yet to hear of what is a bit in the command's table entry,
  * so a peer that never reads costs nothing and events cannot overflow. A peer whose socket is full is not read
  * from until it drains; when all places are taken, such a peer is the one that has to leave.
@@ -82,9 +87,10 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "files.h"
 #include "message.h"
 
-#define PROGRAM_VERSION "0.1.0"
+#define PROGRAM_VERSION "0.2.0"
 #define PROTOCOL_VERSION 1U
 
 /* ---- bounds ------------------------------------------------------------------------------------------- */
@@ -92,6 +98,7 @@
 enum {
     COMMANDS_MAX = 1024,
     CONNECTIONS_MAX = 8,             /* one bit each in a uint8_t */
+    WORKERS_MAX = 8,
     MESSAGE_BYTES_MAX = 192 * 1024,  /* below the kernel's default wmem_max of 208 KiB */
     LIST_PAGE_MAX = 256,             /* 256 * 56 bytes fit into the 16 KiB that the daemon reads at once */
     STRINGS_MAX = 4096,              /* entries of argv, and of env */
@@ -106,6 +113,7 @@ enum {
     WAVE_MS_MAX = 64,
     KEEPER_IDLE_WAVES_MAX = 32,      /* about 1.7 s in which a keeper did not notice an empty tree */
     KEEPER_STOPS_MAX = 32,
+    WORKER_GRACE_MS = 500,           /* between the end of its socket and KILL */
     ACCEPT_PAUSE_MS = 100,
     STOP_GRACE_MS = 500,             /* between TERM and KILL ... */
     STOP_TOTAL_MS = 800              /* ... and to the end: `docker stop` sees less than a second */
@@ -122,6 +130,7 @@ enum type {
     KILL = 0x0004,
     LIST = 0x0005,
     FORGET = 0x0006,
+    FILES = 0x0010,
     EVENT_EXITED = 0x4001,
     EVENT_GONE = 0x4002,
     REPLY = 0x8000, /* REPLY | the request's type */
@@ -145,6 +154,7 @@ enum scope { SCOPE_MAIN = 0, SCOPE_GROUP = 1, SCOPE_TREE = 2 };
 
 #define SPAWN_PTY 1U
 #define SPAWN_INHERIT_ENV 2U
+#define FILES_VERSION 1U
 #define GONE_KEEPER_LOST 1U
 #define EXITED_STATUS_UNKNOWN 2U
 
@@ -187,6 +197,13 @@ struct connection {
     bool blocked; /* its socket is full: wait for POLLOUT, read nothing */
 };
 
+struct worker {
+    pid_t pid;          /* 0: free */
+    int fd;             /* a copy of its end, or -1 */
+    int stops;
+    uint64_t kill_at_ns; /* 0: not to be killed */
+};
+
 enum report_kind { REPORT_SPAWNED, REPORT_FAILED, REPORT_EXITED, REPORT_GONE };
 
 struct report {
@@ -226,6 +243,7 @@ struct descriptors {
 static struct command commands[COMMANDS_MAX];
 static size_t commands_end; /* no used slot at or beyond */
 static struct connection connections[CONNECTIONS_MAX];
+static struct worker workers[WORKERS_MAX];
 static struct launch launch;
 static unsigned char inbox[MESSAGE_BYTES_MAX];
 static unsigned char nonce[16];
@@ -269,7 +287,14 @@ static void close_fd(int *fd)
 
 /* epoll and not poll, because poll fails when RLIMIT_NOFILE is below the number of entries. */
 
-enum wake { WAKE_REPORTS, WAKE_SIGNALS, WAKE_LISTEN, WAKE_CONNECTIONS, WAKE_END = WAKE_CONNECTIONS + CONNECTIONS_MAX };
+enum wake {
+    WAKE_REPORTS,
+    WAKE_SIGNALS,
+    WAKE_LISTEN,
+    WAKE_CONNECTIONS,
+    WAKE_WORKERS = WAKE_CONNECTIONS + CONNECTIONS_MAX,
+    WAKE_END = WAKE_WORKERS + WORKERS_MAX
+};
 
 static int watch(int operation, int fd, uint32_t events, uint32_t wake)
 {
@@ -347,6 +372,15 @@ static struct command *find_keeper(pid_t keeper)
     return NULL;
 }
 
+/* That of a pid, or with 0 a free one. */
+static struct worker *find_worker(pid_t pid)
+{
+    for (size_t i = 0; i < WORKERS_MAX; i++)
+        if (workers[i].pid == pid)
+            return &workers[i];
+    return NULL;
+}
+
 static struct command *free_slot(void)
 {
     for (size_t i = 0; i < COMMANDS_MAX; i++)
@@ -387,6 +421,58 @@ static void want_wave(void)
 {
     wave_ms = WAVE_MS_MIN;
     wave_next_ns = now_ns() + (uint64_t)wave_ms * NS_PER_MS;
+}
+
+/* ---- what happens to a file worker -------------------------------------------------------------------- */
+
+/* Its socket has ended: it has a while to notice. */
+static void worker_dismissed(struct worker *worker)
+{
+    /* The worker holds a copy, so closing alone does not end the watch. */
+    if (worker->fd >= 0)
+        (void)watch(EPOLL_CTL_DEL, worker->fd, 0, 0);
+    close_fd(&worker->fd);
+    worker->kill_at_ns = now_ns() + WORKER_GRACE_MS * NS_PER_MS;
+}
+
+/* Asks the kernel: what woke us may have been the end of another one that had this place. */
+static void worker_hung_up(struct worker *worker)
+{
+    struct pollfd end = {.fd = worker->fd};
+    if (worker->fd >= 0 && poll(&end, 1, 0) == 1 && (end.revents & POLLHUP) != 0)
+        worker_dismissed(worker);
+}
+
+static void worker_ended(struct worker *worker)
+{
+    worker_dismissed(worker);
+    *worker = (struct worker){.fd = -1};
+}
+
+static void worker_stopped(struct worker *worker)
+{
+    worker->stops++;
+    (void)signal_process(worker->pid, worker->stops > KEEPER_STOPS_MAX ? SIGKILL : SIGCONT);
+}
+
+static void kill_overdue_workers(void)
+{
+    for (size_t i = 0; i < WORKERS_MAX; i++) {
+        if (workers[i].kill_at_ns == 0 || now_ns() < workers[i].kill_at_ns)
+            continue;
+        (void)signal_process(workers[i].pid, SIGKILL);
+        workers[i].kill_at_ns = 0;
+    }
+}
+
+static void dismiss_workers(void)
+{
+    for (size_t i = 0; i < WORKERS_MAX; i++) {
+        if (workers[i].fd < 0)
+            continue;
+        (void)shutdown(workers[i].fd, SHUT_RDWR);
+        worker_dismissed(&workers[i]);
+    }
 }
 
 /* ---- what happens to a command ------------------------------------------------------------------------ */
@@ -515,9 +601,14 @@ static void reap(void)
         /* Whatever a dead keeper had to say is in the pipe by now. */
         drain_reports();
         struct command *command = find_keeper(pid);
+        struct worker *worker = find_worker(pid);
         if (WIFSTOPPED(status)) {
             if (command != NULL)
                 keeper_stopped(command);
+            if (worker != NULL)
+                worker_stopped(worker);
+        } else if (worker != NULL) {
+            worker_ended(worker);
         } else if (command != NULL) {
             keeper_lost(command);
         } else {
@@ -535,8 +626,8 @@ struct process {
     char state;
 };
 
-/* Whom a walk is after: everything below root. Below init itself, keepers are never signalled; a hunt for strays
- * does not look behind them either. */
+/* Whom a walk is after: everything below root. Below init itself, keepers and file workers are never signalled; a
+ * hunt for strays does not look behind keepers either. */
 struct hunt {
     pid_t root;
     pid_t only_group; /* 0: any */
@@ -644,6 +735,8 @@ static void visit(const struct hunt *hunt, pid_t pid, struct tally *tally)
         tally->disorder = tally->disorder || process.parent > pid;
         return;
     }
+    if (process.parent == own_pid && find_worker(pid) != NULL)
+        return;
     if (process.parent == own_pid && find_keeper(pid) != NULL) {
         if (hunt->behind_keepers) {
             set_found(pid);
@@ -768,6 +861,7 @@ static void begin_stop(void)
         return;
     stopping = true;
     stop_began_ns = now_ns();
+    dismiss_workers();
     (void)walk(&everybody);
     want_wave();
 }
@@ -778,6 +872,9 @@ static bool all_stopped(void)
         return true;
     for (size_t i = 0; i < commands_end; i++)
         if (commands[i].keeper != 0 || commands[i].orphaned)
+            return false;
+    for (size_t i = 0; i < WORKERS_MAX; i++)
+        if (workers[i].pid != 0)
             return false;
     return !strays_wanted;
 }
@@ -894,12 +991,12 @@ static void keeper_wait(pid_t main_pid, uint64_t started_ns, struct report *repo
     }
 }
 
-static void keeper_close(void)
+/* In a child: what is init's alone. */
+static void close_own(void)
 {
     close_fd(&listen_fd);
     close_fd(&signal_fd);
     close_fd(&epoll_fd);
-    close_fd(&proc_fd);
     close_fd(&reserve_fd);
     close_fd(&report_read_fd);
     for (size_t i = 0; i < CONNECTIONS_MAX; i++)
@@ -907,18 +1004,27 @@ static void keeper_close(void)
     for (size_t i = 0; i < commands_end; i++)
         if (commands[i].state != FREE)
             close_fd(&commands[i].pty_master);
+    for (size_t i = 0; i < WORKERS_MAX; i++)
+        close_fd(&workers[i].fd);
+}
+
+/* In a child: PID 1 takes its namespace with it, otherwise this does. */
+static void die_with_parent(void)
+{
+    if (is_pid1)
+        return;
+    (void)prctl(PR_SET_PDEATHSIG, (unsigned long)SIGKILL, 0UL, 0UL, 0UL);
+    if (getppid() != own_pid)
+        _exit(1);
 }
 
 static void keeper_setup(void)
 {
     (void)prctl(PR_SET_CHILD_SUBREAPER, 1UL, 0UL, 0UL, 0UL);
     (void)prctl(PR_SET_NAME, "sandbox-keeper", 0UL, 0UL, 0UL);
-    if (!is_pid1) {
-        (void)prctl(PR_SET_PDEATHSIG, (unsigned long)SIGKILL, 0UL, 0UL, 0UL);
-        if (getppid() != own_pid)
-            _exit(1);
-    }
-    keeper_close();
+    die_with_parent();
+    close_fd(&proc_fd);
+    close_own();
 }
 
 static _Noreturn void keep(uint32_t slot)
@@ -1408,6 +1514,62 @@ static void handle_forget(int index, uint32_t request_id, struct reader *in)
     acknowledge(index, FORGET, request_id);
 }
 
+static _Noreturn void become_worker(int fd)
+{
+    (void)prctl(PR_SET_NAME, "sandbox-files", 0UL, 0UL, 0UL);
+    die_with_parent();
+    close_fd(&report_write_fd);
+    close_own();
+    serve_files(fd, proc_fd);
+}
+
+/* Forks a worker on ends[1]. An errno, or 0. */
+static int start_worker(struct worker *worker, const int *ends)
+{
+    pid_t pid = fork();
+    if (pid == 0) {
+        (void)close(ends[0]);
+        become_worker(ends[1]);
+    }
+    if (pid < 0)
+        return errno;
+    *worker = (struct worker){.pid = pid, .fd = ends[1]};
+    return 0;
+}
+
+static void handle_files(int index, uint32_t request_id, struct reader *in)
+{
+    struct worker *worker = find_worker(0);
+    uint32_t flags = take_u32(in);
+    int ends[2];
+    if (!complete(in) || flags != 0) {
+        refuse(index, request_id, EBADMSG, STAGE_REQUEST);
+        return;
+    }
+    if (stopping || worker == NULL) {
+        refuse(index, request_id, stopping ? ESHUTDOWN : ENOSPC, STAGE_ADMIT);
+        return;
+    }
+    if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) != 0) {
+        refuse(index, request_id, errno, STAGE_DESCRIPTORS);
+        return;
+    }
+    uint32_t wake = WAKE_WORKERS + (uint32_t)(worker - workers);
+    int error = watch(EPOLL_CTL_ADD, ends[1], 0, wake) != 0 ? errno : start_worker(worker, ends);
+    if (error != 0) {
+        (void)watch(EPOLL_CTL_DEL, ends[1], 0, 0);
+        (void)close(ends[1]);
+        refuse(index, request_id, error, STAGE_FORK);
+    } else {
+        begin(REPLY | FILES, request_id);
+        put((uint32_t)worker->pid, 4);
+        put(FILES_VERSION, 4);
+        if (!send_out(index, ends[0]) && connections[index].fd >= 0)
+            drop_connection(index);
+    }
+    (void)close(ends[0]);
+}
+
 static void dispatch(int index, struct reader *in, struct descriptors *received)
 {
     uint16_t magic = take_u16(in);
@@ -1443,6 +1605,9 @@ static void dispatch(int index, struct reader *in, struct descriptors *received)
         break;
     case FORGET:
         handle_forget(index, request_id, in);
+        break;
+    case FILES:
+        handle_files(index, request_id, in);
         break;
     default:
         refuse(index, request_id, EOPNOTSUPP, STAGE_REQUEST);
@@ -1541,6 +1706,9 @@ static int wait_ms(void)
         timeout_ms = until(wave_next_ns, timeout_ms);
     if (accept_next_ns != 0)
         timeout_ms = until(accept_next_ns, timeout_ms);
+    for (size_t i = 0; i < WORKERS_MAX; i++)
+        if (workers[i].kill_at_ns != 0)
+            timeout_ms = until(workers[i].kill_at_ns, timeout_ms);
     return timeout_ms;
 }
 
@@ -1557,6 +1725,10 @@ static void handle_wake(uint32_t wake, uint32_t events)
         accept_connection();
         break;
     default:
+        if (wake >= WAKE_WORKERS) {
+            worker_hung_up(&workers[wake - WAKE_WORKERS]);
+            break;
+        }
         /* It may be gone, or another one by now, by what was handled before: then reading finds nothing. */
         if (connections[wake - WAKE_CONNECTIONS].fd >= 0)
             serve_connection((int)(wake - WAKE_CONNECTIONS), events);
@@ -1574,6 +1746,7 @@ static void turn(void)
         accept_next_ns = 0;
         (void)watch(EPOLL_CTL_MOD, listen_fd, EPOLLIN, WAKE_LISTEN);
     }
+    kill_overdue_workers();
     if (anything_to_kill() && now_ns() >= wave_next_ns)
         run_waves();
     flush_all();
@@ -1753,6 +1926,8 @@ static void start(const char *directory)
         die("draw a nonce");
     for (size_t i = 0; i < CONNECTIONS_MAX; i++)
         connections[i].fd = -1;
+    for (size_t i = 0; i < WORKERS_MAX; i++)
+        workers[i].fd = -1;
     listen_in(directory);
     open_epoll();
     guard_own_process();

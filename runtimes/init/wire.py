@@ -25,13 +25,16 @@ A string is `u32 length, bytes, NUL`: the NUL is outside of the length, and may 
 | 0x8005 | reply         | u32 slot to go on from (0xffffffff: that was all), u32 count, count x (u64      |
 |        |               | command_id, u32 pid, u32 state, u32 flags, u32 status, usage)                   |
 | 0x0006 | FORGET        | u64 command_id                                                                  |
+| 0x0010 | FILES         | u32 flags, 0                                                                    |
+| 0x8010 | reply         | u32 pid, u32 version of the protocol in `files_wire.py`; one descriptor, a      |
+|        |               | socket with a file worker at its other end, which lives until it is closed      |
 | 0x8003 | reply         | nothing; 0x8004 and 0x8006 likewise                                             |
 | 0xffff | ERROR         | u32 errno, u32 stage                                                            |
 | 0x4001 | event EXITED  | u64 command_id, u32 status, u32 flags, usage                                    |
 | 0x4002 | event GONE    | u64 command_id, u32 flags                                                       |
 
 usage is u64 utime_us, u64 stime_us, u64 maxrss_kib, u64 wall_us. Flags of a command: 1 its keeper was lost, 2 its
-wait status is not known. state: 0 free (never sent), 1 starting, 2 running, 3 exited, 4 gone. 0x0010 to 0x00ff
+wait status is not known. state: 0 free (never sent), 1 starting, 2 running, 3 exited, 4 gone. 0x0011 to 0x00ff
 are kept for requests to come; a type that init does not know is answered with ERROR EOPNOTSUPP.
 
 Bounds: a message to init has at most 192 KiB, one from init at most 16 KiB; argv and env have at most 4096
@@ -39,7 +42,8 @@ entries each; at most 16 rlimits; a command_id has 63 bits.
 
 Errors of SPAWN that tell something: EEXIST (stage admit) the id is in use; ENOSPC (admit) the table is full, forget
 ended commands; ESHUTDOWN (admit) init is stopping; ECANCELED (keeper) the command's keeper was killed meanwhile.
-ENOENT: no such command. EBUSY to FORGET: not gone yet. ESRCH to SIGNAL: nobody there to signal.
+ENOSPC to FILES: as many workers as there may be, 8, are there. ENOENT: no such command. EBUSY to FORGET: not gone
+yet. ESRCH to SIGNAL: nobody there to signal.
 
 Everything that init sends is untrusted: decoding accepts exactly this and raises `WireError` for anything else.
 """
@@ -72,6 +76,8 @@ _HELLO_REPLY = struct.Struct("<HH16sII")
 _SPAWN = struct.Struct("<QIHHHHHH")
 _RLIMIT = struct.Struct("<IIQQ")
 _SPAWNED = struct.Struct("<II")
+_FILES = struct.Struct("<I")
+_FILES_REPLY = struct.Struct("<II")
 _SIGNAL = struct.Struct("<QII")
 _COMMAND_ID = struct.Struct("<Q")
 _LIST = struct.Struct("<I")
@@ -116,6 +122,7 @@ class MessageType(enum.IntEnum):
     KILL = 0x0004
     LIST = 0x0005
     FORGET = 0x0006
+    FILES = 0x0010
     EXITED = 0x4001
     GONE = 0x4002
     HELLO_REPLY = 0x8001
@@ -124,6 +131,7 @@ class MessageType(enum.IntEnum):
     KILL_REPLY = 0x8004
     LIST_REPLY = 0x8005
     FORGET_REPLY = 0x8006
+    FILES_REPLY = 0x8010
     ERROR = 0xFFFF
 
 
@@ -215,6 +223,13 @@ class SpawnReply(msgspec.Struct, frozen=True):
     pty: bool
 
 
+class FilesReply(msgspec.Struct, frozen=True):
+    """A file worker runs; `version` is that of its protocol."""
+
+    pid: int
+    version: int
+
+
 class CommandEntry(msgspec.Struct, frozen=True):
     """One command of init's table. `wait_status` is as from wait(2); None: not ended, or not known."""
 
@@ -261,7 +276,7 @@ class Gone(msgspec.Struct, frozen=True):
     keeper_lost: bool
 
 
-Reply = HelloReply | SpawnReply | ListPage | Acknowledged | Refused
+Reply = HelloReply | SpawnReply | FilesReply | ListPage | Acknowledged | Refused
 Event = Exited | Gone
 
 
@@ -360,6 +375,11 @@ def encode_list(request_id: int, slot: int = 0) -> bytes:
     return _HEADER.pack(MAGIC, MessageType.LIST, request_id) + _LIST.pack(slot)
 
 
+def encode_files(request_id: int) -> bytes:
+    """FILES: a new file worker."""
+    return _HEADER.pack(MAGIC, MessageType.FILES, request_id) + _FILES.pack(0)
+
+
 # ---- from init
 
 
@@ -410,6 +430,11 @@ def _decode_hello(body: bytes) -> HelloReply:
 def _decode_spawned(body: bytes) -> SpawnReply:
     pid, flags = _unpack(_SPAWNED, body)
     return SpawnReply(_bounded("a pid", pid, _PID_MAX), bool(_flags(flags, _FLAG_PTY)))
+
+
+def _decode_files(body: bytes) -> FilesReply:
+    pid, version = _unpack(_FILES_REPLY, body)
+    return FilesReply(_bounded("a pid", pid, _PID_MAX), version)
 
 
 def _decode_entry(fields: tuple[int, ...]) -> CommandEntry:
@@ -487,6 +512,8 @@ def _decode_reply(kind: int, body: bytes) -> Reply:
             return _decode_spawned(body)
         case MessageType.LIST_REPLY:
             return _decode_page(body)
+        case MessageType.FILES_REPLY:
+            return _decode_files(body)
         case MessageType.ERROR:
             return _decode_error(body)
         case MessageType.SIGNAL_REPLY | MessageType.KILL_REPLY | MessageType.FORGET_REPLY:

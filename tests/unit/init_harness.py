@@ -185,6 +185,15 @@ class Host:
         wanted = b"INIT_TEST_MARK=" + self.mark.encode()
         return [pid for pid in _pids() if wanted in _environment(pid) and state_of(pid) not in "ZX?"]
 
+    def file_workers(self) -> list[int]:
+        """The living file workers of this init."""
+        pid = self.process.pid
+        try:
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        except OSError:
+            return []
+        return [int(child) for child in children if name_of(int(child)) == "sandbox-files"]
+
     async def kill_and_check(self, command_id: int) -> None:
         """Kills, and holds init to its word: gone means that nobody is left."""
         await self.channel.kill(command_id)
@@ -211,6 +220,14 @@ def stat_of(pid: int) -> list[str]:
         return []
 
 
+def name_of(pid: int) -> str:
+    """Empty if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
+
+
 def state_of(pid: int) -> str:
     return (stat_of(pid) or ["?"])[0]
 
@@ -234,7 +251,7 @@ def descriptor_count(pid: int) -> int:
     return os.stat(folder).st_size or len(os.listdir(folder))  # the size says it since Linux 6.2
 
 
-def _start(folder: str, stderr: int) -> subprocess.Popen[bytes]:
+def _start(folder: str, stderr: int, prepare: Callable[[], None] | None) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         # As in a sandbox; and without it the kernel lets only root install init's seccomp filter.
         ["setpriv", "--no-new-privs", sanitized_init(), "--no-pid1", folder],
@@ -242,15 +259,16 @@ def _start(folder: str, stderr: int) -> subprocess.Popen[bytes]:
         stderr=stderr,
         # An undumpable process cannot be searched for leaks, and this one has no heap to leak.
         env={"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
+        preexec_fn=prepare,
     )
 
 
 @contextlib.asynccontextmanager
-async def running_init(*, connected: bool = True) -> AsyncIterator[Host]:
-    """A host whose init runs; see above for what is checked at the end."""
+async def running_init(*, connected: bool = True, prepare: Callable[[], None] | None = None) -> AsyncIterator[Host]:
+    """A host whose init runs, after `prepare` in its process; see above for what is checked at the end."""
     before = open_descriptors()
     with tempfile.TemporaryDirectory(prefix="init-") as folder, tempfile.TemporaryFile() as stderr:
-        process = _start(folder, stderr.fileno())
+        process = _start(folder, stderr.fileno(), prepare)
         host = Host(Path(folder), process, uuid.uuid4().hex)
         try:
             await until(lambda: os.path.exists(host.socket_path) or process.poll() is not None, "init listens")
@@ -259,9 +277,11 @@ async def running_init(*, connected: bool = True) -> AsyncIterator[Host]:
             yield host
             if connected:
                 host.channel.close()
+            workers = host.file_workers()
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
             await until(lambda: process.poll() is not None, "init ends")
+            assert not [pid for pid in workers if state_of(pid) not in "ZX?"], "a file worker is left"
         finally:
             if process.poll() is None:
                 process.kill()

@@ -8,6 +8,7 @@ When the command has a terminal and we have one, ours is raw meanwhile, and rest
 from __future__ import annotations
 
 import binascii
+import contextlib
 import os
 import select
 import signal
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 REPLAY_BYTES = 64 * 1024
 """How much of what was written before is shown."""
+
+LAST_INPUT_S_MAX = 1.0
+"""How long a command that does not read may keep somebody who wants to leave."""
 
 LEAVING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
@@ -111,6 +115,8 @@ class Reattached:
                 if reply is not None:
                     return self._ended(result_of(reply))
             self._pass_on()
+        if self.left_by == 0:
+            self._send_the_rest()
         return None
 
     def _ended(self, end: dict[str, Any]) -> dict[str, Any]:
@@ -154,12 +160,25 @@ class Reattached:
             self._under_way = None
             self._check(reply)
         if self._typed:
-            data, self._typed = self._typed, b""
-            encoded = binascii.b2a_base64(data, newline=False).decode()
-            self._under_way = self._send("commands/send_stdin", data=encoded)
+            self._send_typed()
         elif self._end_of_input and not self._reading:
             self._end_of_input = False
             self._under_way = self._send("commands/close_stdin")
+
+    def _send_the_rest(self) -> None:
+        """What was typed before the keys is the command's, and what is not answered when we go is not carried out."""
+        with contextlib.suppress(RpcError):
+            while self._under_way is not None or self._typed:
+                if self._under_way is not None:
+                    self._connection.wait(self._under_way, timeout_s=LAST_INPUT_S_MAX)
+                    self._under_way = None
+                if self._typed:
+                    self._send_typed()
+
+    def _send_typed(self) -> None:
+        data, self._typed = self._typed, b""
+        encoded = binascii.b2a_base64(data, newline=False).decode()
+        self._under_way = self._send("commands/send_stdin", data=encoded)
 
     def _check(self, reply: dict[str, Any]) -> None:
         try:

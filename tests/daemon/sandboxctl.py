@@ -30,7 +30,8 @@ def environment(directory: Path, **more: str) -> dict[str, str]:
 @contextlib.contextmanager
 def stub_daemon(directory: Path) -> Iterator[dict[str, str]]:
     """A running stub; yields the environment in which it is found."""
-    env = environment(directory)
+    # Should it die, then no real daemon can take its place: that reads its settings first.
+    env = environment(directory, SANDBOXD_DEFAULTS_MEMORY="nothing but the stub")
     with subprocess.Popen([sys.executable, str(STUB)], env=env, stdout=subprocess.PIPE) as daemon:
         assert daemon.stdout is not None
         assert daemon.stdout.readline() == b"ready\n"

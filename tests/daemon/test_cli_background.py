@@ -222,6 +222,18 @@ def test_what_is_typed_fast_arrives_in_its_order(ctl: Ctl, box: str, terminal: T
         assert process.wait(PATIENCE_S) == 0
 
 
+def test_what_was_typed_before_leaving_is_not_lost(ctl: Ctl, box: str, terminal: Terminal) -> None:
+    """Leaving closes the connection, and what is under way on it with it."""
+    command = shell(ctl, box, "stty -echo; echo ready; read line; echo got $line; read line; echo got $line", "-dt")
+    with running(ctl, terminal, "attach", box, command) as process:
+        terminal.read_until("ready\r\n")
+        terminal.type("one\r")
+        terminal.type("two\r\x10\x11")
+        assert process.wait(PATIENCE_S) == 0
+    assert ctl("wait", box, command).returncode == 0
+    assert logs(ctl, box, command).stdout == b"ready\r\ngot one\r\ngot two\r\n"
+
+
 def test_the_window_size_is_that_of_who_attaches_and_follows(ctl: Ctl, box: str, terminal: Terminal) -> None:
     """The terminal inside was made where there was none."""
     script = "trap 'stty size' WINCH; echo up; while :; do sleep 0.01; done"

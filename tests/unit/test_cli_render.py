@@ -1,0 +1,49 @@
+"""Commands as a table."""
+
+from typing import Any
+
+import pytest
+
+from sandboxd.cli.render import command_list
+
+
+def row(argv: list[str], **end: Any) -> dict[str, Any]:
+    known = {"exit_code": None, "signal": None, "status": "ok"}
+    return {
+        "command_id": "0123456789ab",
+        "pid": 7,
+        "argv": argv,
+        "state": "ended" if end else "running",
+        "started_at_ms": 0,
+        "end": {**known, **end} if end else None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("end", "told"),
+    [
+        ({}, "-"),
+        ({"exit_code": 0}, "exit 0"),
+        ({"exit_code": 7, "status": "nonzero"}, "exit 7"),
+        ({"signal": 15, "status": "signaled"}, "signal 15"),
+        ({"signal": 9, "status": "oom"}, "oom (signal 9)"),
+        ({"exit_code": 1, "status": "timeout"}, "timeout (exit 1)"),
+        ({"status": "lost"}, "lost"),
+    ],
+)
+def test_an_end_is_a_code_or_a_signal_and_a_verdict_where_that_says_more(end: dict[str, Any], told: str) -> None:
+    """137 alone says nothing of memory."""
+    line = command_list([row(["true"], **end)], 60_000, None).splitlines()[1]
+    assert [cell.strip() for cell in line.split("   ") if cell.strip()][3:] == ["1m", told, "true"]
+
+
+def test_lines_are_cut_to_the_width_that_there_is() -> None:
+    """So that each command is one line."""
+    rows = [row(["echo", "x" * 100])]
+    assert [len(line) for line in command_list(rows, 0, 70).splitlines()] == [50, 70]
+    assert "x" * 100 in command_list(rows, 0, None)
+
+
+def test_arguments_that_a_terminal_would_obey_are_shown_as_written_in_code() -> None:
+    """And an empty one is seen at all."""
+    assert command_list([row(["a", "", "\x1b[2J", "two words"])], 0, None).endswith("a '' '\\x1b[2J' two words\n")

@@ -1,4 +1,4 @@
-"""``AsyncSandbox``: the client for async code, on asyncio or trio. The twin of ``sandbox``, method for method.
+"""``AsyncSandbox``: the client for async code, on anyio. The twin of ``sandbox``, method for method.
 
 Each call, and each handle that is followed, has a connection of its own: cancelling the one that waits closes it, and
 the daemon then ends what was asked for. Requests are small and the socket is local, so they are sent without waiting.
@@ -53,12 +53,12 @@ from sandboxd.client.starting import start
 from sandboxd.paths import socket_path
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from types import TracebackType
     from typing import Self, Unpack
 
-    OnText = Callable[[str], object]
-    OnBytes = Callable[[bytes], object]
+    TextCallback = Callable[[str], object]
+    BytesCallback = Callable[[bytes], object]
 
 
 async def connect() -> Connection:
@@ -125,9 +125,9 @@ class AsyncCommandHandle:
         sandbox_id: str,
         command_id: str,
         pid: int | None,
-        on_stdout: OnText | None = None,
-        on_stderr: OnText | None = None,
-        on_data: OnBytes | None = None,
+        on_stdout: TextCallback | None = None,
+        on_stderr: TextCallback | None = None,
+        on_data: BytesCallback | None = None,
         *,
         pty: bool = False,
     ) -> None:
@@ -160,23 +160,21 @@ class AsyncCommandHandle:
         """What it wrote to stderr, as far as it was read."""
         return self._following.written("stderr").decode(errors="replace")
 
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> tuple[str | None, str | None, bytes | None]:
-        """The next portion of output as ``(stdout, stderr, pty)``, two of which are None."""
-        chunk = await self._next()
-        if chunk is None:
-            raise StopAsyncIteration
-        if self._pty:
-            return None, None, chunk.data
-        return (chunk.text, None, None) if chunk.stream == "stdout" else (None, chunk.text, None)
+    async def __aiter__(self) -> AsyncIterator[tuple[str | None, str | None, bytes | None]]:
+        """Each portion of output as ``(stdout, stderr, pty)``, two of which are None, until the command has ended."""
+        async for chunk in self._chunks():
+            if self._pty:
+                yield None, None, chunk.data
+            elif chunk.stream == "stdout":
+                yield chunk.text, None, None
+            else:
+                yield None, chunk.text, None
 
     async def wait(
         self,
-        on_pty: OnBytes | None = None,
-        on_stdout: OnText | None = None,
-        on_stderr: OnText | None = None,
+        on_pty: BytesCallback | None = None,
+        on_stdout: TextCallback | None = None,
+        on_stderr: TextCallback | None = None,
     ) -> CommandResult:
         """Wait for the end. May be called again. Callbacks may be async, and go before those given at the start.
 
@@ -185,12 +183,12 @@ class AsyncCommandHandle:
             TimeoutException: It ran into the timeout that it was started with.
         """
         on_data = on_pty or self._on_data
-        while (chunk := await self._next()) is not None:
+        async for chunk in self._chunks():
             if not self._pty:
                 await deliver_text(chunk, on_stdout or self._on_stdout, on_stderr or self._on_stderr)
             elif on_data is not None and chunk.data:
                 await settled(on_data(chunk.data))
-        if self._following.end is None:
+        if not self._following.ended():
             raise SandboxException("cannot wait for the command", "disconnect was called meanwhile")
         return self._following.result()
 
@@ -207,33 +205,31 @@ class AsyncCommandHandle:
         await call("commands/close_stdin", self._ref)
 
     async def disconnect(self) -> None:
-        """Stop following it. It goes on; ``wait`` and iterating take up where this left off."""
-        self._close()
-
-    async def _next(self) -> Chunk | None:
-        following = self._following
-        with translated():
-            if self._connection is None and following.end is None:
-                self._connection = await connect()
-                params = {**self._ref, **following.connect_params()}
-                following.request_id = self._connection.send("commands/connect", params)
-            try:
-                while not following.chunks and following.end is None and self._connection is not None:
-                    await receive(self._connection, following)
-            except BaseException:
-                self._close()
-                raise
-        if following.end is not None:
-            self._close()
-        return following.chunks.popleft() if following.chunks else None
-
-    def _close(self) -> None:
+        """Stop following it, from the task that does. It goes on, and ``wait`` takes up where this left off."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
 
+    async def _chunks(self) -> AsyncIterator[Chunk]:
+        following = self._following
+        with translated():
+            if not following.ended():
+                connection = self._connection = await connect()
+                try:
+                    params = {**self._ref, **following.connect_params()}
+                    following.request_id = connection.send("commands/connect", params)
+                    while not following.ended() and self._connection is connection:
+                        while following.chunks:
+                            yield following.chunks.popleft()
+                        if self._connection is connection:
+                            await receive(connection, following)
+                finally:
+                    connection.close()
+        while following.chunks and following.ended():
+            yield following.chunks.popleft()
 
-async def deliver_text(chunk: Chunk, on_stdout: OnText | None, on_stderr: OnText | None) -> None:
+
+async def deliver_text(chunk: Chunk, on_stdout: TextCallback | None, on_stderr: TextCallback | None) -> None:
     """Give a portion of output to whom it is for."""
     callback = on_stdout if chunk.stream == "stdout" else on_stderr
     if callback is not None and chunk.text:
@@ -304,8 +300,8 @@ class AsyncCommands(_Processes):
         envs: Env | None = None,
         user: str | None = None,
         cwd: str | None = None,
-        on_stdout: OnText | None = None,
-        on_stderr: OnText | None = None,
+        on_stdout: TextCallback | None = None,
+        on_stderr: TextCallback | None = None,
         stdin: bool | str | bytes | None = None,
         timeout: float | None = None,
         request_timeout: float | None = None,
@@ -318,8 +314,8 @@ class AsyncCommands(_Processes):
         envs: Env | None = None,
         user: str | None = None,
         cwd: str | None = None,
-        on_stdout: OnText | None = None,
-        on_stderr: OnText | None = None,
+        on_stdout: TextCallback | None = None,
+        on_stderr: TextCallback | None = None,
         stdin: bool | None = None,
         timeout: float | None = None,
         request_timeout: float | None = None,
@@ -331,8 +327,8 @@ class AsyncCommands(_Processes):
         envs: Env | None = None,
         user: str | None = None,
         cwd: str | None = None,
-        on_stdout: OnText | None = None,
-        on_stderr: OnText | None = None,
+        on_stdout: TextCallback | None = None,
+        on_stderr: TextCallback | None = None,
         stdin: bool | str | bytes | None = None,
         timeout: float | None = None,
         request_timeout: float | None = None,
@@ -372,7 +368,7 @@ class AsyncCommands(_Processes):
             connection = await connect()
             with connection:
                 following.request_id = connection.send("commands/run", params)
-                while following.end is None:
+                while not following.ended():
                     await receive(connection, following, None if following.started else request_timeout)
                     while following.chunks:
                         await deliver_text(following.chunks.popleft(), on_stdout, on_stderr)
@@ -385,8 +381,8 @@ class AsyncCommands(_Processes):
     async def connect(
         self,
         pid: int | str,
-        on_stdout: OnText | None = None,
-        on_stderr: OnText | None = None,
+        on_stdout: TextCallback | None = None,
+        on_stderr: TextCallback | None = None,
         request_timeout: float | None = None,
     ) -> AsyncCommandHandle:
         """A handle on a command that was started in the background, by its pid inside or by its id."""
@@ -402,8 +398,8 @@ class AsyncCommands(_Processes):
         user: str,
         params: dict[str, Any],
         stdin: bool | str | bytes | None,
-        on_stdout: OnText | None,
-        on_stderr: OnText | None,
+        on_stdout: TextCallback | None,
+        on_stderr: TextCallback | None,
     ) -> CommandResult:
         with memory_files(input_bytes(stdin)) as files:
             end = await call("commands/run", {**params, "user": user, "stdio": "descriptors"}, None, files)
@@ -420,7 +416,7 @@ class AsyncPty(_Processes):
     async def create(
         self,
         size: PtySize,
-        on_data: OnBytes | None = None,
+        on_data: BytesCallback | None = None,
         user: str | None = None,
         cwd: str | None = None,
         envs: Env | None = None,
@@ -435,7 +431,7 @@ class AsyncPty(_Processes):
         return AsyncCommandHandle(self._sandbox_id, *started, on_data=on_data, pty=True)
 
     async def connect(
-        self, pid: int | str, on_data: OnBytes | None = None, request_timeout: float | None = None
+        self, pid: int | str, on_data: BytesCallback | None = None, request_timeout: float | None = None
     ) -> AsyncCommandHandle:
         """A handle on a terminal, by its pid inside or by its id. What it showed until now comes first."""
         found = find_command(await self._list(request_timeout), pid)

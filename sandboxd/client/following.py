@@ -47,7 +47,7 @@ class Following:
         self._decoders = {name: decoder("replace") for name in self._written}
         self._ref: dict[str, Any] = {}
         self.started = False
-        self.end: Mapping[str, Any] | None = None
+        self._end: Mapping[str, Any] | None = None
         self.chunks: deque[Chunk] = deque()
         """What was not yet taken."""
 
@@ -75,6 +75,10 @@ class Following:
         """Where ``commands/connect`` is to begin."""
         return {f"{stream}_offset": offset for stream, offset in self._offsets.items() if offset}
 
+    def ended(self) -> bool:
+        """Whether its end has been told; then all that it wrote has been, too."""
+        return self._end is not None
+
     def result(self) -> CommandResult:
         """How it ended. Only once it has.
 
@@ -82,9 +86,9 @@ class Following:
             CommandExitException: Not with 0.
             TimeoutException: It took too long.
         """
-        if self.end is None:
+        if self._end is None:
             raise AssertionError("the command has not ended")
-        return checked(command_result(self.end, self.written("stdout"), self.written("stderr")))
+        return checked(command_result(self._end, self.written("stdout"), self.written("stderr")))
 
     def written(self, stream: str) -> bytes:
         """What it wrote so far."""
@@ -92,7 +96,7 @@ class Following:
 
     def _take_reply(self, content: Mapping[str, Any]) -> Request | None:
         if content.get("id") in (self.request_id, None):
-            self.end = result_of(dict(content))
+            self._end = result_of(dict(content))
             self.started = True
             for stream in self._decoders:
                 self._put(stream, b"", final=True)

@@ -54,8 +54,8 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self, Unpack
 
-    OnText = Callable[[str], object]
-    OnBytes = Callable[[bytes], object]
+    TextCallback = Callable[[str], object]
+    BytesCallback = Callable[[bytes], object]
 
 OfInstance = TypeVar("OfInstance")
 OfClass = TypeVar("OfClass")
@@ -120,9 +120,9 @@ class CommandHandle:
         sandbox_id: str,
         command_id: str,
         pid: int | None,
-        on_stdout: OnText | None = None,
-        on_stderr: OnText | None = None,
-        on_data: OnBytes | None = None,
+        on_stdout: TextCallback | None = None,
+        on_stderr: TextCallback | None = None,
+        on_data: BytesCallback | None = None,
         *,
         pty: bool = False,
     ) -> None:
@@ -167,9 +167,9 @@ class CommandHandle:
 
     def wait(
         self,
-        on_pty: OnBytes | None = None,
-        on_stdout: OnText | None = None,
-        on_stderr: OnText | None = None,
+        on_pty: BytesCallback | None = None,
+        on_stdout: TextCallback | None = None,
+        on_stderr: TextCallback | None = None,
     ) -> CommandResult:
         """Wait for the end. May be called again. Callbacks go before those given at the start.
 
@@ -183,7 +183,7 @@ class CommandHandle:
                 deliver_text(chunk, on_stdout or self._on_stdout, on_stderr or self._on_stderr)
             elif on_data is not None and chunk.data:
                 on_data(chunk.data)
-        if self._following.end is None:
+        if not self._following.ended():
             raise SandboxException("cannot wait for the command", "disconnect was called meanwhile")
         return self._following.result()
 
@@ -200,7 +200,7 @@ class CommandHandle:
         call("commands/close_stdin", self._ref)
 
     def disconnect(self) -> None:
-        """Stop following it. It goes on; ``wait`` and iterating take up where this left off."""
+        """Stop following it, from the thread that does. It goes on, and ``wait`` takes up where this left off."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -211,29 +211,23 @@ class CommandHandle:
     def _chunks(self) -> Iterator[Chunk]:
         following = self._following
         with translated():
-            self._follow()
-            while True:
-                while following.chunks:
-                    yield following.chunks.popleft()
-                if self._connection is None:
-                    return
+            if not following.ended():
+                connection = self._connection = connect_or_start(os.environ)
                 try:
-                    receive(self._connection, following)
-                except RpcError:
-                    self.disconnect()
-                    raise
-                if following.end is not None:
-                    self.disconnect()
-
-    def _follow(self) -> None:
-        if self._connection is None and self._following.end is None:
-            self._connection = connect_or_start(os.environ)
-            self._following.request_id = self._connection.send(
-                "commands/connect", {**self._ref, **self._following.connect_params()}
-            )
+                    params = {**self._ref, **following.connect_params()}
+                    following.request_id = connection.send("commands/connect", params)
+                    while not following.ended() and self._connection is connection:
+                        while following.chunks:
+                            yield following.chunks.popleft()
+                        if self._connection is connection:
+                            receive(connection, following)
+                finally:
+                    connection.close()
+        while following.chunks and following.ended():
+            yield following.chunks.popleft()
 
 
-def deliver_text(chunk: Chunk, on_stdout: OnText | None, on_stderr: OnText | None) -> None:
+def deliver_text(chunk: Chunk, on_stdout: TextCallback | None, on_stderr: TextCallback | None) -> None:
     """Give a portion of output to whom it is for."""
     callback = on_stdout if chunk.stream == "stdout" else on_stderr
     if callback is not None and chunk.text:
@@ -297,8 +291,8 @@ class Commands(_Processes):
         envs: Env | None = None,
         user: str | None = None,
         cwd: str | None = None,
-        on_stdout: OnText | None = None,
-        on_stderr: OnText | None = None,
+        on_stdout: TextCallback | None = None,
+        on_stderr: TextCallback | None = None,
         stdin: bool | str | bytes | None = None,
         timeout: float | None = None,
         request_timeout: float | None = None,
@@ -311,8 +305,8 @@ class Commands(_Processes):
         envs: Env | None = None,
         user: str | None = None,
         cwd: str | None = None,
-        on_stdout: OnText | None = None,
-        on_stderr: OnText | None = None,
+        on_stdout: TextCallback | None = None,
+        on_stderr: TextCallback | None = None,
         stdin: bool | None = None,
         timeout: float | None = None,
         request_timeout: float | None = None,
@@ -324,8 +318,8 @@ class Commands(_Processes):
         envs: Env | None = None,
         user: str | None = None,
         cwd: str | None = None,
-        on_stdout: OnText | None = None,
-        on_stderr: OnText | None = None,
+        on_stdout: TextCallback | None = None,
+        on_stderr: TextCallback | None = None,
         stdin: bool | str | bytes | None = None,
         timeout: float | None = None,
         request_timeout: float | None = None,
@@ -363,7 +357,7 @@ class Commands(_Processes):
         deadline = None if request_timeout is None else time.monotonic() + request_timeout
         with translated(), connect_or_start(os.environ) as connection:
             following.request_id = connection.send("commands/run", params)
-            while following.end is None:
+            while not following.ended():
                 receive(connection, following, None if following.started else deadline)
                 while following.chunks:
                     deliver_text(following.chunks.popleft(), on_stdout, on_stderr)
@@ -376,8 +370,8 @@ class Commands(_Processes):
     def connect(
         self,
         pid: int | str,
-        on_stdout: OnText | None = None,
-        on_stderr: OnText | None = None,
+        on_stdout: TextCallback | None = None,
+        on_stderr: TextCallback | None = None,
         request_timeout: float | None = None,
     ) -> CommandHandle:
         """A handle on a command that was started in the background, by its pid inside or by its id."""
@@ -393,8 +387,8 @@ class Commands(_Processes):
         user: str,
         params: dict[str, Any],
         stdin: bool | str | bytes | None,
-        on_stdout: OnText | None,
-        on_stderr: OnText | None,
+        on_stdout: TextCallback | None,
+        on_stderr: TextCallback | None,
     ) -> CommandResult:
         with memory_files(input_bytes(stdin)) as files:
             end = call("commands/run", {**params, "user": user, "stdio": "descriptors"}, None, files)
@@ -411,7 +405,7 @@ class Pty(_Processes):
     def create(
         self,
         size: PtySize,
-        on_data: OnBytes | None = None,
+        on_data: BytesCallback | None = None,
         user: str | None = None,
         cwd: str | None = None,
         envs: Env | None = None,
@@ -436,7 +430,7 @@ class Pty(_Processes):
         return CommandHandle(self._sandbox_id, *self._start(params, request_timeout), on_data=on_data, pty=True)
 
     def connect(
-        self, pid: int | str, on_data: OnBytes | None = None, request_timeout: float | None = None
+        self, pid: int | str, on_data: BytesCallback | None = None, request_timeout: float | None = None
     ) -> CommandHandle:
         """A handle on a terminal, by its pid inside or by its id. What it showed until now comes first."""
         found = find_command(self._list(request_timeout), pid)

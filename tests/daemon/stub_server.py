@@ -188,7 +188,7 @@ class Stub:
         nothing: dict[str, Any] = dict.fromkeys(p.SandboxMetrics.__struct_fields__)
         rows = [
             p.SandboxMetrics(**nothing | {"id": info.id, "name": info.name, "state": info.state, "reason": "a stub"})
-            for info in self._sandboxes.values()
+            for info in [self._find(reference) for reference in params.sandboxes] or self._sandboxes.values()
         ]
         return p.SandboxMetricsList(sandboxes=rows)
 

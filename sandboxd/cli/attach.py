@@ -1,9 +1,9 @@
 """A command that is attached to the caller: its descriptors or its terminal, its signals, its end.
 
 Without a terminal the command gets the caller's own stdin, stdout and stderr, and nothing is left to do but to
-forward signals and wait; only where one of them is a terminal it gets a pipe instead, see ``standins``. With one, the
-terminal's master comes back, and bytes are moved between it and the caller's terminal, which is in raw mode meanwhile
-and restored whatever happens.
+forward signals and wait; only where one of them is a terminal or a file it gets a pipe instead, see ``standins``.
+With one, the terminal's master comes back, and bytes are moved between it and the caller's terminal, which is in raw
+mode meanwhile and restored whatever happens.
 
 Signals arrive as bytes in a pipe, so that one poll waits for everything and no handler interrupts a half-read reply.
 """
@@ -13,10 +13,11 @@ from __future__ import annotations
 import errno
 import os
 import select
+import stat
 import time
 
 from sandboxd.cli import wire
-from sandboxd.client import result_of
+from sandboxd.client import RpcError, result_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ kernel hangs the terminal up at once, and there is nothing to wait for."""
 CHUNK_BYTES = 64 * 1024
 WINDOW_SIZE_BYTES = 8
 DEFAULT_ROWS, DEFAULT_COLS = 24, 80
+NULL_DEVICE = os.makedev(1, 3)
 
 
 class Attached:
@@ -89,7 +91,10 @@ class Attached:
                 self._drain()
             if self._standins is not None:
                 self._standins.drain()
-            return result_of(reply)
+            result = result_of(reply)
+            if self._standins is not None and self._standins.failure is not None:
+                raise RpcError(0, "internal", "cannot write", self._standins.failure.strerror or "")
+            return result
         finally:
             restore_terminal()
             restore_signals()
@@ -108,11 +113,11 @@ class Attached:
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         given = {0: 0 if self._interactive else null, 1: 1, 2: 2}
         try:
-            terminals = [number for number in given.values() if os.isatty(number)]
-            if terminals:
+            kept = [number for number in given.values() if number != null and not _may_be_handed_over(number)]
+            if kept:
                 from sandboxd.cli.standins import StandIns
 
-                self._standins = StandIns(terminals)
+                self._standins = StandIns(kept)
                 given.update(self._standins.theirs)
             self._request_id = self._connection.send("commands/run", params, (given[0], given[1], given[2]))
         finally:
@@ -252,6 +257,14 @@ class Attached:
             scope=scope,
         )
         self._connection.send("commands/signal", params)
+
+
+def _may_be_handed_over(number: int) -> bool:
+    """Whether a descriptor of ours is one of those with which nothing but reading and writing can be done inside."""
+    found = os.fstat(number)
+    if stat.S_ISCHR(found.st_mode):
+        return found.st_rdev == NULL_DEVICE
+    return stat.S_ISFIFO(found.st_mode) or stat.S_ISSOCK(found.st_mode)
 
 
 def nothing() -> None:

@@ -204,8 +204,8 @@ def test_without_t_no_descriptor_of_ours_is_a_terminal_inside(
     assert terminal.attributes() == before
 
 
-def test_only_what_is_a_terminal_is_replaced(ctl: Ctl, box: str, terminal: Terminal) -> None:
-    """A file stays the caller's own: no byte is copied that need not be."""
+def test_a_pipe_is_not_replaced(ctl: Ctl, box: str, terminal: Terminal) -> None:
+    """A pipe stays the caller's own: no byte is copied that need not be."""
     read_end, write_end = os.pipe()
     command = [*CTL, "exec", box, "sh", "-c", "test -t 2 || echo plain >&2; exec readlink /proc/self/fd/1"]
     with subprocess.Popen(command, env=ctl.env, stdout=write_end, stderr=terminal.slave) as process:
@@ -268,3 +268,36 @@ def test_keys_that_nobody_reads_stay_in_the_terminal(ctl: Ctl, box: str, termina
         assert process.wait(PATIENCE_S) == 1
     terminal.type("ahead\r")
     assert os.read(terminal.slave, 100) == b"ahead\n"
+
+
+# --- files in front
+
+
+def test_no_file_of_ours_is_one_inside(ctl: Ctl, box: str, tmp_path: Path) -> None:
+    """Inside it could be opened anew for writing, and O_APPEND be taken from it."""
+    (tmp_path / "in").write_text("given\n")
+    script = 'cat; for n in 0 1 2; do readlink /proc/self/fd/$n; done | sed "s/:.*//"; echo more >&2'
+    with (tmp_path / "in").open() as given, (tmp_path / "out").open("a") as out:
+        out.write("earlier\n")
+        out.flush()
+        done = ctl("exec", "-i", box, "sh", "-c", script, capture_output=False, stdin=given, stdout=out, stderr=out)
+    assert done.returncode == 0
+    assert (tmp_path / "out").read_text() == "earlier\ngiven\npipe\npipe\npipe\nmore\n"
+
+
+@pytest.mark.parametrize("mode", ["wb", "ab"])
+def test_files_are_copied_whole(ctl: Ctl, box: str, tmp_path: Path, mode: str) -> None:
+    """Both ways, and more than any pipe holds."""
+    data = os.urandom(9_000_001)
+    (tmp_path / "in").write_bytes(data)
+    with (tmp_path / "in").open("rb") as given, (tmp_path / "out").open(mode) as out:
+        done = ctl("exec", "-i", box, "cat", capture_output=False, stdin=given, stdout=out)
+    assert done.returncode == 0
+    assert (tmp_path / "out").read_bytes() == data
+
+
+def test_output_that_cannot_be_written_is_a_failure(ctl: Ctl, box: str) -> None:
+    """The command may have ended well, but what it wrote is lost."""
+    with open("/dev/full", "w") as full:
+        done = ctl("exec", box, "echo", "x", capture_output=False, stdout=full, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (125, "sandboxctl: cannot write: No space left on device\n")

@@ -14,6 +14,7 @@ import msgspec
 
 from runtimes.errors import ContainerNotFound, Unsupported
 from runtimes.model import (
+    CONTAINER_NAME_PREFIX,
     CPU_MILLIS_PER_CPU,
     LABEL_OWNER,
     LABEL_SANDBOX,
@@ -25,9 +26,6 @@ from runtimes.model import (
     Tmpfs,
     User,
 )
-
-CONTAINER_NAME_PREFIX = "sandboxd-"
-"""Of the name that people see in ``docker ps``. Nothing is found by it, but an engine gives it out only once."""
 
 PROXY_VARIABLES = (
     "ALL_PROXY",
@@ -50,7 +48,7 @@ _IMAGE_REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_./:@+-]{0,511}")
 
 _DOCKER_ROW = (
     f"[{{{{json .ID}}}},{{{{json .State}}}},"
-    f'{{{{json (.Label "{LABEL_SANDBOX}")}}}},{{{{json (.Label "{LABEL_OWNER}")}}}}]'
+    f'{{{{json (.Label "{LABEL_SANDBOX}")}}}},{{{{json (.Label "{LABEL_OWNER}")}}}},{{{{json .Names}}}}]'
 )
 
 
@@ -235,7 +233,8 @@ def _hardening_flags(client: Client, spec: ContainerSpec) -> list[str]:
                 raise Unsupported("cannot map the caller's uid to itself with Docker")
         case EngineName.PODMAN:
             # Podman would add its own writable tmpfs mounts to a read-only root, and its systemd mode more.
-            flags += ["--read-only-tmpfs=false", "--systemd=false"]
+            # Volumes that an image declares would be writable, and on the host's disk.
+            flags += ["--read-only-tmpfs=false", "--systemd=false", "--image-volume=ignore"]
             if spec.keep_id:
                 flags.append("--userns=keep-id")
         case _:

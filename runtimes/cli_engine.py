@@ -15,7 +15,6 @@ import msgspec
 
 from runtimes import parse
 from runtimes.argv import (
-    CONTAINER_NAME_PREFIX,
     PROXY_VARIABLES,
     Client,
     exec_argv,
@@ -39,6 +38,7 @@ from runtimes.errors import (
     Unsupported,
 )
 from runtimes.model import (
+    CONTAINER_NAME_PREFIX,
     Capabilities,
     ContainerFacts,
     ContainerSpec,
@@ -139,7 +139,8 @@ class CliEngine(ABC):
 
     async def remove_sandbox(self, sandbox_id: str, *, owner: str) -> int:
         """See ``Engine.remove_sandbox``."""
-        found = await self._list(owner=owner, sandbox_id=sandbox_id)
+        listed = await self._list(owner=owner, sandbox_id=sandbox_id)
+        found = [container for container in listed if container.named_by_us]
         if found:
             await self._remove([container.container_id for container in found])
         return len(found)

@@ -16,6 +16,9 @@ LABEL_SANDBOX = "io.sandboxd.sandbox"
 LABEL_OWNER = "io.sandboxd.owner"
 """Label that carries the id of the daemon's state directory: whose container it is."""
 
+CONTAINER_NAME_PREFIX = "sandboxd-"
+"""Before the sandbox id: what people read in ``docker ps``."""
+
 CPU_MILLIS_PER_CPU = 1000
 
 
@@ -136,6 +139,9 @@ class ContainerSummary(msgspec.Struct, frozen=True, kw_only=True):
     sandbox_id: str
     owner: str
     state: ContainerState
+    named_by_us: bool = True
+    """It has the name that we give. One that somebody made of a committed sandbox has our labels and another name:
+    it is not ours to remove."""
 
 
 class ContainerFacts(msgspec.Struct, frozen=True, kw_only=True):

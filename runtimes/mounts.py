@@ -15,7 +15,8 @@ import errno
 import os
 import struct
 
-from runtimes.errors import Unsupported
+from runtimes.errors import UnreadableAnswer, Unsupported
+from runtimes.mountinfo import MountEntry, is_below, parse
 
 # The numbers are the same on every architecture, as for all system calls since Linux 5.1.
 _SYS_OPEN_TREE = 428
@@ -35,6 +36,11 @@ _MOUNT_ATTR_IDMAP = 0x100000
 _MS_PRIVATE = 1 << 18
 _MNT_DETACH = 2
 _UMOUNT_NOFOLLOW = 8
+
+_DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+MOUNTINFO_CHARS_MAX = 4 * 1024 * 1024
+"""Some ten thousand mounts."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -86,17 +92,63 @@ def unmount(path: str) -> bool:
 
 def mounts_below(directory: str) -> list[str]:
     """Mount points at or below ``directory`` in our mount namespace, deepest first."""
-    prefix = directory.rstrip("/")
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        targets = [_unescape(line.split(" ", 5)[4]) for line in file]
-    found = [target for target in targets if target == prefix or target.startswith(prefix + "/")]
+    found = [entry.target for entry in mounts_of("self") if is_below(entry.target, directory)]
     return sorted(found, key=len, reverse=True)
 
 
-def _unescape(field: str) -> str:
-    for escaped, plain in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
-        field = field.replace(escaped, plain)
-    return field
+def mounts_of(process: int | str) -> tuple[MountEntry, ...]:
+    """The mounts that a process sees.
+
+    Raises:
+        UnreadableAnswer: it is gone, or the kernel says something unheard of.
+    """
+    try:
+        with open(f"/proc/{process}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+            return parse(file.read(MOUNTINFO_CHARS_MAX))
+    except OSError as error:
+        raise UnreadableAnswer("cannot read the mounts of a process", detail=error.strerror or "") from error
+
+
+def remove_tree(directory: str) -> None:
+    """Remove a directory and what is in it, whatever somebody hostile has put there.
+
+    Flat: what lies in a subdirectory is moved up before that is removed, so that no depth is too deep. Follows no
+    symlink, and never goes into another mount: such a directory is left, and the error says so.
+
+    Raises:
+        OSError: something cannot be removed.
+    """
+    top_fd = os.open(directory, _DIRECTORY_FLAGS)
+    try:
+        _empty(top_fd)
+    finally:
+        os.close(top_fd)
+    os.rmdir(directory)
+
+
+def _empty(top_fd: int) -> None:
+    number = 0
+    while names := os.listdir(top_fd):
+        for name in names:
+            try:
+                os.unlink(name, dir_fd=top_fd)
+            except IsADirectoryError:
+                number = _lift(top_fd, name, number)
+
+
+def _lift(top_fd: int, name: str, number: int) -> int:
+    """Move what is in a subdirectory up, and remove it. Moving across a mount fails, which is what is wanted."""
+    child_fd = os.open(name, _DIRECTORY_FLAGS, dir_fd=top_fd)
+    try:
+        os.fchmod(child_fd, 0o700)
+        for grandchild in os.listdir(child_fd):
+            lifted = f".lifted-{number}"
+            number += 1
+            os.rename(grandchild, lifted, src_dir_fd=child_fd, dst_dir_fd=top_fd)
+    finally:
+        os.close(child_fd)
+    os.rmdir(name, dir_fd=top_fd)
+    return number
 
 
 def _syscall(number: int, *arguments: int | bytes) -> int:

@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from runtimes.errors import UnreadableAnswer
 from runtimes.model import (
+    CONTAINER_NAME_PREFIX,
     CPU_MILLIS_PER_CPU,
     LABEL_OWNER,
     LABEL_SANDBOX,
@@ -62,6 +63,7 @@ class _PodmanRow(msgspec.Struct, rename="pascal"):
     id: _ContainerId
     state: _Word
     labels: dict[str, Any] | None = None
+    names: tuple[_Label, ...] = ()
 
 
 class _State(msgspec.Struct, rename="pascal"):
@@ -256,13 +258,19 @@ def version(text: str) -> tuple[int, int]:
 
 def _docker_rows(answer: bytes) -> list[ContainerSummary]:
     rows = (
-        _decode(line, tuple[_ContainerId, _Word, _Label, _Label], "a list of containers")
+        _decode(line, tuple[_ContainerId, _Word, _Label, _Label, _Label], "a list of containers")
         for line in answer.splitlines()
         if line.strip()
     )
     return [
-        ContainerSummary(container_id=identifier, sandbox_id=sandbox_id, owner=owner, state=_state(state))
-        for identifier, state, sandbox_id, owner in rows
+        ContainerSummary(
+            container_id=identifier,
+            sandbox_id=sandbox_id,
+            owner=owner,
+            state=_state(state),
+            named_by_us=_own_name(sandbox_id) in names.split(","),
+        )
+        for identifier, state, sandbox_id, owner, names in rows
     ]
 
 
@@ -274,9 +282,14 @@ def _podman_rows(answer: bytes) -> list[ContainerSummary]:
             sandbox_id=_label(row.labels, LABEL_SANDBOX),
             owner=_label(row.labels, LABEL_OWNER),
             state=_state(row.state),
+            named_by_us=_own_name(_label(row.labels, LABEL_SANDBOX)) in row.names,
         )
         for row in rows
     ]
+
+
+def _own_name(sandbox_id: str) -> str:
+    return f"{CONTAINER_NAME_PREFIX}{sandbox_id}"
 
 
 def _label(labels: dict[str, Any] | None, name: str) -> str:

@@ -16,6 +16,7 @@ import signal
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import anyio
 import msgspec
@@ -77,7 +78,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 def judge(verdict: Verdict) -> tuple[int | None, int | None, str]:
     """Return exit code, signal and status. Pure; an OOM is told by the kernel's counter, never by 137."""
     if verdict.wait_status is None:
-        return None, None, "killed" if verdict.killed else "lost"
+        return None, None, "killed" if verdict.killed else "oom" if verdict.oom_kills else "lost"
     ended_by = verdict.wait_status & 0x7F
     exit_code = None if ended_by else (verdict.wait_status >> 8) & 0xFF
     failed = exit_code != 0
@@ -147,6 +148,7 @@ class CommandTable:
     Args:
         background: Where timeouts run.
         read_oom_kills: The sandbox's counter, from its control group; None when it cannot be read.
+        unthrottled: Lifts the sandbox's CPU quota for as long as it is entered.
         on_ended: Told the id and the end of a background command.
         on_forgotten: Told the id of a command whose end is not kept any longer, and whose output need not be.
     """
@@ -155,11 +157,13 @@ class CommandTable:
         self,
         background: Background,
         read_oom_kills: Callable[[], int | None],
+        unthrottled: Callable[[], AbstractContextManager[None]],
         on_ended: Callable[[int, CommandEnd], None],
         on_forgotten: Callable[[int], None],
     ) -> None:
         self._background = background
         self._read_oom_kills = read_oom_kills
+        self._unthrottled = unthrottled
         self._on_ended = on_ended
         self._on_forgotten = on_forgotten
         self._channel: InitChannel | None = None
@@ -357,8 +361,17 @@ class CommandTable:
         if not command.gone.is_set():
             if command.end is None:
                 command.killed = True
-            await self._kill_tree(command)
+            await self._kill_surely(command)
         return await self.wait(command)
+
+    async def _kill_surely(self, command: Command) -> None:
+        """Kill; where that does not come to an end, once more without the CPU quota that may be in its way."""
+        try:
+            await self._kill_tree(command)
+        except (InitError, Timeout) as error:
+            logger.warning("cannot end command %s yet: %s", format_command_id(command.id), error)
+            with self._unthrottled():
+                await self._kill_tree(command)
 
     async def _kill_tree(self, command: Command) -> None:
         with contextlib.suppress(RequestRefused):
@@ -385,10 +398,9 @@ class CommandTable:
                     await command.gone.wait()
         while not command.gone.is_set() and self._channel is not None:
             try:
-                await self._kill_tree(command)
-            except (InitError, Timeout) as error:
-                # A paused or starved sandbox does not die now; when it runs again, this must.
-                logger.warning("cannot end command %s yet: %s", format_command_id(command.id), error)
+                await self._kill_surely(command)
+            except (InitError, Timeout):
+                # A paused sandbox does not die now; when it runs again, this must.
                 await anyio.sleep(KILL_RETRY_S)
 
     @staticmethod

@@ -39,14 +39,14 @@ from sandboxd import __version__
 from sandboxd.background import Background
 from sandboxd.config import Config, load_config
 from sandboxd.engines import EngineRoom
-from sandboxd.failures import Conflict, Exit, Failure
+from sandboxd.failures import Conflict, Exit, Failure, Unauthorized
 from sandboxd.handlers import Handlers
 from sandboxd.image_builder import ImageBuilder
 from sandboxd.journal import Journal
 from sandboxd.limits import Host
 from sandboxd.listener import AlreadyRunning, Listener, open_listener
 from sandboxd.manager import Caller, Manager, Places
-from sandboxd.paths import socket_path, state_dir
+from sandboxd.paths import is_private, socket_path, state_dir
 from sandboxd.programs import install_programs
 from sandboxd.protocol import PROTOCOL_VERSION, ConfigEntry, DaemonConfig, DaemonInfo
 from sandboxd.recovery import Recovery
@@ -60,6 +60,8 @@ logger = logging.getLogger(__name__)
 
 DRAIN_DEADLINE_S = 15.0
 """A create takes an engine a second; a loaded one takes ten."""
+
+BOXES_NAME_CHARS = 12
 
 LEFT_CLIENTS_DEADLINE_S = 15.0
 """How long engine clients that a killed daemon left behind may take to come to their end."""
@@ -197,12 +199,19 @@ class _Ground:
 def _prepare(
     listener: Listener, env: Mapping[str, str], state: str, config: Config, held: contextlib.ExitStack
 ) -> _Ground:
-    boxes_dir = os.path.join(os.path.dirname(listener.path), "boxes")
     os.makedirs(state, mode=0o700, exist_ok=True)
-    os.makedirs(boxes_dir, mode=0o700, exist_ok=True)
+    if not is_private(state, os.geteuid()):
+        raise Unauthorized(
+            f"cannot use the state directory {state}",
+            detail="it must be ours, and nobody else may write to it: programs in it are run in every sandbox",
+            hint=f"ls -ld {state}, or set SANDBOXD_STATE_DIR",
+        )
     held.callback(os.close, _lock_state(state))
     journal = Journal.open(os.path.join(state, "journal.sqlite3"))
     held.callback(journal.close)
+    # Per owner: another daemon with its socket in the same directory must not take our boxes for leftovers.
+    boxes_dir = os.path.join(os.path.dirname(listener.path), "boxes", journal.owner()[:BOXES_NAME_CHARS])
+    os.makedirs(boxes_dir, mode=0o700, exist_ok=True)
     userns_fd = _open_userns(boxes_dir)
     if userns_fd is not None:
         held.callback(os.close, userns_fd)
@@ -216,6 +225,7 @@ def _prepare(
         bin_dir=install_programs(state),
         seccomp_profile=seccomp.profile_path(),
         spools_dir=os.path.join(state, "spools"),
+        private_dirs=tuple(os.path.realpath(path) for path in (state, os.path.dirname(listener.path))),
     )
     return _Ground(
         owner=journal.owner(),

@@ -35,6 +35,8 @@ from sandboxd.translation import failure_from
 
 Handler = Callable[[Any, Context], Awaitable[msgspec.Struct]]
 
+METADATA_CHARS_MAX = 64 * 1024
+
 STARTED = "commands/started"
 OUTPUT = "commands/output"
 _WAITING = frozenset({"commands/run", "commands/wait", "commands/connect"})
@@ -134,6 +136,8 @@ class Handlers:
     async def create(self, params: protocol.SandboxCreateParams, context: Context) -> protocol.SandboxInfo:
         """Make a sandbox; an ephemeral one goes with the connection."""
         running.check_env(params.env)
+        if sum(len(key) + len(value) for key, value in params.metadata.items()) > METADATA_CHARS_MAX:
+            raise InvalidArgument(f"cannot keep more than {METADATA_CHARS_MAX} characters of metadata")
         timings = Timings()
         sandbox = await self._manager.create(params, timings)
         if params.ephemeral:

@@ -72,6 +72,8 @@ class SandboxRecord(msgspec.Struct, frozen=True, kw_only=True):
     ephemeral: bool
     created_at_ms: int
     warnings: tuple[str, ...] = ()
+    bin_dir: str = ""
+    """Where the programs are that were mounted into it."""
 
 
 class CommandRecord(msgspec.Struct, frozen=True, kw_only=True):

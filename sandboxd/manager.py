@@ -42,6 +42,7 @@ from runtimes.model import (
     Tmpfs,
     User,
 )
+from runtimes.mounts import mounts_below
 from sandboxd import reconcile
 from sandboxd.background import Background
 from sandboxd.config import Config
@@ -94,6 +95,8 @@ class Places(msgspec.Struct, frozen=True, kw_only=True):
     seccomp_profile: str
     spools_dir: str
     """One directory per sandbox: the output of its commands."""
+    private_dirs: tuple[str, ...]
+    """Of the daemon and of the engines, by their real paths: whoever could write there would be master of all."""
 
 
 class Manager:
@@ -220,6 +223,7 @@ class Manager:
                 ephemeral=params.ephemeral,
                 created_at_ms=now_ms(),
                 warnings=_warnings(identity, engine.info),
+                bin_dir=self._places.bin_dir,
             )
             # Again, for others may have come in between; from here to the registration nothing waits.
             self._check_room(params.name)
@@ -266,7 +270,7 @@ class Manager:
             timings.mark("prepare")
             container_id = await engine.create(spec)
             timings.mark("engine")
-            await sandbox.connect(container_id, engine)
+            await sandbox.connect(container_id, engine, self._sources(sandbox, source))
             timings.mark("init")
             if source is not None and workspace is not None and source == workspace.path:
                 await self._check_arrived(sandbox, workspace)
@@ -306,7 +310,13 @@ class Manager:
 
     async def _open_directory(self, path: str, opened: contextlib.ExitStack) -> OpenedWorkspace:
         """Open and judge a workspace in a thread: a dead network file system must stop nobody else."""
-        look = functools.partial(open_workspace, path, home=self._caller.home, allow=self._config.paths.allow)
+        look = functools.partial(
+            open_workspace,
+            path,
+            home=self._caller.home,
+            allow=self._config.paths.allow,
+            private=self._places.private_dirs,
+        )
         try:
             with anyio.fail_after(OPEN_DEADLINE_S):
                 workspace = await anyio.to_thread.run_sync(look, abandon_on_cancel=True)
@@ -384,6 +394,12 @@ class Manager:
             yield None
             return
         if self._caller.user.uid != 0:
+            if record.read_only and any(path != workspace.path for path in mounts_below(workspace.path)):
+                raise Unsupported(
+                    f"cannot mount {workspace.path!r} read-only",
+                    detail="other file systems are mounted below it, and an engine leaves those writable",
+                    hint="unmount them, or use it without --ro",
+                )
             yield workspace.path
             return
         stage = Stage(sandbox.stage_dir)
@@ -406,7 +422,7 @@ class Manager:
 
     def _spec(self, record: SandboxRecord, info: EngineInfo, source: str | None, io_dir: str) -> ContainerSpec:
         binds = [
-            Mount(source=self._places.bin_dir, target=INSIDE_BIN, read_only=True),
+            Mount(source=record.bin_dir, target=INSIDE_BIN, read_only=True),
             Mount(source=io_dir, target=INSIDE_RUN),
         ]
         if source is not None and record.workspace is not None:
@@ -483,18 +499,29 @@ class Manager:
             with self._staged(sandbox, workspace) as source:
                 await engine.start(container_id)
                 timings.mark("engine")
-                await sandbox.connect(container_id, engine)
+                await sandbox.connect(container_id, engine, self._sources(sandbox, source))
                 timings.mark("init")
                 if source is not None and workspace is not None and source == workspace.path:
                     await self._check_arrived(sandbox, workspace)
-        if not all(proof.verified for proof in self.prove(sandbox)):
-            # The engine starts it with the limits of its creation; later updates are ours to repeat.
-            with contextlib.suppress(CgroupUnreadable):
-                sandbox.write_limits(record.limits)
-            self.prove(sandbox)
+        self._prove_again(sandbox)
         timings.mark("verify")
         self._require_proof(sandbox)
         sandbox.change(Event.ADOPTED)
+
+    def _prove_again(self, sandbox: Sandbox) -> None:
+        """Prove; where that fails, write the limits once more, and prove.
+
+        The engine starts a container with the limits of its creation: later updates are ours to repeat. And an
+        update may have been cut short.
+        """
+        if not all(proof.verified for proof in self.prove(sandbox)):
+            with contextlib.suppress(CgroupUnreadable):
+                sandbox.write_limits(sandbox.record.limits)
+            self.prove(sandbox)
+
+    def _sources(self, sandbox: Sandbox, workspace: str | None) -> dict[str, str]:
+        sources = {**_programs(sandbox), INSIDE_RUN: sandbox.io_dir}
+        return sources if workspace is None else {**sources, TARGET: workspace}
 
     async def remove(self, sandbox: Sandbox, timings: Timings) -> None:
         """End everything in a sandbox and remove it without a trace. Works in every state; idempotent."""
@@ -525,6 +552,7 @@ class Manager:
     async def remove_from_engine(self, sandbox: Sandbox) -> None:
         """Remove its container, or whatever the engine has under its label."""
         engine = self.engine_of(sandbox)
+        sandbox.unthrottle()
         sandbox.disconnect(killed=True)
         if sandbox.record.container_id is not None:
             await engine.remove(sandbox.record.container_id)
@@ -574,13 +602,16 @@ class Manager:
         """Connect to a container that runs, unless we are, and book it as running, or as out of reach."""
         try:
             if not sandbox.connected:
-                await sandbox.connect(container_id, engine)
+                # A start that was cut short may have left the stage.
+                Stage(sandbox.stage_dir).clear()
+                await sandbox.connect(container_id, engine, _programs(sandbox))
                 await sandbox.adopt_commands()
+            self._prove_again(sandbox)
+            self._require_proof(sandbox)
         except (Failure, InitError, RuntimeFailure, OSError) as error:
             self.note(sandbox, Event.UNREACHABLE, str(error))
             return
         sandbox.change(Event.ADOPTED, container_id=container_id)
-        self.prove(sandbox)
 
     @staticmethod
     def note(sandbox: Sandbox, event: Event, reason: str) -> None:
@@ -678,6 +709,10 @@ class Manager:
                 detail=f"{usage.pids} are in use",
                 hint=f"sandboxctl stats {sandbox.record.id}",
             )
+
+
+def _programs(sandbox: Sandbox) -> dict[str, str]:
+    return {INSIDE_BIN: sandbox.record.bin_dir} if sandbox.record.bin_dir else {}
 
 
 def _warnings(identity: Identity, info: EngineInfo) -> tuple[str, ...]:

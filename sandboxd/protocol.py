@@ -34,7 +34,7 @@ SandboxRef = Annotated[
 Name = Annotated[
     str,
     Meta(
-        pattern=r"^[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?$",
+        pattern=r"^[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?\Z",
         description="1 to 63 of a-z 0-9 . _ -, starting and ending with a letter or digit.",
     ),
 ]
@@ -114,7 +114,7 @@ class SandboxCreateParams(Params, frozen=True):
 
     name: Name | None = None
     engine: EngineChoice | None = None
-    image: Text | None = None
+    image: Annotated[str, Meta(min_length=1, max_length=512)] | None = None
     workspace: WorkspaceParams | None = None
     limits: LimitsParams = LimitsParams()
     limits_policy: LimitsPolicy | None = None
@@ -157,7 +157,7 @@ class SandboxStopParams(Params, frozen=True):
 class SandboxMetricsParams(Params, frozen=True):
     """Read usage from the control groups."""
 
-    sandboxes: list[SandboxRef] = []
+    sandboxes: Annotated[list[SandboxRef], Meta(max_length=1024)] = []
     """Empty: all of them."""
 
 
@@ -328,7 +328,7 @@ class CommandParams(Params, frozen=True):
     """
 
     sandbox: SandboxRef
-    argv: Annotated[list[str], Meta(min_length=1, max_length=65536)]
+    argv: Annotated[list[str], Meta(min_length=1, max_length=4096)]
     env: dict[str, str] = {}
     cwd: Text | None = None
     """Absolute, or relative to /workspace. Default: /workspace, or / where there is none."""
@@ -354,7 +354,7 @@ class CommandParams(Params, frozen=True):
         return DESCRIPTORS_PER_REQUEST_MAX if self.stdio == "descriptors" and self.pty is None else 0
 
 
-CommandId = Annotated[str, Meta(pattern=r"^[0-9a-f]{12}$", description="Twelve hexadecimal digits.")]
+CommandId = Annotated[str, Meta(pattern=r"^[0-9a-f]{12}\Z", description="Twelve hexadecimal digits.")]
 
 
 class CommandRef(Params, frozen=True):

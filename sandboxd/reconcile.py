@@ -57,26 +57,34 @@ def decide(
         containers: Engine name to its containers of ours.
         reachable: Names of the engines that answered.
     """
-    by_sandbox = {
-        (engine, container.sandbox_id): container for engine, listed in containers.items() for container in listed
-    }
-    decisions = [_for_record(record, by_sandbox.get((record.engine, record.id)), reachable) for record in records]
-    known = {(record.engine, record.id): record.container_id for record in records}
-    for engine, listed in containers.items():
-        for container in listed:
-            owner_record = (engine, container.sandbox_id)
-            if owner_record in known and known[owner_record] in (None, container.container_id):
-                continue
-            decisions.append(
-                Decision(
-                    action=Action.REMOVE_CONTAINER,
-                    reason="it carries our label and no sandbox owns it",
-                    sandbox_id=container.sandbox_id,
-                    engine=engine,
-                    container=container,
-                )
-            )
+    decisions = [
+        _for_record(record, _container_of(record, containers.get(record.engine, ())), reachable) for record in records
+    ]
+    owned = {(decision.engine, decision.container) for decision in decisions}
+    decisions += [
+        Decision(
+            action=Action.REMOVE_CONTAINER,
+            reason="it carries our label and no sandbox owns it",
+            sandbox_id=container.sandbox_id,
+            engine=engine,
+            container=container,
+        )
+        for engine, listed in containers.items()
+        for container in listed
+        if container.named_by_us and (engine, container) not in owned
+    ]
     return decisions
+
+
+def _container_of(record: SandboxRecord, listed: Sequence[ContainerSummary]) -> ContainerSummary | None:
+    """The record's container: by its id where that is known, else by our label and our name."""
+    for container in listed:
+        if record.container_id is None:
+            if container.sandbox_id == record.id and container.named_by_us:
+                return container
+        elif container.container_id == record.container_id:
+            return container
+    return None
 
 
 def _for_record(record: SandboxRecord, container: ContainerSummary | None, reachable: Collection[str]) -> Decision:

@@ -8,16 +8,13 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import shutil
 from collections.abc import Sequence
 from typing import assert_never
 
 import anyio
 
-from runtimes import mounts
 from runtimes.engine import Engine
 from runtimes.errors import RuntimeFailure
-from runtimes.init.wire import InitError
 from runtimes.model import ContainerSummary, EngineName
 from sandboxd import reconcile
 from sandboxd.engines import EngineRoom
@@ -25,7 +22,7 @@ from sandboxd.failures import Failure
 from sandboxd.journal import Journal
 from sandboxd.lifecycle import Event, State
 from sandboxd.manager import Manager, Places
-from sandboxd.sandbox import Sandbox
+from sandboxd.sandbox import Sandbox, erase_box
 from sandboxd.spool import sweep as sweep_spools
 
 logger = logging.getLogger(__name__)
@@ -97,7 +94,7 @@ class Recovery:
             elif sandbox is not None:
                 async with sandbox.lock:
                     await self._settle(sandbox, decision)
-        except (RuntimeFailure, Failure, InitError, OSError) as error:
+        except Exception as error:  # noqa: BLE001  (one sandbox must never keep the daemon from starting)
             logger.warning("cannot %s %s: %s", decision.action.value, decision.sandbox_id, error)
 
     async def _settle(self, sandbox: Sandbox, decision: reconcile.Decision) -> None:
@@ -161,11 +158,3 @@ class Recovery:
                 return sandbox.record.state in (State.BROKEN, State.STOPPED)
             case _:
                 return False
-
-
-def erase_box(directory: str) -> None:
-    """Remove what a sandbox that nobody knows left on the host: its mounts first."""
-    for target in mounts.mounts_below(directory):
-        while mounts.unmount(target):
-            pass
-    shutil.rmtree(directory, ignore_errors=True)

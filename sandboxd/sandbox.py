@@ -16,22 +16,23 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import anyio
 import msgspec
 
+from runtimes import mounts
 from runtimes.cgroup.fs import CgroupHandle, read_fixed_limits
 from runtimes.cgroup.readings import EffectiveLimits, Usage
 from runtimes.cgroup.verify import LimitProof, verify
 from runtimes.engine import Engine
-from runtimes.errors import CgroupUnreadable
+from runtimes.errors import CgroupUnreadable, Unsupported
 from runtimes.init.channel import InitChannel
 from runtimes.init.peer import is_container_init, is_namespace_init
 from runtimes.init.wire import CommandEntry, CommandState, Exited, Gone, InitError
-from runtimes.model import Limits
+from runtimes.model import CPU_MILLIS_PER_CPU, Limits
+from runtimes.mountinfo import deviations
 from sandboxd.background import Background
 from sandboxd.commands import CommandTable, remaining_s
 from sandboxd.failures import Conflict, Failure, NotFound, SandboxGone
@@ -40,6 +41,7 @@ from sandboxd.lifecycle import Event, next_state
 from sandboxd.outlet import reopened
 from sandboxd.protocol import CommandEnd
 from sandboxd.spool import SpoolDirectory
+from sandboxd.workspace import TARGET, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +53,16 @@ SAMPLE_AGE_S_MIN = 0.2
 
 SOCKET_NAME = "init.sock"
 
+DEVIATIONS_SHOWN_MAX = 3
+
 INSIDE_BIN = "/.sandboxd/bin"
 """Where sandbox-init and sandbox-provoke are seen inside, read-only."""
 
 INSIDE_RUN = "/.sandboxd/run"
 """Where init binds its socket."""
+
+OURS = (INSIDE_BIN, INSIDE_RUN, TARGET)
+"""What we have the engine mount."""
 
 HOME = "/home/sandbox"
 
@@ -80,7 +87,9 @@ class Sandbox:
         self.directory = directory
         self.lock = anyio.Lock()
         self.proofs: tuple[LimitProof, ...] = ()
-        self.commands = CommandTable(background, self.oom_kills, self._end_command, self._forget_command)
+        self.commands = CommandTable(
+            background, self.oom_kills, self.unthrottled, self._end_command, self._forget_command
+        )
         self.spools = spools
         self.background = background
         self.on_forgotten: Callable[[], None] = _nothing
@@ -137,11 +146,16 @@ class Sandbox:
         os.chmod(self.io_dir, 0o777)  # noqa: S103  (its parent is ours alone)
 
     def erase(self) -> None:
-        """Remove the host's side. The stage must be clear. Idempotent."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        """Remove the host's side: exactly what is known to be there, so that nothing else can be lost. Idempotent.
+
+        Raises:
+            OSError: there is something else, or the stage is not clear.
+        """
+        erase_box(self.directory)
 
     def _remove_io(self) -> None:
-        shutil.rmtree(self.io_dir, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            mounts.remove_tree(self.io_dir)
 
     @property
     def connected(self) -> bool:
@@ -150,10 +164,15 @@ class Sandbox:
 
     # --- init and the control group -------------------------------------------------------------------
 
-    async def connect(self, container_id: str, engine: Engine) -> None:
-        """Connect to init, make sure that it is the container's PID 1, and take its socket out of reach.
+    async def connect(self, container_id: str, engine: Engine, sources: Mapping[str, str]) -> None:
+        """Connect to init, make sure that it is ours and the container's PID 1, and take its socket out of reach.
 
         The kernel says so where the container has a control group of its own; else the engine is asked.
+
+        Args:
+            container_id: Whose init.
+            engine: Whom to ask.
+            sources: Target inside to path on the host: what must be mounted there, and nothing over it.
 
         Raises:
             SandboxGone: nobody answers, or somebody else does.
@@ -186,6 +205,11 @@ class Sandbox:
                 f"cannot trust the init of sandbox {self.record.id}",
                 detail=f"process {channel.peer.pid} listens, which is not PID 1 of its container",
             )
+        try:
+            _check_mounts(channel.peer.pid, sources)
+        except BaseException:
+            channel.close()
+            raise
         if not adopting:
             try:
                 os.rename(os.path.join(self.io_dir, SOCKET_NAME), hidden)
@@ -194,7 +218,14 @@ class Sandbox:
                 raise SandboxGone(
                     f"cannot take over the init of sandbox {self.record.id}", detail=error.strerror or ""
                 ) from error
+        try:
+            # Also when adopting: a former daemon may have been killed between the two.
             self._remove_io()
+        except OSError as error:
+            channel.close()
+            raise SandboxGone(
+                f"cannot trust the init of sandbox {self.record.id}", detail=f"it left files behind: {error.strerror}"
+            ) from error
         self._channel = channel
         self.pid = channel.peer.pid
         self.commands.attach(channel)
@@ -219,6 +250,8 @@ class Sandbox:
         self._sample = None
 
     def _lose_init(self) -> None:
+        # First, while the counters can still be read: init itself may have been killed for memory.
+        self.commands.on_channel_lost()
         self.disconnect()
         self._on_init_lost(self)
 
@@ -318,6 +351,21 @@ class Sandbox:
         """
         self._readable_cgroup().write_limits(limits)
 
+    @contextlib.contextmanager
+    def unthrottled(self) -> Iterator[None]:
+        """Give it all CPUs while something in it is to end: a storm under a tiny quota would take for ever to die."""
+        self.unthrottle()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(CgroupUnreadable):
+                self.write_limits(Limits(cpu_millis=self.record.limits.cpu_millis))
+
+    def unthrottle(self) -> None:
+        """Give it all CPUs, because it is to end."""
+        with contextlib.suppress(CgroupUnreadable):
+            self.write_limits(Limits(cpu_millis=(os.cpu_count() or 1) * CPU_MILLIS_PER_CPU))
+
     def usage(self) -> Usage:
         """Read what the sandbox uses.
 
@@ -360,6 +408,34 @@ async def _is_init_of(pid: int, container_id: str, engine: Engine) -> bool:
     if is_container_init(pid, container_id):
         return True
     return is_namespace_init(pid) and (await engine.inspect(container_id)).pid == pid
+
+
+def _check_mounts(pid: int, sources: Mapping[str, str]) -> None:
+    """Refuse an image that puts something in the way of our mounts, or volumes beside them."""
+    found = deviations(mounts.mounts_of(pid), mounts.mounts_of("self"), sources, ours=OURS, read_only={INSIDE_BIN})
+    if found:
+        raise Unsupported(
+            "cannot use this image",
+            detail="; ".join(found[:DEVIATIONS_SHOWN_MAX]),
+            hint="use an image without volumes, and without links where the sandbox mounts",
+        )
+
+
+def erase_box(directory: str) -> None:
+    """Remove the host's side of a sandbox: its stage, its socket, what its init may have left. Idempotent.
+
+    Never walks into the stage: a project may be mounted there.
+
+    Raises:
+        OSError: something else is there.
+    """
+    Stage(os.path.join(directory, "workspace")).clear()
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(os.path.join(directory, SOCKET_NAME))
+    with contextlib.suppress(FileNotFoundError):
+        mounts.remove_tree(os.path.join(directory, "io"))
+    with contextlib.suppress(FileNotFoundError):
+        os.rmdir(directory)
 
 
 def _nothing() -> None:

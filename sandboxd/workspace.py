@@ -40,7 +40,7 @@ _HOMES = ("/home", "/var/home")
 
 _CREDENTIALS = (
     ".aws .azure .config/gcloud .config/gh .config/google-chrome .docker .gnupg .kube .local/share/keyrings .mozilla "
-    ".password-store .ssh"
+    ".local/share/containers .password-store .ssh"
 ).split()
 
 
@@ -66,7 +66,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     warning: str = ""
 
 
-def open_workspace(path: str, *, home: str, allow: Sequence[str]) -> OpenedWorkspace:
+def open_workspace(path: str, *, home: str, allow: Sequence[str], private: Sequence[str] = ()) -> OpenedWorkspace:
     """Open a project directory and judge it.
 
     Raises:
@@ -83,7 +83,7 @@ def open_workspace(path: str, *, home: str, allow: Sequence[str]) -> OpenedWorks
     try:
         real = os.readlink(f"/proc/self/fd/{descriptor}")
         status = os.fstat(descriptor)
-        reason = refusal(real, home=home, allow=[os.path.realpath(entry) for entry in allow])
+        reason = refusal(real, home=home, allow=[os.path.realpath(entry) for entry in allow], private=private)
         if reason:
             raise InvalidArgument(
                 f"cannot use {path!r} as a workspace",
@@ -102,13 +102,19 @@ def open_workspace(path: str, *, home: str, allow: Sequence[str]) -> OpenedWorks
     )
 
 
-def refusal(path: str, *, home: str, allow: Sequence[str]) -> str:
+def refusal(path: str, *, home: str, allow: Sequence[str], private: Sequence[str] = ()) -> str:
     """Say why a real path may not be a workspace; an empty string when it may. Pure.
 
-    A path in ``allow``, or below one, may always be.
+    A path in ``allow``, or below one, may be, unless it holds or lies in one of ``private``.
     """
-    if any(_is_below(path, entry) for entry in allow):
-        return ""
+    reason = "" if any(_is_below(path, entry) for entry in allow) else _unless_allowed(path, home)
+    if reason:
+        return reason
+    held = (each for each in private if _is_below(path, each) or _is_below(each, path))
+    return next((f"{directory} belongs to the daemon or to an engine" for directory in held), "")
+
+
+def _unless_allowed(path: str, home: str) -> str:
     if path.endswith(" (deleted)"):
         return "the directory was removed"
     home = home.rstrip("/") or "/nonexistent"

@@ -117,8 +117,9 @@ class CgroupHandle:
     Not safe for use from two threads at once. Close it, or use it as a context manager.
     """
 
-    def __init__(self, pid: int, container_id: str, paths: CgroupPaths, proc_fd: int) -> None:
+    def __init__(self, pid: int, container_id: str, paths: CgroupPaths, proc_fd: int, membership: bytes) -> None:
         """Take over ``proc_fd``; ``open`` is the way to make one."""
+        self._membership = membership
         self.pid = pid
         self.container_id = container_id
         self.paths = paths
@@ -146,12 +147,11 @@ class CgroupHandle:
         except BaseException:
             os.close(proc_fd)
             raise
-        handle = cls(pid, container_id, paths, proc_fd)
+        handle = cls(pid, container_id, paths, proc_fd, membership)
         try:
             handle._open_groups()
             # The process may have been moved while its groups were being opened.
-            if _read_at(proc_fd, "cgroup") != membership:
-                raise CgroupUnreadable(f"cannot tell the control group of process {pid}", detail="it was just moved")
+            handle._check_not_moved()
         except BaseException:
             handle.close()
             raise
@@ -188,6 +188,7 @@ class CgroupHandle:
             CgroupUnreadable: the container is gone, or a file does not hold what the kernel documents.
         """
         self._check_exists()
+        self._check_not_moved()
         v2 = self.version is CgroupVersion.V2
         names = readings.LIMIT_FILES_V2 if v2 else readings.LIMIT_FILES_V1
         cpuset = self._group("cpuset")
@@ -256,6 +257,11 @@ class CgroupHandle:
                     detail=f"{'/' + '/'.join(path.names)!r} does not carry the container's id {self.container_id}",
                 )
             self._groups[name] = _Group.open(path, top=len(path.names) - 1 - top)
+
+    def _check_not_moved(self) -> None:
+        """That PID 1 is still in the groups that were opened: of a group that it left, the limits say nothing."""
+        if _read_at(self._proc_fd, "cgroup") != self._membership:
+            raise CgroupUnreadable(f"cannot tell the control group of process {self.pid}", detail="it was moved")
 
     def _check_exists(self) -> None:
         """That the container's groups are still there: of a group that is gone, every file is merely absent."""

@@ -72,6 +72,7 @@ class World:
             bin_dir="/bin",
             seccomp_profile="/seccomp.json",
             spools_dir=str(self.boxes.parent / "spools"),
+            private_dirs=(),
         )
         async with anyio.create_task_group() as tasks:
             self.manager = Manager(

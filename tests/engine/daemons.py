@@ -65,7 +65,6 @@ class Daemon:
     ) -> None:
         self.directory = directory
         self.socket = directory / "run" / "s.sock"
-        self.boxes = directory / "run" / "boxes"
         self.state = directory / "state"
         self.log = directory / "log"
         self._launcher = launcher
@@ -84,6 +83,12 @@ class Daemon:
         (directory / "run").mkdir(mode=0o700, parents=True, exist_ok=True)
 
     # --- its life -------------------------------------------------------------------------------------
+
+    @property
+    def boxes(self) -> Path:
+        """Where its sandboxes have their directories: one level down, for another daemon may share the first."""
+        root = self.directory / "run" / "boxes"
+        return root / os.listdir(root)[0] if root.exists() and os.listdir(root) else root
 
     @property
     def pid(self) -> int:

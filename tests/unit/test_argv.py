@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtimes import argv
-from runtimes.argv import CONTAINER_NAME_PREFIX, Client
+from runtimes.argv import Client
 from runtimes.errors import ContainerNotFound, Unsupported
 from runtimes.model import (
+    CONTAINER_NAME_PREFIX,
     LABEL_OWNER,
     LABEL_SANDBOX,
     ContainerSpec,

@@ -24,6 +24,7 @@ from sandboxd.commands import Verdict, judge
         (Verdict(wait_status=9, oom_kills=1, timed_out=True, killed=False), (None, 9, "timeout")),
         (Verdict(wait_status=None, oom_kills=None, timed_out=False, killed=False), (None, None, "lost")),
         (Verdict(wait_status=None, oom_kills=None, timed_out=False, killed=True), (None, None, "killed")),
+        (Verdict(wait_status=None, oom_kills=2, timed_out=False, killed=False), (None, None, "oom")),
     ],
 )
 def test_the_verdict_comes_from_the_counters_and_never_from_137(

@@ -23,15 +23,15 @@ def docker_row(*fields: str) -> bytes:
     return json.dumps(fields).encode()
 
 
-def podman_row(container_id: str, state: str, labels: dict[str, str] | None) -> dict[str, Any]:
-    return {"Id": container_id, "State": state, "Labels": labels, "Mounts": ["/tmp"], "Pid": 1}
+def podman_row(container_id: str, state: str, labels: dict[str, str] | None, name: str = "x") -> dict[str, Any]:
+    return {"Id": container_id, "State": state, "Labels": labels, "Mounts": ["/tmp"], "Pid": 1, "Names": [name]}
 
 
-def listed(engine: EngineName, state: str, sandbox: str, owner: str) -> bytes:
+def listed(engine: EngineName, state: str, sandbox: str, owner: str, name: str = "sandboxd-s1") -> bytes:
     if engine is EngineName.DOCKER:
-        return docker_row(ID, state, sandbox, owner) + b"\n"
+        return docker_row(ID, state, sandbox, owner, name) + b"\n"
     labels = {name: value for name, value in ((LABEL_SANDBOX, sandbox), (LABEL_OWNER, owner)) if value}
-    return json.dumps([podman_row(ID, state, labels)]).encode()
+    return json.dumps([podman_row(ID, state, labels, name)]).encode()
 
 
 def inspected(**changes: Any) -> bytes:
@@ -67,6 +67,14 @@ def test_both_engines_words_become_one_vocabulary(engine: EngineName, word: str,
     assert parse.containers(engine, listed(engine, word, "s1", "o1")) == [
         ContainerSummary(container_id=ID, sandbox_id="s1", owner="o1", state=state)
     ]
+
+
+@every_engine
+@pytest.mark.parametrize("name", ["mine", "sandboxd-s2", "sandboxd-s11", ""])
+def test_labels_that_came_with_an_image_are_told_from_our_own(engine: EngineName, name: str) -> None:
+    """Whoever commits a sandbox and runs the image has a container with our labels, and it is not ours."""
+    (row,) = parse.containers(engine, listed(engine, "running", "s1", "o1", name))
+    assert not row.named_by_us
 
 
 @every_engine

@@ -48,6 +48,14 @@ def test_what_is_named_is_allowed(path: str) -> None:
     assert refusal(f"{path}x", home=HOME, allow=[path]) == refusal(f"{path}x", home=HOME, allow=[])
 
 
+@pytest.mark.parametrize("path", ["/home/me/p", "/home/me/p/state", "/home/me/p/state/bin"])
+def test_what_holds_the_daemons_own_files_is_never_a_project(path: str) -> None:
+    """Whoever can write its programs, or reach its socket, is master of every sandbox: naming it does not help."""
+    private = ["/home/me/p/state"]
+    assert refusal(path, home=HOME, allow=[path], private=private) != ""
+    assert refusal("/home/me/p/other", home=HOME, allow=[], private=private) == ""
+
+
 def test_a_home_of_root_directory_allows_nothing_by_itself() -> None:
     """Service users have HOME=/: that must not make /etc a project."""
     assert refusal("/etc", home="/", allow=[]) != ""

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import posixpath
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 
 import anyio
@@ -32,6 +33,9 @@ ENV_CHARS_MAX = 128 * 1024
 
 GRACE_MS_MAX = 5 * 60 * 1000
 """A sandbox that is being stopped can be used for nothing else."""
+
+HARMLESS_DEVICES = frozenset(os.makedev(1, minor) for minor in (3, 5, 7, 8, 9))
+"""/dev/null, zero, full, random and urandom."""
 
 IDENTITY_DEADLINE_S = 5.0
 IDENTITY_BYTES_MAX = 64
@@ -332,8 +336,14 @@ async def identity_inside(sandbox: Sandbox, path: str) -> tuple[int, int] | None
 
 @contextlib.contextmanager
 def _standard_descriptors(params: CommandParams, descriptors: Sequence[int]) -> Iterator[Sequence[int]]:
-    """What the command gets for stdin, stdout and stderr: what the caller passed, or /dev/null."""
+    """What the command gets for stdin, stdout and stderr: what the caller passed, or /dev/null.
+
+    Raises:
+        InvalidArgument: a descriptor that grants more than the bytes that go through it.
+    """
     if params.pty is not None or descriptors:
+        for descriptor in descriptors:
+            _check_harmless(descriptor)
         yield descriptors
         return
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
@@ -341,6 +351,23 @@ def _standard_descriptors(params: CommandParams, descriptors: Sequence[int]) -> 
         yield (null, null, null)
     finally:
         os.close(null)
+
+
+def _check_harmless(descriptor: int) -> None:
+    """Only what is nothing but a stream may be handed in.
+
+    A file can be opened anew through /proc/self/fd, with other rights, and written where it was to be appended; a
+    directory leads to all that lies beneath and above it; a terminal gives away what is typed into it later.
+    """
+    status = os.fstat(descriptor)
+    kind = stat.S_IFMT(status.st_mode)
+    streams = kind in (stat.S_IFIFO, stat.S_IFSOCK)
+    if not streams and not (kind == stat.S_IFCHR and status.st_rdev in HARMLESS_DEVICES):
+        raise InvalidArgument(
+            "cannot hand this descriptor to a sandbox",
+            detail="it is a file, a directory, a terminal or a device, which grants more than a stream",
+            hint="pass a pipe or a socket, and copy; for a terminal use pty",
+        )
 
 
 def _not_started(error: SpawnFailed, params: CommandParams, request: SpawnRequest) -> Exception:

@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,10 @@ def wait_until(condition: Callable[[], Any], what: str) -> Any:
         assert time.monotonic() < deadline, f"it never happened that {what}"
         time.sleep(POLL_S)
     return value
+
+
+DRAIN_LOOK_S = 0.05
+"""How often a reader looks whether the command has ended: nothing else wakes it when something is left behind."""
 
 
 class Ran(NamedTuple):
@@ -185,19 +190,31 @@ class Daemon:
         return state
 
     def run(self, sandbox: Mapping[str, Any], *argv: str, stdin: bytes = b"", **params: Any) -> Ran:
-        """Run a command; its stdio are files in memory, which it writes to by itself."""
-        files = [os.memfd_create(name) for name in ("stdin", "stdout", "stderr")]
+        """Run a command; its stdio are pipes, and what is in them at its end counts, whoever still holds them."""
+        pipes = [os.pipe() for _ in range(3)]
+        taken = [bytearray(), bytearray()]
+        ended = threading.Event()
+        threads = [threading.Thread(target=_feed, args=(os.dup(pipes[0][1]), stdin))]
+        threads += [
+            threading.Thread(target=_drain, args=(pipes[number + 1][0], taken[number], ended)) for number in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        os.close(pipes[0][1])
         try:
-            os.write(files[0], stdin)
-            os.lseek(files[0], 0, os.SEEK_SET)
             fields = {"sandbox": sandbox["id"], "argv": list(argv), "stdio": "descriptors", **params}
+            passed = (pipes[0][0], pipes[1][1], pipes[2][1])
             with self.connect() as connection:
-                end = connection.call("commands/run", fields, files, timeout_s=PATIENCE_S)
-            written = [os.pread(number, os.fstat(number).st_size, 0) for number in files[1:]]
+                end = connection.call("commands/run", fields, passed, timeout_s=PATIENCE_S)
         finally:
-            for number in files:
+            ended.set()
+            for number in (pipes[0][0], pipes[1][1], pipes[2][1]):
                 os.close(number)
-        return Ran(end, *written)
+            for thread in threads:
+                thread.join()
+            for number in (pipes[1][0], pipes[2][0]):
+                os.close(number)
+        return Ran(end, bytes(taken[0]), bytes(taken[1]))
 
     def sh(self, sandbox: Mapping[str, Any], script: str, **params: Any) -> str:
         """What a shell script prints that must succeed."""
@@ -270,6 +287,25 @@ class Daemon:
         assert {engine: self.containers(engine) for engine in engines} == {engine: [] for engine in engines}
         assert self.mounts() == []
         assert self.boxes_left() == []
+
+
+def _feed(descriptor: int, data: bytes) -> None:
+    """Write all of it, unless nobody reads any more."""
+    with contextlib.suppress(BrokenPipeError), os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+
+
+def _drain(descriptor: int, taken: bytearray, ended: threading.Event) -> None:
+    """Read to the end, or until the command has ended and nothing is in the pipe."""
+    while True:
+        over = ended.is_set()
+        if select.select([descriptor], [], [], 0 if over else DRAIN_LOOK_S)[0]:
+            data = os.read(descriptor, 65536)
+            taken += data
+            if not data:
+                return
+        elif over:
+            return
 
 
 @contextlib.contextmanager

@@ -305,3 +305,23 @@ def test_a_command_that_a_full_sandbox_cannot_start_says_so(daemon: Daemon, engi
         assert refusal.type == "capacity_exceeded"
         daemon.call("commands/kill", **reference)
         assert daemon.run(box, "true").end["status"] == "ok"
+
+
+@pytest.mark.parametrize("what", ["directory", "file", "terminal"])
+def test_a_descriptor_that_grants_more_than_a_stream_is_refused(
+    daemon: Daemon, box: Box, what: str, tmp_path: Path
+) -> None:
+    """A directory leads out of the sandbox, a file can be opened anew with other rights, a terminal listens later."""
+    master, terminal = os.openpty()
+    (tmp_path / "file").write_text("x")
+    path = {"directory": tmp_path, "file": tmp_path / "file", "terminal": Path(os.ttyname(terminal))}[what]
+    handed = os.open(path, os.O_RDONLY | os.O_NOCTTY)
+    null = os.open(os.devnull, os.O_RDWR)
+    try:
+        params = {"sandbox": box["id"], "argv": ["cat"], "stdio": "descriptors"}
+        with daemon.connect() as connection, pytest.raises(RpcError) as refusal:
+            connection.call("commands/run", params, (handed, null, null), timeout_s=PATIENCE_S)
+        assert refusal.value.type == "invalid_argument"
+    finally:
+        for descriptor in (master, terminal, handed, null):
+            os.close(descriptor)

@@ -161,7 +161,7 @@ def _attach(arguments: argparse.Namespace) -> int:
     except RpcError as error:
         return fail(error)
     if end is not None:
-        return exit_code_of_end(end)
+        return exit_code_of_end(end, arguments.sandbox)
     say(f"command {command['command_id']} goes on; to come back: sandboxctl attach {' '.join(command.values())}")
     return SIGNAL_BASE + attached.left_by if attached.left_by else 0
 
@@ -182,7 +182,7 @@ def _wait(arguments: argparse.Namespace) -> int:
         return fail(error)
     if arguments.json:
         show_json(end)
-    return exit_code_of_end(end)
+    return exit_code_of_end(end, arguments.sandbox)
 
 
 def _signal_number(text: str) -> int:

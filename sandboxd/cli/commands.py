@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 
 from sandboxd.cli import verb
 from sandboxd.cli.execution import execute, fail, run_in, tty_is_possible
-from sandboxd.cli.sandboxes import add_create_arguments, create
+from sandboxd.cli.sandboxes import add_create_arguments, check_create_arguments, create
 from sandboxd.cli.session import USAGE, call, complain, connect, env_of, say
 from sandboxd.cli.shortcut import without_dashes
 from sandboxd.cli.verb import Verb
@@ -33,7 +34,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     _add_command_flags(parser)
     parser.add_argument("--cwd", metavar="DIR", help="directory inside; default: /workspace")
     parser.add_argument("--rm", action="store_true", help="remove the sandbox at the end, whatever happens")
-    parser.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER, help="default: a shell")
+    parser.add_argument(
+        "command", metavar="COMMAND", nargs=argparse.REMAINDER, help="default: a shell, at a terminal as with -it"
+    )
 
 
 def _add_exec(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +62,14 @@ def _run(arguments: argparse.Namespace) -> int:
     if not tty_is_possible(arguments.tty):
         return USAGE
     argv = without_dashes(arguments.command)
+    if not (argv or arguments.interactive or arguments.tty):
+        if not os.isatty(0):
+            say("which command? there is no terminal here to open a shell on")
+            sys.stderr.write("hint: sandboxctl run [FLAG ...] COMMAND, or -i for a shell that reads stdin\n")
+            return USAGE
+        arguments.interactive = arguments.tty = True
     try:
+        check_create_arguments(arguments)
         with connect() as connection:
             sandbox = create(connection, arguments, ephemeral=arguments.rm)
             try:

@@ -31,8 +31,11 @@ DEFAULT_TERM = "xterm"
 VERDICTS = {
     "timeout": "the command ran into its time limit",
     "oom": "the kernel ended processes of this sandbox because its memory limit was reached",
-    "lost": "nobody knows how the command ended",
+    "killed": "the command was killed: its sandbox was stopped or removed, or somebody ended it",
+    "lost": "nobody knows how the command ended: its sandbox was stopped or removed, or broke",
 }
+CRASHES = {4: "SIGILL", 5: "SIGTRAP", 6: "SIGABRT", 7: "SIGBUS", 8: "SIGFPE", 11: "SIGSEGV", 31: "SIGSYS"}
+"""Signals that nobody sends: the program itself went wrong. No shell of the caller's says so in our place."""
 
 
 def execute(arguments: argparse.Namespace | ExecArguments) -> int:
@@ -41,6 +44,9 @@ def execute(arguments: argparse.Namespace | ExecArguments) -> int:
     if not argv:
         say("which command?")
         sys.stderr.write("hint: sandboxctl exec --help\n")
+        return USAGE
+    if arguments.json and not arguments.detach:
+        say("--json goes with --detach")
         return USAGE
     env = env_of(arguments.env_file, arguments.env)
     try:
@@ -103,7 +109,8 @@ def run_in(
     for candidate in candidates:
         attached = Attached(connection, tty=arguments.tty, interactive=arguments.interactive)
         try:
-            return exit_code_of_end(attached.run({**fields, "argv": candidate}))
+            end = attached.run({**fields, "argv": candidate})
+            return exit_code_of_end(end, sandbox, arguments.timeout)
         except RpcError as error:
             if candidate is candidates[-1] or not _is_not_found(error):
                 raise
@@ -114,11 +121,17 @@ def _set_term(env: dict[str, str]) -> None:
     env.setdefault("TERM", os.environ.get("TERM", DEFAULT_TERM))
 
 
-def exit_code_of_end(end: dict[str, Any]) -> int:
+def exit_code_of_end(end: dict[str, Any], sandbox: str, timeout: str | None = None) -> int:
     """The exit code that a command's end gives us. A verdict that no code tells is said on stderr."""
     status = end["status"]
-    if status in VERDICTS:
+    if status == "timeout" and timeout is not None:
+        say(f"the command ran into its time limit of {timeout}")
+    elif status in VERDICTS:
         say(VERDICTS[status])
+    elif end["signal"] in CRASHES:
+        say(f"the command was ended by signal {end['signal']} ({CRASHES[end['signal']]})")
+    if status == "oom":
+        sys.stderr.write(f"hint: sandboxctl update -m SIZE {sandbox}\n")
     if status == "timeout":
         return TIMED_OUT
     if end["exit_code"] is not None:

@@ -6,10 +6,11 @@ Verbs are one module per family, imported only when one of them is asked for. Th
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
-from sandboxd.cli.session import FAILURE, INTERRUPTED, complain, exit_code_of
+from sandboxd.cli.session import FAILURE, INTERRUPTED, USAGE, complain, exit_code_of, say
 from sandboxd.client import RpcError
 
 TYPE_CHECKING = False
@@ -45,7 +46,9 @@ FAMILIES = {
 }
 """In the order of ``--help``."""
 
+_FLAGS = ("-h", "--help", "--version")
 _STDERR = 2
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def program() -> NoReturn:
@@ -53,6 +56,8 @@ def program() -> NoReturn:
     code = main()
     try:
         sys.stderr.flush()
+    except OSError:
+        code = code or FAILURE
     finally:
         os._exit(code)
 
@@ -62,7 +67,11 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     _fill_standard_descriptors()
     try:
-        code = _run(words)
+        try:
+            code = _run(words)
+        except SystemExit:
+            sys.stdout.flush()
+            raise
         sys.stdout.flush()
     except RpcError as error:
         complain(error)
@@ -70,10 +79,24 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has seen enough. What is still buffered must not fail again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever read our output has seen enough.
+        _forget_output()
+        return FAILURE
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        _forget_output()
+        try:
+            say(f"cannot write: {error.strerror}")
+        except OSError:
+            return FAILURE
         return FAILURE
     return code
+
+
+def _forget_output() -> None:
+    """What is still buffered must not fail again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fill_standard_descriptors() -> None:
@@ -109,7 +132,11 @@ def _without_verb(words: list[str]) -> int:
     parser = build_parser()
     if not words:
         parser.print_help(sys.stderr)
-        return 2
+        return USAGE
+    if words[0] not in _FLAGS:
+        from sandboxd.cli import unknown
+
+        return unknown.refuse(words[0], FAMILIES)
     parser.parse_args(words)
     return 0
 

@@ -217,7 +217,10 @@ def verification(proof: dict[str, Any]) -> str:
     if proof["provocations"]:
         text += "\n" + table(
             ("PROVOKED", "HELD", "EVIDENCE"),
-            [(row["limit"], yes_no(row["held"]), row["evidence"]) for row in proof["provocations"]],
+            [
+                (row["limit"], "-" if row["held"] is None else yes_no(row["held"]), row["evidence"])
+                for row in proof["provocations"]
+            ],
         )
     return text
 

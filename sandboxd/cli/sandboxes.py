@@ -36,8 +36,10 @@ def add_create_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``create`` and ``run`` have in common."""
     parser.add_argument("--name", help="a name of your own for it")
     verb.add_engine(parser)
-    parser.add_argument("--image", metavar="REFERENCE", help="default: the daemon's")
-    parser.add_argument("-w", "--workspace", metavar="DIR", help="the project, seen inside at /workspace")
+    parser.add_argument("--image", type=verb.not_empty, metavar="REFERENCE", help="default: the daemon's")
+    parser.add_argument(
+        *("-w", "--workspace"), type=verb.not_empty, metavar="DIR", help="the project, seen inside at /workspace"
+    )
     parser.add_argument("--ro", action="store_true", help="the workspace cannot be written to")
     parser.add_argument("--network", choices=("none", "full"), help="default: the daemon's, which is none")
     verb.add_env(parser)
@@ -59,7 +61,7 @@ def create(connection: Connection, arguments: argparse.Namespace, *, ephemeral: 
     workspace = None
     if arguments.workspace is not None:
         mode = "ro" if arguments.ro else "rw"
-        workspace = wire.part("WorkspaceParams", path=os.path.abspath(arguments.workspace), mode=mode)
+        workspace = wire.part("WorkspaceParams", path=_absolute(arguments.workspace), mode=mode)
     try:
         sandbox = call(
             connection,
@@ -76,7 +78,7 @@ def create(connection: Connection, arguments: argparse.Namespace, *, ephemeral: 
             ephemeral=ephemeral,
         )
     except Interrupted as late:
-        name = late.result["id"]
+        name = arguments.name or late.result["id"]
         if not ephemeral:
             say(f"sandbox {name} was there before the interrupt; to remove it: sandboxctl rm {name}")
         raise
@@ -85,12 +87,32 @@ def create(connection: Connection, arguments: argparse.Namespace, *, ephemeral: 
     return sandbox
 
 
+def check_create_arguments(arguments: argparse.Namespace) -> None:
+    """Refuse what contradicts itself, before a daemon is started for it.
+
+    Raises:
+        RpcError: It does.
+    """
+    if arguments.ro and arguments.workspace is None:
+        raise RpcError(0, "invalid_argument", "cannot use --ro without a workspace", "it goes with --workspace DIR")
+
+
+def _absolute(path: str) -> str:
+    try:
+        return os.path.abspath(path)
+    except FileNotFoundError:
+        raise RpcError(
+            0, "invalid_argument", f"cannot use {path!r} as a workspace", "the current directory was removed", "cd"
+        ) from None
+
+
 def _add_create(parser: argparse.ArgumentParser) -> None:
     add_create_arguments(parser)
     verb.add_json(parser)
 
 
 def _create(arguments: argparse.Namespace) -> int:
+    check_create_arguments(arguments)
     with connect() as connection:
         sandbox = create(connection, arguments, ephemeral=False)
     if arguments.json:
@@ -183,7 +205,7 @@ def _add_stop(parser: argparse.ArgumentParser) -> None:
 
 
 def _stop(arguments: argparse.Namespace) -> int:
-    return _each(arguments, "sandbox/stop", {"grace": arguments.grace}, _name_of)
+    return _each(arguments, "sandbox/stop", {"grace": arguments.grace})
 
 
 def _add_start(parser: argparse.ArgumentParser) -> None:
@@ -192,7 +214,7 @@ def _add_start(parser: argparse.ArgumentParser) -> None:
 
 
 def _start(arguments: argparse.Namespace) -> int:
-    return _each(arguments, "sandbox/start", {}, _name_of)
+    return _each(arguments, "sandbox/start", {})
 
 
 def _add_rm(parser: argparse.ArgumentParser) -> None:
@@ -212,48 +234,60 @@ def _rm(arguments: argparse.Namespace) -> int:
         arguments.sandboxes = [row["id"] for row in request("sandbox/list")["sandboxes"]]
         forgiven = {"not_found", "sandbox_gone"}
         if not arguments.sandboxes:
+            if arguments.json:
+                show_json([])
             return 0
         if not (arguments.yes or arguments.force or _agreed(len(arguments.sandboxes))):
             return FAILURE
-    return _each(arguments, "sandbox/kill", {}, _name_of, forgiven=forgiven)
+    return _each(arguments, "sandbox/kill", {}, forgiven=forgiven)
 
 
 def _agreed(count: int) -> bool:
     if not sys.stdin.isatty():
-        say(f"would remove {count} sandboxes; to do it without a question: --yes")
+        say(f"would remove {_sandboxes(count)}; to do it without a question: --yes")
         return False
-    sys.stderr.write(f"remove {count} sandboxes and all that runs in them? [y/N] ")
+    sys.stderr.write(f"remove {_sandboxes(count)} and all that runs inside? [y/N] ")
     sys.stderr.flush()
     return sys.stdin.readline().strip().lower() in {"y", "yes"}
+
+
+def _sandboxes(count: int) -> str:
+    return f"{count} sandbox{'' if count == 1 else 'es'}"
 
 
 def _each(
     arguments: argparse.Namespace,
     method: str,
     fields: dict[str, Any],
-    text_of: Callable[[dict[str, Any]], str],
+    text_of: Callable[[dict[str, Any]], str] | None = None,
     *,
     forgiven: set[str] | None = None,
 ) -> int:
-    """Do it to every sandbox that was named, whatever happens to the others; the first failure gives the code."""
+    """Do it to every sandbox that was named, whatever happens to the others; the first failure gives the code.
+
+    Without ``text_of``, which makes of a reply what is printed, that is the name as it was typed.
+    """
     code = 0
-    requests = [{"sandbox": sandbox, **fields} for sandbox in dict.fromkeys(arguments.sandboxes)]
+    names = list(dict.fromkeys(arguments.sandboxes))
+    done = []
     with connect() as connection:
-        for outcome in call_each(connection, method, requests):
+        outcomes = call_each(connection, method, ({"sandbox": name, **fields} for name in names))
+        for name, outcome in zip(names, outcomes, strict=True):
             if isinstance(outcome, RpcError):
                 if outcome.type not in (forgiven or ()):
                     complain(outcome)
                     code = code or exit_code_of(outcome)
             elif arguments.json:
-                show_json(outcome)
+                done.append(outcome)
             else:
-                show(text_of(outcome))
+                show(text_of(outcome) if text_of is not None else name)
+    if arguments.json:
+        single = len(names) == 1 and not getattr(arguments, "all", False)
+        if not single or not (done or code):
+            show_json(done)
+        elif done:
+            show_json(done[0])
     return code
-
-
-def _name_of(reply: dict[str, Any]) -> str:
-    name: str = reply["name"] or reply["id"]
-    return name
 
 
 def _now_ms() -> int:

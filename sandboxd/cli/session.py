@@ -133,8 +133,8 @@ def show(text: str) -> None:
     sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
 
 
-def show_json(reply: dict[str, Any]) -> None:
-    """A reply as it came."""
+def show_json(reply: dict[str, Any] | list[dict[str, Any]]) -> None:
+    """A reply as it came, or several as one array."""
     import json
 
     show(json.dumps(reply, indent=2, ensure_ascii=False))

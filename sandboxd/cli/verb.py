@@ -57,7 +57,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with the code for wrong usage."""
-        sys.stderr.write(f"sandboxctl: {message}\nhint: {self.prog} --help\n")
+        hint = f"{self.prog} --help"
+        said, colon, rest = message.partition("unrecognized arguments: ")
+        if colon and not said and (words := rest.split())[0].startswith("-"):
+            from sandboxd.cli.unknown import nearest
+
+            message = f"unknown flag {words[0].partition('=')[0]!r}"
+            meant = nearest(words[0].partition("=")[0], self._option_string_actions)
+            hint = f"did you mean {meant}?" if meant else hint
+        sys.stderr.write(f"sandboxctl: {message}\nhint: {hint}\n")
         raise SystemExit(USAGE)
 
 
@@ -137,6 +145,13 @@ def add_env(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="the same, one per line; lines that start with # are comments",
     )
+
+
+def not_empty(text: str) -> str:
+    """Some text: an unset variable of a script's must not mean the default."""
+    if not text:
+        raise argparse.ArgumentTypeError("it must not be empty")
+    return text
 
 
 def pair(text: str) -> tuple[str, str]:

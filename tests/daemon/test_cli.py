@@ -104,7 +104,7 @@ def test_a_secret_is_never_repeated(ctl: Ctl) -> None:
     assert "hunter2" not in done.stderr + shown.stdout + shown.stderr
 
 
-@pytest.mark.parametrize("verb", [("create",), ("run",)])
+@pytest.mark.parametrize("verb", [("create",), ("run", "-i")])
 def test_a_bad_limit_is_one_line_and_exit_code_2(ctl: Ctl, verb: tuple[str, ...]) -> None:
     """It says what is allowed, and there is nothing else to read."""
     done = ctl(*verb, "--memory", "banana")
@@ -153,7 +153,17 @@ def wait_for_request(process: "subprocess.Popen[str]") -> None:
         (("create", "--no-such-flag"), 2, "hint: sandboxctl create --help"),
         (("create", "--label", "novalue"), 2, "NAME=VALUE"),
         (("create", "--env-file", "/absent"), 2, "cannot read '/absent'"),
-        (("no-such-verb",), 2, "invalid choice"),
+        (("no-such-verb",), 2, "unknown command 'no-such-verb'"),
+        (("lss",), 2, "hint: sandboxctl ls\n"),
+        (("images",), 2, "hint: sandboxctl image list\n"),
+        (("-v",), 2, "hint: sandboxctl --version\n"),
+        (("create", "--memroy", "1g"), 2, "did you mean --memory?"),
+        (("create", "--workspace", ""), 2, "must not be empty"),
+        (("create", "--image", ""), 2, "must not be empty"),
+        (("create", "--ro"), 2, "--workspace"),
+        (("run", "--ro", "true"), 2, "--workspace"),
+        (("run",), 2, "hint: sandboxctl run [FLAG ...] COMMAND"),
+        (("exec", "--json", "absent", "true"), 2, "--json goes with --detach"),
         ((), 2, "usage:"),
         (("update", "absent"), 2, "which limit?"),
         (("rm",), 2, "which sandboxes?"),
@@ -192,7 +202,35 @@ def test_a_command_beyond_its_time_is_124(ctl: Ctl, box: str) -> None:
     """As ``timeout`` has it; and it says so, for 124 could be the command's own."""
     done = ctl("exec", "--timeout", "0.05s", box, "sleep", "60")
     assert done.returncode == 124
-    assert "time limit" in done.stderr
+    assert "time limit of 0.05s" in done.stderr
+
+
+def test_a_crash_is_said(ctl: Ctl, box: str) -> None:
+    """139 alone is a riddle."""
+    done = ctl("exec", box, "sh", "-c", "kill -SEGV $$")
+    assert (done.returncode, done.stderr) == (139, "sandboxctl: the command was ended by signal 11 (SIGSEGV)\n")
+
+
+@pytest.mark.parametrize("arguments", [("ls",), ("--help",), ("ls", "--help")])
+def test_output_that_cannot_be_written_is_one_line(ctl: Ctl, arguments: tuple[str, ...]) -> None:
+    """A full disk is nothing that a traceback helps with."""
+    with open("/dev/full", "w") as full:
+        done = ctl(*arguments, capture_output=False, stdout=full, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (1, "sandboxctl: cannot write: No space left on device\n")
+
+
+def test_a_current_directory_that_is_gone_is_said(ctl: Ctl, tmp_path: Path) -> None:
+    """It happens in the other window."""
+    script = 'cd "$0" && rmdir "$0" && exec "$@"'
+    done = subprocess.run(
+        ["/bin/sh", "-c", script, str(tmp_path), *CTL, "create", "--workspace", "."],
+        env=ctl.env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "sandboxctl: cannot use '.' as a workspace: the current directory was removed; cd\n"
 
 
 # --- exec
@@ -350,11 +388,24 @@ def test_ls_can_be_a_table_ids_or_json(ctl: Ctl, box: str) -> None:
     assert box in [row["id"] for row in replies(ctl("ls", "--json").stdout)[0]["sandboxes"]]
 
 
-def test_several_replies_are_a_stream_of_json(ctl: Ctl) -> None:
-    """One sandbox or ten: jq reads both alike, each exactly as on the wire."""
+def test_several_replies_are_one_array_of_json(ctl: Ctl) -> None:
+    """In the order asked, each exactly as on the wire."""
     names = [ctl("create").stdout.strip() for _ in range(12)]
-    assert [reply["id"] for reply in replies(ctl("inspect", "--json", *names).stdout)] == names
+    assert [reply["id"] for reply in json.loads(ctl("inspect", "--json", *names).stdout)] == names
     assert ctl("rm", *names).stdout.split() == names
+
+
+def test_nothing_is_an_empty_array_of_json(ctl: Ctl) -> None:
+    """Whatever was left to remove, the output can be read."""
+    assert json.loads(ctl("rm", "-f", "--json", "absent").stdout) == []
+    assert json.loads(ctl("rm", "-f", "--json", "absent", "gone").stdout) == []
+
+
+def test_what_was_typed_is_echoed(ctl: Ctl) -> None:
+    """Whoever names it by its id goes on with the id."""
+    box = ctl("create", "--name", "echoed").stdout.strip()
+    assert ctl("stop", "echoed").stdout == "echoed\n"
+    assert ctl("rm", box).stdout == f"{box}\n"
 
 
 def test_one_failure_does_not_stop_the_others_and_gives_the_code(ctl: Ctl) -> None:
@@ -378,7 +429,9 @@ def test_rm_all_wants_to_be_sure(tmp_path: Path) -> None:
         ctl("create")
         refused = ctl("rm", "--all")
         assert (refused.returncode, "--yes" in refused.stderr) == (1, True)
+        assert "would remove 1 sandbox;" in refused.stderr
         assert ctl("rm", "--all", "--yes").returncode == 0
+        assert ctl("rm", "--all", "--json").stdout == "[]\n"
         assert ctl("ls", "-q").stdout == ""
 
 

@@ -171,7 +171,7 @@ def test_a_terminal_without_input_leaves_the_keyboard_alone(ctl: Ctl, box: str, 
 
 def test_run_with_a_terminal_opens_a_shell_and_removes_the_sandbox(ctl: Ctl, terminal: Terminal) -> None:
     """The line that people type first."""
-    with running(ctl, terminal, "run", "--rm", "-it", "--label", "test=tty") as process:
+    with running(ctl, terminal, "run", "--rm", "--label", "test=tty") as process:
         terminal.type("echo $((6 * 7)); exit 3\r")
         terminal.read_until("42\r\n")
         assert process.wait(PATIENCE_S) == 3

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import select
 import time
 
 from sandboxd import __version__
@@ -21,12 +23,12 @@ STOP_TIMEOUT_S = 30.0
 
 
 def _add_daemon(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=("start", "stop", "status"), help="status does not start it")
+    parser.add_argument("action", choices=("start", "stop", "restart", "status"), help="status does not start it")
     verb.add_json(parser)
 
 
 def _daemon(arguments: argparse.Namespace) -> int:
-    actions = {"start": _start, "stop": _stop, "status": _status}
+    actions = {"start": _start, "stop": _stop, "restart": _restart, "status": _status}
     return actions[arguments.action](arguments)
 
 
@@ -56,22 +58,93 @@ def _show_info(info: dict[str, Any], arguments: argparse.Namespace) -> int:
 
 
 def _stop(arguments: argparse.Namespace) -> int:
-    """Ask it to stop, and wait until it hangs up."""
+    ended = _shut_down()
+    if ended is None:
+        say("the daemon is not running")
+        if arguments.json:
+            show_json({"stopped": False, "commands_ended": 0})
+    elif arguments.json:
+        show_json({"stopped": True, "commands_ended": ended})
+    else:
+        show(f"stopped; {_commands(ended)} ended with it" if ended else "stopped")
+    return 0
+
+
+def _restart(arguments: argparse.Namespace) -> int:
+    ended = _shut_down()
+    if ended:
+        say(f"{_commands(ended)} ended with the old daemon")
+    return _start(arguments)
+
+
+def _commands(count: int) -> str:
+    return f"{count} attached command{'' if count == 1 else 's'}"
+
+
+def _shut_down() -> int | None:
+    """Ask it to stop, and wait until its process is gone; return how many attached commands ended, None: no daemon.
+
+    Raises:
+        RpcError: It is still there.
+    """
     connection = _connect_if_running()
     if connection is None:
-        say("the daemon is not running")
-        return 0
+        return None
+    deadline = time.monotonic() + STOP_TIMEOUT_S
     with connection:
-        reply = connection.call("daemon/shutdown", {}, timeout_s=STOP_TIMEOUT_S)
+        pid = int(connection.call("daemon/info", {}, timeout_s=STOP_TIMEOUT_S)["pid"])
+        # Held before it ends, so that it is this process for as long as we wait.
+        process = _open_process(pid)
         try:
-            # No such request was sent, so nothing but the end of the connection ends this.
-            connection.wait(0, timeout_s=STOP_TIMEOUT_S)
-        except RpcError as error:
-            if error.type != "disconnected":
-                raise
-    if arguments.json:
-        show_json(reply)
-    return 0
+            ended = _count_attached(connection)
+            connection.call("daemon/shutdown", {}, timeout_s=STOP_TIMEOUT_S)
+            try:
+                # No such request was sent, so nothing but the end of the connection ends this.
+                connection.wait(0, timeout_s=max(deadline - time.monotonic(), 0.0))
+            except RpcError as error:
+                if error.type != "disconnected":
+                    raise
+            if process is not None and not select.select([process], [], [], max(deadline - time.monotonic(), 0.0))[0]:
+                raise RpcError(
+                    0,
+                    "timeout",
+                    "cannot stop the daemon",
+                    f"it is still there after {STOP_TIMEOUT_S:g}s",
+                    f"kill {pid}",
+                )
+        finally:
+            if process is not None:
+                os.close(process)
+    return ended
+
+
+def _open_process(pid: int) -> int | None:
+    """A descriptor that is readable when the process has ended; None: it has, or this kernel has no such thing."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        return None
+
+
+def _count_attached(connection: Connection) -> int:
+    """How many commands run whose output is somebody's own: those end with the daemon, the others outlive it."""
+    count = 0
+    for sandbox in call(connection, "sandbox/list")["sandboxes"]:
+        if not sandbox["commands_running"]:
+            continue
+        # It may be gone by now, or stopping: nothing is lost but a figure.
+        with contextlib.suppress(RpcError):
+            for row in call(connection, "commands/list", sandbox=sandbox["id"])["commands"]:
+                count += row["state"] == "running" and not _is_kept(connection, sandbox["id"], row["command_id"])
+    return count
+
+
+def _is_kept(connection: Connection, sandbox: str, command_id: str) -> bool:
+    try:
+        call(connection, "commands/logs", sandbox=sandbox, command_id=command_id, stream="stdout", length=1)
+    except RpcError as error:
+        return error.type != "conflict"
+    return True
 
 
 def _connect_if_running() -> Connection | None:
@@ -114,7 +187,7 @@ def _version(arguments: argparse.Namespace) -> int:
 
 
 VERBS = {
-    "daemon": Verb("start or stop the daemon, or see whether it runs", _add_daemon, _daemon),
+    "daemon": Verb("start, stop or restart the daemon, or see whether it runs", _add_daemon, _daemon),
     "doctor": Verb("check the host, and say what mends it", verb.add_json, _doctor),
     "config": Verb("show every setting in force, and where it comes from", verb.add_json, _config),
     "version": Verb("show the versions of this command and of the daemon", verb.add_json, _version),

@@ -524,7 +524,9 @@ def test_stop_returns_when_the_daemon_is_gone(tmp_path: Path) -> None:
     """Whoever starts the next one wants the socket free."""
     with stub_daemon(tmp_path) as env:
         ctl = Ctl(env)
-        assert ctl("daemon", "stop").returncode == 0
+        pid = replies(ctl("daemon", "status", "--json").stdout)[0]["pid"]
+        assert ctl("daemon", "stop").stdout == "stopped\n"
+        assert Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
         assert ctl("daemon", "status").returncode == 1
 
 

@@ -1,5 +1,6 @@
 """The daemon is started when it is needed, once, and says why if it cannot."""
 
+import json
 import stat
 import subprocess
 import sys
@@ -102,3 +103,13 @@ def test_a_state_directory_that_cannot_be_made_is_an_error_in_words(directory: P
         _, stderr = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1
     assert "SANDBOXD_STATE_DIR" in stderr
+
+
+def test_restart_is_another_daemon(directory: Path) -> None:
+    """And the old one is gone by then, or it would have answered."""
+    pids = []
+    for action in ("start", "restart"):
+        with start(directory, "daemon", action, "--json") as process:
+            pids.append(json.loads(process.communicate(timeout=PATIENCE_S)[0])["pid"])
+        assert process.returncode == 0
+    assert pids[0] != pids[1]

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from sandboxd.cli.render import command_list
+from sandboxd.cli.render import command_list, verification
 
 
 def row(argv: list[str], **end: Any) -> dict[str, Any]:
@@ -47,3 +47,10 @@ def test_lines_are_cut_to_the_width_that_there_is() -> None:
 def test_arguments_that_a_terminal_would_obey_are_shown_as_written_in_code() -> None:
     """And an empty one is seen at all."""
     assert command_list([row(["a", "", "\x1b[2J", "two words"])], 0, None).endswith("a '' '\\x1b[2J' two words\n")
+
+
+def test_what_was_not_found_out_is_neither_yes_nor_no() -> None:
+    """A provocation that could not be tried proves nothing, and disproves nothing."""
+    rows = [{"limit": name, "held": held, "evidence": "e"} for name, held in (("a", True), ("b", False), ("c", None))]
+    shown = verification({"limits": [], "provocations": rows})
+    assert [line.split()[:2] for line in shown.splitlines()[-3:]] == [["a", "yes"], ["b", "no"], ["c", "-"]]

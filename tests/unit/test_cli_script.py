@@ -1,8 +1,11 @@
 """What is installed as ``sandboxctl``."""
 
 import os
+import subprocess
 import tomllib
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -20,3 +23,28 @@ def test_no_entry_point_overwrites_it() -> None:
     """Installers write both to the same place, and which comes last is theirs to say."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert "sandboxctl" not in project["project"]["scripts"]
+
+
+@pytest.mark.parametrize("directory", ["/", "/home", "~", "~/.."])
+def test_quickstart_refuses_a_directory_that_is_too_wide_before_anything_else(directory: str, tmp_path: Path) -> None:
+    """The daemon would refuse it, after minutes of installing."""
+    home = tmp_path / "home"
+    home.mkdir()
+    done = subprocess.run(
+        [ROOT / "hack" / "quickstart", "--dry-run"],
+        cwd=directory.replace("~", str(home)),
+        env={"PATH": os.environ["PATH"], "HOME": str(home)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "too wide" in done.stderr
+    assert "type: mkdir" in done.stderr
+
+
+def test_quickstart_says_what_is_wrong() -> None:
+    """Before all that is right."""
+    done = subprocess.run([ROOT / "hack" / "quickstart", "--frist"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: unknown option '--frist'\n")

@@ -63,6 +63,8 @@ DRAIN_DEADLINE_S = 15.0
 
 BOXES_NAME_CHARS = 12
 
+LOCK_BYTES_MAX = 4096
+
 LEFT_CLIENTS_DEADLINE_S = 15.0
 """How long engine clients that a killed daemon left behind may take to come to their end."""
 
@@ -206,7 +208,7 @@ def _prepare(
             detail="it must be ours, and nobody else may write to it: programs in it are run in every sandbox",
             hint=f"ls -ld {state}, or set SANDBOXD_STATE_DIR",
         )
-    held.callback(os.close, _lock_state(state))
+    held.callback(os.close, _lock_state(state, listener.path))
     journal = Journal.open(os.path.join(state, "journal.sqlite3"))
     held.callback(journal.close)
     # Per owner: another daemon with its socket in the same directory must not take our boxes for leftovers.
@@ -288,18 +290,21 @@ def _load_config(env: Mapping[str, str]) -> tuple[Config, list[ConfigEntry]]:
     return load_config(text, origin=path, env=env)
 
 
-def _lock_state(state: str) -> int:
+def _lock_state(state: str, socket: str) -> int:
     """Hold the state directory: two daemons with different sockets must not share a journal."""
     lock = os.open(os.path.join(state, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        holder = os.pread(lock, LOCK_BYTES_MAX, 0).decode(errors="replace")
         os.close(lock)
         raise Conflict(
             f"cannot use the state directory {state}",
-            detail="another daemon with another socket does",
-            hint="set SANDBOXD_STATE_DIR to a directory of its own",
+            detail=f"another daemon does, which listens on {holder}",
+            hint=f"export SANDBOXD_SOCKET={holder}",
         ) from None
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, socket.encode(errors="surrogateescape")[:LOCK_BYTES_MAX], 0)
     return lock
 
 

@@ -202,6 +202,7 @@ class Handlers:
         """Read the limits again; provoke them if asked."""
         timings = Timings()
         sandbox = self._manager.get(params.sandbox)
+        running.require_running(sandbox)
         proofs = self._manager.prove(sandbox)
         timings.mark("verify")
         provocations = await provoke(sandbox) if params.provoke else []

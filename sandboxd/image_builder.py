@@ -15,13 +15,16 @@ from runtimes.engine import Engine
 from runtimes.errors import EngineRefused, ImageNotFound, RuntimeFailure
 from runtimes.model import ImageFacts
 from sandboxd.engines import EngineRoom
-from sandboxd.failures import PrerequisiteMissing
+from sandboxd.failures import InvalidArgument, PrerequisiteMissing
 from sandboxd.protocol import ImageBuildParams, ImageBuilt, ImageInfo
 from sandboxd.timings import Timings
 
 Progress = Callable[[str, int | None, int | None], None]
 
 _FOLDER = "default"
+
+OWN_REGISTRY = "localhost/"
+"""What images that were made here begin with."""
 
 
 class ImageBuilder:
@@ -51,7 +54,13 @@ class ImageBuilder:
             PrerequisiteMissing: no source works on this host; the reason of each is in the detail.
         """
         timings = Timings()
-        reference = params.reference or self._reference
+        reference = self._reference if params.reference is None else params.reference
+        if not reference.startswith(OWN_REGISTRY) and reference != self._reference:
+            raise InvalidArgument(
+                f"cannot build an image called {reference!r}",
+                detail="it would take the place of somebody else's image",
+                hint=f"sandboxctl image build --reference {OWN_REGISTRY}NAME:TAG",
+            )
         engines = await self._chosen(params.engine)
         async with self._building:
             if not params.force:

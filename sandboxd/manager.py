@@ -25,6 +25,7 @@ from runtimes.errors import (
     CgroupUnreadable,
     ContainerNotFound,
     EngineUnavailable,
+    ImageNotFound,
     RuntimeFailure,
     Unsupported,
 )
@@ -43,6 +44,7 @@ from runtimes.model import (
     User,
 )
 from runtimes.mounts import mounts_below
+from runtimes.quantities import format_bytes
 from sandboxd import reconcile
 from sandboxd.background import Background
 from sandboxd.config import Config
@@ -54,6 +56,7 @@ from sandboxd.failures import (
     InvalidArgument,
     LimitNotEnforceable,
     NotFound,
+    SandboxGone,
 )
 from sandboxd.journal import Journal, SandboxRecord, WorkspaceRecord
 from sandboxd.lifecycle import Event, State
@@ -268,7 +271,7 @@ class Manager:
         with self._staged(sandbox, workspace) as source:
             spec = self._spec(sandbox.record, engine.info, source, sandbox.io_dir)
             timings.mark("prepare")
-            container_id = await engine.create(spec)
+            container_id = await self._create(engine, spec)
             timings.mark("engine")
             await sandbox.connect(container_id, engine, self._sources(sandbox, source))
             timings.mark("init")
@@ -276,6 +279,15 @@ class Manager:
                 await self._check_arrived(sandbox, workspace)
                 timings.mark("workspace")
         return container_id
+
+    async def _create(self, engine: Engine, spec: ContainerSpec) -> str:
+        try:
+            return await engine.create(spec)
+        except ImageNotFound as error:
+            if spec.image != self._config.defaults.image:
+                # Only the default image can be built here; any other is the engine's to fetch.
+                error.hint = f"{engine.name} pull {spec.image}"
+            raise
 
     @staticmethod
     async def _check_arrived(sandbox: Sandbox, workspace: OpenedWorkspace) -> None:
@@ -300,8 +312,12 @@ class Manager:
     def _check_room(self, name: str | None) -> None:
         if name is not None and any(sandbox.record.name == name for sandbox in self._sandboxes.values()):
             raise Conflict(
-                f"cannot name a sandbox {name!r}", detail="another one has that name", hint=f"sandboxctl rm {name}"
+                f"cannot name a sandbox {name!r}",
+                detail="another one has that name",
+                hint=f"use it (sandboxctl exec {name} ...), or choose another name",
             )
+        if name is not None and name.startswith(ID_PREFIX):
+            raise InvalidArgument(f"cannot name a sandbox {name!r}", detail=f"ids begin with {ID_PREFIX}")
         if len(self._sandboxes) >= self._config.daemon.sandboxes_max:
             raise CapacityExceeded(
                 f"cannot make more than {self._config.daemon.sandboxes_max} sandboxes",
@@ -336,7 +352,7 @@ class Manager:
             raise LimitNotEnforceable(
                 f"cannot enforce {', '.join(entry.limit for entry in missing)} with {info.name}",
                 detail="; ".join(dict.fromkeys(entry.reason for entry in missing)),
-                hint=f"{missing[0].hint}, or go on without proof: --degraded",
+                hint=f"{missing[0].hint}   (or go on without proof: --degraded)",
             )
 
     @staticmethod
@@ -470,9 +486,14 @@ class Manager:
             async with sandbox.lock:
                 if sandbox.record.state is State.RUNNING:
                     return
+                if sandbox.record.state is State.LOST:
+                    raise _gone(sandbox)
                 sandbox.change(Event.START)
                 try:
                     await self._start(sandbox, timings)
+                except ContainerNotFound as error:
+                    self.note(sandbox, Event.VANISHED, f"{sandbox.record.engine} no longer has its container")
+                    raise _gone(sandbox) from error
                 except BaseException:
                     await self._stop_again(sandbox)
                     raise
@@ -699,8 +720,8 @@ class Manager:
             return
         if _above(usage.memory_bytes, changed.memory_bytes_max):
             raise Conflict(
-                f"cannot lower memory to {changed.memory_bytes_max} bytes",
-                detail=f"{usage.memory_bytes} bytes are in use",
+                f"cannot lower memory to {format_bytes(changed.memory_bytes_max or 0)}",
+                detail=f"{format_bytes(usage.memory_bytes or 0)} are in use",
                 hint=f"sandboxctl stats {sandbox.record.id}",
             )
         if _above(usage.pids, changed.pids_max):
@@ -709,6 +730,14 @@ class Manager:
                 detail=f"{usage.pids} are in use",
                 hint=f"sandboxctl stats {sandbox.record.id}",
             )
+
+
+def _gone(sandbox: Sandbox) -> SandboxGone:
+    return SandboxGone(
+        f"cannot start sandbox {sandbox.record.id}",
+        detail=sandbox.record.state_reason,
+        hint=f"sandboxctl rm {sandbox.record.id}",
+    )
 
 
 def _programs(sandbox: Sandbox) -> dict[str, str]:

@@ -248,7 +248,7 @@ def require_running(sandbox: Sandbox) -> None:
     if sandbox.record.state is not State.RUNNING:
         stopped = sandbox.record.state is State.STOPPED
         raise Conflict(
-            f"cannot run a command in a sandbox that is {sandbox.record.state.value}",
+            f"cannot use a sandbox that is {sandbox.record.state.value}",
             detail=sandbox.record.state_reason,
             hint=f"sandboxctl {'start' if stopped else 'inspect'} {sandbox.record.id}",
         )

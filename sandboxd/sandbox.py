@@ -248,6 +248,7 @@ class Sandbox:
             self._cgroup = None
         self.pid = None
         self._sample = None
+        self.proofs = ()
 
     def _lose_init(self) -> None:
         # First, while the counters can still be read: init itself may have been killed for memory.
@@ -323,6 +324,9 @@ class Sandbox:
         effective = self._effective_or_unknown()
         tmpfs = dict.fromkeys(TMPFS_TARGETS, self.record.tmp_bytes_max)
         self.proofs = verify(self.record.limits, reported, effective, tmpfs=tmpfs, swap_total_bytes=swap_bytes)
+        if self.pid is None:
+            why = f"it is {self.record.state}"
+            self.proofs = tuple(msgspec.structs.replace(proof, verified=False, reason=why) for proof in self.proofs)
         return self.proofs
 
     def _effective_or_unknown(self) -> EffectiveLimits:

@@ -158,7 +158,7 @@ def test_running_into_each_limit_shows_that_it_holds(daemon: Daemon, engine: str
         assert proof["verified"] is True
         _the_counters_tell(daemon, box)
         assert daemon.sh(box, "echo alive") == "alive\n"
-        assert len(kernel.processes(box["pid"])) == 1, "the provocation is over"
+        wait_until(lambda: len(kernel.processes(box["pid"])) == 1, "the provocation is over")
 
 
 def _the_counters_tell(daemon: Daemon, box: Box) -> None:

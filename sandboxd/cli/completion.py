@@ -5,7 +5,26 @@ from __future__ import annotations
 import argparse
 
 from sandboxd.cli.session import show
-from sandboxd.cli.verb import Verb
+from sandboxd.cli.verb import NAMES_FUNCTION, Verb
+
+_LIST = """sandboxctl daemon status >/dev/null 2>&1 &&
+    sandboxctl ls 2>/dev/null | awk 'NR > 1 { print $1; if ($2 != "-") print $2 }'"""
+"""To press a key is not to start a daemon."""
+
+PREAMBLE = {
+    "bash": f"""
+{NAMES_FUNCTION}() {{
+  compgen -W "$({_LIST})" -- "$1"
+}}
+""",
+    "zsh": f"""
+{NAMES_FUNCTION}() {{
+  local -a names
+  names=(${{(f)"$({_LIST})"}})
+  compadd -a names
+}}
+""",
+}
 
 
 def _add_completion(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +36,7 @@ def _completion(arguments: argparse.Namespace) -> int:
 
     from sandboxd.cli.main import build_parser
 
-    show(shtab.complete(build_parser(), shell=arguments.shell))
+    show(shtab.complete(build_parser(), shell=arguments.shell, preamble=PREAMBLE[arguments.shell]))
     return 0
 
 

@@ -18,6 +18,10 @@ COLUMNS_MAX = 120
 """Longer lines are hard to read."""
 
 
+NAMES_FUNCTION = "_sandboxctl_names"
+"""The shell's function that completes ids and names of sandboxes."""
+
+
 class Verb:
     """One verb: what it is for, its flags, and what carries it out and returns the exit code."""
 
@@ -76,17 +80,25 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def add_sandbox(parser: argparse.ArgumentParser) -> None:
     """One sandbox."""
-    parser.add_argument("sandbox", metavar="SANDBOX", help="id, unambiguous beginning of one, or name")
+    _complete_names(
+        parser.add_argument("sandbox", metavar="SANDBOX", help="id, unambiguous beginning of one, or name")
+    )
 
 
 def add_sandboxes(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
     """Several sandboxes."""
-    parser.add_argument(
+    names = parser.add_argument(
         "sandboxes",
         metavar="SANDBOX",
         nargs="*" if optional else "+",
         help="ids, unambiguous beginnings of ids, or names",
     )
+    _complete_names(names)
+
+
+def _complete_names(action: argparse.Action) -> None:
+    # What shtab looks for; see ``completion`` for the function.
+    action.complete = {"bash": NAMES_FUNCTION, "zsh": NAMES_FUNCTION}  # type: ignore[attr-defined]
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:

@@ -70,7 +70,7 @@ def test_a_container_that_was_removed_behind_our_back_is_lost_and_can_be_removed
         daemon.client(engine, "rm", "--force", box["container_id"])
         wait_until(lambda: daemon.state_of(box) == "lost", "it was noticed")
         assert "no longer has" in daemon.call("sandbox/get", sandbox=box["id"])["state_reason"]
-        assert daemon.refusal("sandbox/start", sandbox=box["id"]).type == "conflict"
+        assert daemon.refusal("sandbox/start", sandbox=box["id"]).type == "sandbox_gone"
         daemon.remove(box)
         assert gone(daemon, engine, box["id"])
 

@@ -167,6 +167,8 @@ async def start(
     try:
         if spooled:
             return await _start_spooled(sandbox, params, request, times, keep=keep), None
+        for descriptor in descriptors:
+            _check_harmless(descriptor)
         with _standard_descriptors(params, descriptors) as passed:
             return await sandbox.commands.start(
                 request, passed, background=keep, timeout_s=times.timeout_s, grace_s=times.grace_s
@@ -263,7 +265,7 @@ async def run_as_other_user(
     *,
     user: str,
 ) -> CommandEnd:
-    """Run a command as another user, through the engine's own exec.
+    """Run a command as another user, through the engine's own exec. The descriptors are its client's, not handed in.
 
     A timeout ends the engine's client. What it had started inside may go on: the engines offer no way to end it.
 
@@ -336,14 +338,8 @@ async def identity_inside(sandbox: Sandbox, path: str) -> tuple[int, int] | None
 
 @contextlib.contextmanager
 def _standard_descriptors(params: CommandParams, descriptors: Sequence[int]) -> Iterator[Sequence[int]]:
-    """What the command gets for stdin, stdout and stderr: what the caller passed, or /dev/null.
-
-    Raises:
-        InvalidArgument: a descriptor that grants more than the bytes that go through it.
-    """
+    """What the command gets for stdin, stdout and stderr: what the caller passed, or /dev/null."""
     if params.pty is not None or descriptors:
-        for descriptor in descriptors:
-            _check_harmless(descriptor)
         yield descriptors
         return
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)

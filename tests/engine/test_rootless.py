@@ -169,7 +169,7 @@ def test_doctor_says_so_beforehand(rootless: UsersDaemon) -> None:
     assert doctor["healthy"] is False
     (limits,) = (check for check in doctor["checks"] if check["name"] == "podman limits")
     assert limits["status"] == "failure"
-    assert "cannot limit memory, cpu, pids" in limits["detail"]
+    assert "cannot limit memory, cpus, pids" in limits["detail"]
     assert limits["fix"]
     (podman,) = (check for check in doctor["checks"] if check["name"] == "podman" and check["status"] == "ok")
     assert "rootless" in podman["detail"]

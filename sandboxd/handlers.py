@@ -16,9 +16,11 @@ import psutil
 from runtimes.cgroup.readings import Pressure as PressureReading
 from runtimes.cgroup.readings import Usage
 from runtimes.errors import CgroupUnreadable, RuntimeFailure
+from runtimes.init.file_worker import FileRefused
+from runtimes.init.files import FilesChannel
 from runtimes.init.wire import InitError, Scope
 from runtimes.model import EngineInfo, EngineName
-from sandboxd import __version__, doctor, limits, protocol, running
+from sandboxd import __version__, doctor, files, limits, protocol, running
 from sandboxd.commands import Command, format_command_id
 from sandboxd.engines import EngineRoom
 from sandboxd.failures import Conflict, InvalidArgument, Unsupported
@@ -100,6 +102,13 @@ class Handlers:
             "commands/close_stdin": self.close_input,
             "commands/resize": self.resize_command,
             "commands/list": self.list_commands,
+            "files/read": self.read_file,
+            "files/write": self.write_file,
+            "files/list": self.list_files,
+            "files/stat": self.stat_file,
+            "files/make_dir": self.make_dir,
+            "files/rename": self.rename_file,
+            "files/remove": self.remove_file,
             "image/list": self.list_images,
             "image/build": self.build_image,
             "daemon/info": self.info,
@@ -116,6 +125,8 @@ class Handlers:
         self._active += counted
         try:
             return await self._handlers[method](params, context)
+        except FileRefused as error:
+            raise files.failure_from_refusal(error) from error
         except (RuntimeFailure, InitError) as error:
             raise failure_from(error) from error
         finally:
@@ -340,6 +351,45 @@ class Handlers:
     async def list_commands(self, params: protocol.CommandListParams, _: Context) -> protocol.CommandList:
         """The rows."""
         return protocol.CommandList(commands=self._manager.get(params.sandbox).commands.infos())
+
+    # --- files ----------------------------------------------------------------------------------------
+
+    async def _files(self, params: protocol.PathParams) -> FilesChannel:
+        return await self._manager.get(params.sandbox).files()
+
+    async def read_file(self, params: protocol.FileReadParams, _: Context) -> protocol.FileContent:
+        """Read."""
+        return await files.read(await self._files(params), params)
+
+    async def write_file(self, params: protocol.FileWriteParams, _: Context) -> protocol.FileInfo:
+        """Write, whole or not at all."""
+        return await files.write(await self._files(params), params)
+
+    async def list_files(self, params: protocol.FileListParams, _: Context) -> protocol.FileList:
+        """List a directory."""
+        return await files.list_dir(await self._files(params), params)
+
+    async def stat_file(self, params: protocol.FileStatParams, _: Context) -> protocol.FileInfo:
+        """Look at one file."""
+        return await files.look(await self._files(params), params)
+
+    async def make_dir(self, params: protocol.FileMakeDirParams, _: Context) -> protocol.FileMade:
+        """Make a directory."""
+        channel = await self._files(params)
+        created = await channel.make_dir(files.path_of(params), make_parents=params.make_parents)
+        return protocol.FileMade(created=created)
+
+    async def rename_file(self, params: protocol.FileRenameParams, _: Context) -> protocol.Acknowledged:
+        """Rename."""
+        channel = await self._files(params)
+        await channel.rename(files.path_of(params), params.new_path.encode(), no_replace=not params.replace)
+        return protocol.Acknowledged()
+
+    async def remove_file(self, params: protocol.FileRemoveParams, _: Context) -> protocol.Acknowledged:
+        """Remove."""
+        channel = await self._files(params)
+        await channel.remove(files.path_of(params), recursive=params.recursive)
+        return protocol.Acknowledged()
 
     # --- images and the daemon ------------------------------------------------------------------------
 

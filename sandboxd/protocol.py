@@ -498,6 +498,109 @@ class CommandList(Reply, frozen=True):
     commands: list[CommandInfo]
 
 
+# --- files ----------------------------------------------------------------------------------------------
+
+
+class PathParams(Params, frozen=True):
+    """Name one file.
+
+    Paths are resolved inside the sandbox, by the sandbox's own user; relative ones begin at /workspace, or at / where
+    there is none.
+    """
+
+    sandbox: SandboxRef
+    path: Text
+    path_bytes: Annotated[bytes, Meta(max_length=4095)] | None = None
+    """For names that are not UTF-8: taken instead of ``path``."""
+
+
+class FileReadParams(PathParams, frozen=True):
+    """Read a part of a regular file."""
+
+    offset: Annotated[int, Meta(ge=0)] = 0
+    length: Annotated[int, Meta(ge=1, le=LOG_BYTES_MAX)] = LOG_BYTES_MAX
+
+
+class FileWriteParams(PathParams, frozen=True, kw_only=True):
+    """Replace a file's content, or make it: whole or not at all."""
+
+    data: Annotated[bytes, Meta(max_length=LOG_BYTES_MAX)]
+    mode: Annotated[int, Meta(ge=0, le=0o777)] | None = None
+    """Default: that of the file that is there, else 0644."""
+    make_parents: bool = True
+
+
+class FileListParams(PathParams, frozen=True):
+    """List a directory."""
+
+    depth: Annotated[int, Meta(ge=1, le=64)] = 1
+    entries_max: Annotated[int, Meta(ge=1, le=10_000)] = 1000
+
+
+class FileStatParams(PathParams, frozen=True):
+    """Look at one file."""
+
+    follow: bool = False
+
+
+class FileMakeDirParams(PathParams, frozen=True):
+    """Make a directory."""
+
+    make_parents: bool = True
+
+
+class FileRenameParams(PathParams, frozen=True, kw_only=True):
+    """Rename within one file system."""
+
+    new_path: Text
+    replace: bool = True
+
+
+class FileRemoveParams(PathParams, frozen=True):
+    """Remove a file, a link or a directory."""
+
+    recursive: bool = False
+
+
+class FileInfo(Reply, frozen=True):
+    """One file, numbers as seen inside."""
+
+    path: str
+    """Relative to what was listed; for display where it is not UTF-8."""
+    path_bytes: bytes | None
+    """The name itself, where it is not UTF-8."""
+    type: Literal["file", "dir", "symlink", "fifo", "socket", "char", "block", "unknown"]
+    size_bytes: int
+    mode: int
+    uid: int
+    gid: int
+    mtime_ns: int
+    target: str | None
+    """Where a symlink leads."""
+
+
+class FileContent(Reply, frozen=True):
+    """A part of a file."""
+
+    data: bytes
+    size_bytes: int
+    """Of the whole file, when it was opened."""
+
+
+class FileList(Reply, frozen=True):
+    """What is below a directory."""
+
+    entries: list[FileInfo]
+    truncated: bool
+    """There is more than this."""
+
+
+class FileMade(Reply, frozen=True):
+    """A directory is there."""
+
+    created: bool
+
+
 # --- images, daemon -------------------------------------------------------------------------------------
 
 
@@ -675,6 +778,13 @@ METHODS: tuple[Method, ...] = (
     Method("commands/close_stdin", CommandRef, Acknowledged, "Close a command's stdin: it reads end of file."),
     Method("commands/resize", CommandResizeParams, Acknowledged, "Change the size of a command's terminal."),
     Method("commands/list", CommandListParams, CommandList, "Commands that run, linger, or ended lately."),
+    Method("files/read", FileReadParams, FileContent, "Read a part of a regular file."),
+    Method("files/write", FileWriteParams, FileInfo, "Replace a file's content: whole or not at all."),
+    Method("files/list", FileListParams, FileList, "What is below a directory."),
+    Method("files/stat", FileStatParams, FileInfo, "Look at one file."),
+    Method("files/make_dir", FileMakeDirParams, FileMade, "Make a directory."),
+    Method("files/rename", FileRenameParams, Acknowledged, "Rename a file or directory."),
+    Method("files/remove", FileRemoveParams, Acknowledged, "Remove a file, or a whole tree."),
     Method("image/list", ImageListParams, ImageList, "Images that the engines hold."),
     Method("image/build", ImageBuildParams, ImageBuilt, "Make the default image, without a registry if need be."),
     Method("daemon/info", NoParams, DaemonInfo, "The daemon and the engines that it drives."),

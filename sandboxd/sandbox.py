@@ -29,6 +29,7 @@ from runtimes.cgroup.verify import LimitProof, verify
 from runtimes.engine import Engine
 from runtimes.errors import CgroupUnreadable, Unsupported
 from runtimes.init.channel import InitChannel
+from runtimes.init.files import FilesChannel
 from runtimes.init.peer import is_container_init, is_namespace_init
 from runtimes.init.wire import CommandEntry, CommandState, Exited, Gone, InitError
 from runtimes.model import CPU_MILLIS_PER_CPU, Limits
@@ -98,6 +99,8 @@ class Sandbox:
         self._journal = journal
         self._on_init_lost = on_init_lost
         self._channel: InitChannel | None = None
+        self._files: FilesChannel | None = None
+        self._files_lock = anyio.Lock()
         self._cgroup: CgroupHandle | None = None
         self._sample: tuple[float, int] | None = None
 
@@ -240,6 +243,9 @@ class Sandbox:
     def release(self) -> None:
         """Let go of init and of the control group, because the daemon ends; what runs goes on."""
         self.commands.detach()
+        files, self._files = self._files, None
+        if files is not None:
+            files.close()
         channel, self._channel = self._channel, None
         if channel is not None:
             channel.close()
@@ -255,6 +261,24 @@ class Sandbox:
         self.commands.on_channel_lost()
         self.disconnect()
         self._on_init_lost(self)
+
+    async def files(self) -> FilesChannel:
+        """Access to its files, by a worker inside that is asked for when it is first needed.
+
+        Raises:
+            Conflict: its init does not answer.
+            InitError: there is no worker to be had.
+        """
+        if self._channel is None:
+            raise Conflict(
+                f"cannot reach the files of sandbox {self.record.id}",
+                detail=f"it is {self.record.state}",
+                hint=f"sandboxctl inspect {self.record.id}",
+            )
+        async with self._files_lock:
+            if self._files is None:
+                self._files = await self._channel.open_files(TARGET.encode() if self.record.workspace else b"/")
+            return self._files
 
     async def adopt_commands(self) -> None:
         """Take over the background commands of a former daemon, and end what nobody waits for any more."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from runtimes import errors
 from runtimes.cgroup.fs import LimitBelowUsage
 from runtimes.init.binary import InitBinaryMissing
+from runtimes.init.files_wire import InvalidPath
 from runtimes.init.wire import InitError, InvalidSpawn, SpawnTooLarge
 from sandboxd.failures import (
     Conflict,
@@ -38,7 +39,7 @@ def failure_from(error: errors.RuntimeFailure | InitError) -> Failure:
     """Return the failure that says the same."""
     if isinstance(error, InitBinaryMissing):
         return PrerequisiteMissing("cannot find sandbox-init", detail=error.path, hint=error.hint)
-    if isinstance(error, SpawnTooLarge | InvalidSpawn):
+    if isinstance(error, SpawnTooLarge | InvalidSpawn | InvalidPath):
         return InvalidArgument(str(error))
     if isinstance(error, InitError):
         return SandboxGone("cannot reach the sandbox's init", detail=str(error), hint="sandboxctl ls")

@@ -393,7 +393,6 @@ class Manager:
             Failure: the journal cannot be written; it is tried again at the next sweep.
         """
         sandbox.disconnect(killed=True)
-        Stage(sandbox.stage_dir).clear()
         sandbox.erase()
         self._background.start(sandbox.spools.erase)
         self._journal.delete(sandbox.record.id)

@@ -183,7 +183,6 @@ class Sandbox:
         """
         self.disconnect()
         hidden = os.path.join(self.directory, SOCKET_NAME)
-        adopting = os.path.lexists(hidden)
         channel: InitChannel | None = None
 
         def lost(error: Exception | None) -> None:
@@ -193,7 +192,7 @@ class Sandbox:
 
         try:
             channel = await InitChannel.connect(
-                hidden if adopting else os.path.join(self.io_dir, SOCKET_NAME),
+                hidden if os.path.lexists(hidden) else os.path.join(self.io_dir, SOCKET_NAME),
                 timeout_s=INIT_DEADLINE_S,
                 on_event=self.commands.on_event,
                 on_closed=lost,
@@ -202,43 +201,50 @@ class Sandbox:
             raise SandboxGone(
                 f"cannot reach the init of sandbox {self.record.id}", detail=str(error), hint="sandboxctl doctor"
             ) from error
-        if not await _is_init_of(channel.peer.pid, container_id, engine):
-            channel.close()
-            raise SandboxGone(
-                f"cannot trust the init of sandbox {self.record.id}",
-                detail=f"process {channel.peer.pid} listens, which is not PID 1 of its container",
-            )
         try:
-            _check_mounts(channel.peer.pid, sources)
+            await self._trust(channel.peer.pid, container_id, engine, sources)
+            self._take_out_of_reach(hidden)
         except BaseException:
             channel.close()
             raise
-        if not adopting:
-            try:
-                os.rename(os.path.join(self.io_dir, SOCKET_NAME), hidden)
-            except OSError as error:
-                channel.close()
-                raise SandboxGone(
-                    f"cannot take over the init of sandbox {self.record.id}", detail=error.strerror or ""
-                ) from error
-        try:
-            # Also when adopting: a former daemon may have been killed between the two.
-            self._remove_io()
-        except OSError as error:
-            channel.close()
-            raise SandboxGone(
-                f"cannot trust the init of sandbox {self.record.id}", detail=f"it left files behind: {error.strerror}"
-            ) from error
         self._channel = channel
         self.pid = channel.peer.pid
         self.commands.attach(channel)
         with contextlib.suppress(CgroupUnreadable):
             self._cgroup = CgroupHandle.open(channel.peer.pid, container_id)
 
+    async def _trust(self, pid: int, container_id: str, engine: Engine, sources: Mapping[str, str]) -> None:
+        if not await _is_init_of(pid, container_id, engine):
+            raise SandboxGone(
+                f"cannot trust the init of sandbox {self.record.id}",
+                detail=f"process {pid} listens, which is not PID 1 of its container",
+            )
+        _check_mounts(pid, sources)
+
+    def _take_out_of_reach(self, hidden: str) -> None:
+        """Move init's socket to ``hidden``, unless it is there, and remove the directory that the container shares.
+
+        Both also when adopting: a former daemon may have been killed between the two.
+        """
+        try:
+            if not os.path.lexists(hidden):
+                os.rename(os.path.join(self.io_dir, SOCKET_NAME), hidden)
+        except OSError as error:
+            raise SandboxGone(
+                f"cannot take over the init of sandbox {self.record.id}", detail=error.strerror or ""
+            ) from error
+        try:
+            self._remove_io()
+        except OSError as error:
+            raise SandboxGone(
+                f"cannot trust the init of sandbox {self.record.id}", detail=f"it left files behind: {error.strerror}"
+            ) from error
+
     def disconnect(self, *, killed: bool = False) -> None:
         """Let go of init and of the control group. Whoever waits for a command is told that it is lost, or killed."""
-        self.release()
+        # First, while the counters can still be read: init itself may have been killed for memory.
         self.commands.on_channel_lost(killed=killed)
+        self.release()
 
     def release(self) -> None:
         """Let go of init and of the control group, because the daemon ends; what runs goes on."""
@@ -257,8 +263,6 @@ class Sandbox:
         self.proofs = ()
 
     def _lose_init(self) -> None:
-        # First, while the counters can still be read: init itself may have been killed for memory.
-        self.commands.on_channel_lost()
         self.disconnect()
         self._on_init_lost(self)
 

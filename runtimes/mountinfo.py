@@ -8,11 +8,14 @@ Source: proc_pid_mountinfo(5).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 
 import msgspec
 
 from runtimes.errors import UnreadableAnswer
+
+_OCTAL = re.compile(r"\\([0-7]{3})")
 
 UNSIZED_FREE = frozenset(
     "proc sysfs tmpfs devtmpfs devpts mqueue cgroup cgroup2 securityfs debugfs tracefs fusectl binfmt_misc".split()
@@ -70,10 +73,8 @@ def _entry(line: str) -> MountEntry:
 
 
 def unescape(field: str) -> str:
-    """A path as it is: the kernel writes blanks and backslashes as octal numbers."""
-    for escaped, plain in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
-        field = field.replace(escaped, plain)
-    return field
+    """A path as it is: the kernel writes blanks, line ends and backslashes as octal numbers."""
+    return _OCTAL.sub(lambda match: chr(int(match[1], 8)), field) if "\\" in field else field
 
 
 def covering(entries: Sequence[MountEntry], path: str) -> MountEntry | None:

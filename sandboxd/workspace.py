@@ -17,6 +17,7 @@ import msgspec
 from runtimes import mounts
 from runtimes.errors import Unsupported
 from runtimes.model import EngineInfo, User
+from runtimes.mountinfo import is_below
 from sandboxd.failures import InvalidArgument
 
 TARGET = "/workspace"
@@ -107,10 +108,10 @@ def refusal(path: str, *, home: str, allow: Sequence[str], private: Sequence[str
 
     A path in ``allow``, or below one, may be, unless it holds or lies in one of ``private``.
     """
-    reason = "" if any(_is_below(path, entry) for entry in allow) else _unless_allowed(path, home)
+    reason = "" if any(is_below(path, entry) for entry in allow) else _unless_allowed(path, home)
     if reason:
         return reason
-    held = (each for each in private if _is_below(path, each) or _is_below(each, path))
+    held = (each for each in private if is_below(path, each) or is_below(each, path))
     return next((f"{directory} belongs to the daemon or to an engine" for directory in held), "")
 
 
@@ -118,24 +119,20 @@ def _unless_allowed(path: str, home: str) -> str:
     if path.endswith(" (deleted)"):
         return "the directory was removed"
     home = home.rstrip("/") or "/nonexistent"
-    if path in _TOO_WIDE or _is_below(home, path):
+    if path in _TOO_WIDE or is_below(home, path):
         return f"{path} holds more than a project"
     for name in _CREDENTIALS:
-        if _is_below(path, os.path.join(home, name)):
+        if is_below(path, os.path.join(home, name)):
             return f"~/{name} holds credentials"
-    if _is_below(path, home):
+    if is_below(path, home):
         return ""
-    if any(_is_below(path, tree) for tree in _SYSTEM_TREES) and not any(
-        _is_below(path, tree) for tree in _EXCEPTED_TREES
+    if any(is_below(path, tree) for tree in _SYSTEM_TREES) and not any(
+        is_below(path, tree) for tree in _EXCEPTED_TREES
     ):
         return f"{path} belongs to the system"
     if path.startswith("/root/") or any(path.startswith(f"{homes}/") for homes in _HOMES):
         return f"{path} is in another user's home"
     return ""
-
-
-def _is_below(path: str, tree: str) -> bool:
-    return path == tree or path.startswith(tree.rstrip("/") + "/")
 
 
 def identify(engine: EngineInfo, owner: User | None, *, caller: User, idmap_works: bool) -> Identity:

@@ -16,6 +16,7 @@ import msgspec
 
 from runtimes.errors import CgroupUnreadable
 from runtimes.model import CPU_MILLIS_PER_CPU, CgroupVersion
+from runtimes.mountinfo import unescape
 from runtimes.quantities import parse_cpu_list
 
 UNLIMITED: Final = 2**63 - 1
@@ -47,7 +48,6 @@ _PRESSURE: Final = re.compile(
 _NOFILE: Final = re.compile(
     rb"^Max open files +([0-9]{1,20}|unlimited) +([0-9]{1,20}|unlimited) +files *$", re.MULTILINE
 )
-_OCTAL: Final = re.compile(r"\\([0-7]{3})")
 
 
 class OwnLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -529,7 +529,7 @@ def _mounts(raw: bytes) -> list[_Mount]:
         if not (_is_number(major) and _is_number(minor)):
             raise _unreadable("mountinfo", raw)
         device = (int(major), int(minor))
-        mounts.append(_Mount(device, _unescaped(fields[3]), _unescaped(fields[4]), tail[0], tail[2]))
+        mounts.append(_Mount(device, unescape(fields[3]), unescape(fields[4]), tail[0], tail[2]))
     return mounts
 
 
@@ -565,11 +565,6 @@ def _tmpfs_size(options: str) -> int:
                 raise _unreadable("mountinfo", option.encode())
             return min(int(digits) * unit, UNLIMITED)
     return UNLIMITED
-
-
-def _unescaped(field: str) -> str:
-    """Undo the kernel's octal escapes for space, tab, newline and backslash."""
-    return _OCTAL.sub(lambda match: chr(int(match[1], 8)), field) if "\\" in field else field
 
 
 def _lines(raw: bytes, name: str) -> list[str]:

@@ -78,6 +78,7 @@ def test_input_is_written_in_pieces_and_ends(daemon: Daemon, box: Box) -> None:
 def test_followers_begin_where_they_like(daemon: Daemon, box: Box) -> None:
     """Each has its own byte; what is read once can be read again."""
     ref = start(daemon, box, "sh", "-c", COUNT_SLOWLY)
+    wait_until(lambda: len(logs(daemon, ref)) >= len(b"line 0\n"), "the byte to begin at is written")
     _, late, _ = followed(daemon, "commands/connect", **ref, stdout_offset=7)
     end, whole, _ = followed(daemon, "commands/connect", **ref)
     assert whole["stdout"] == COUNTED

@@ -40,7 +40,11 @@ from sandboxd.background import Background
 from sandboxd.config import Config, load_config
 from sandboxd.engines import EngineRoom
 from sandboxd.failures import Conflict, Exit, Failure, Unauthorized
-from sandboxd.handlers import Handlers
+from sandboxd.handlers.commands import CommandHandlers
+from sandboxd.handlers.daemon import DaemonHandlers
+from sandboxd.handlers.dispatch import Dispatcher
+from sandboxd.handlers.files import FileHandlers
+from sandboxd.handlers.sandboxes import SandboxHandlers
 from sandboxd.image_builder import ImageBuilder
 from sandboxd.journal import Journal
 from sandboxd.limits import Host
@@ -163,7 +167,7 @@ async def run(listener: Listener, env: Mapping[str, str], *, ready_fd: int | Non
                 state_dir=state,
                 maps_ids=ground.userns_fd is not None if os.geteuid() == 0 else None,
             )
-            handlers = Handlers(
+            daemon = DaemonHandlers(
                 manager=manager,
                 engines=ground.engines,
                 images=ImageBuilder(ground.engines, reference=config.defaults.image, scratch_dir=state),
@@ -172,17 +176,24 @@ async def run(listener: Listener, env: Mapping[str, str], *, ready_fd: int | Non
                 config=DaemonConfig(entries=entries),
                 shut_down=stop.set,
             )
+            families = (
+                SandboxHandlers(manager),
+                CommandHandlers(manager, ground.engines),
+                FileHandlers(manager),
+                daemon,
+            )
+            dispatcher = Dispatcher(family.table() for family in families)
             await ground.engines.refresh()
             await clients.wait_for_clients(owner_label_argument(ground.owner), deadline_s=LEFT_CLIENTS_DEADLINE_S)
             await recovery.recover()
-            async with _serving(listener, handlers):
+            async with _serving(listener, dispatcher):
                 tasks.start_soon(recovery.sweep_periodically)
                 logger.info("listening on %s", listener.path)
                 if ready_fd is not None:
                     _tell(ready_fd, "ready")
                 await stop.wait()
                 logger.info("stopping")
-                await handlers.drain(deadline_s=DRAIN_DEADLINE_S)
+                await dispatcher.drain(deadline_s=DRAIN_DEADLINE_S)
             manager.disconnect_all()
             tasks.cancel_scope.cancel()
 
@@ -263,9 +274,9 @@ def _daemon_info(listener: Listener, state: str) -> DaemonInfo:
 
 
 @contextlib.asynccontextmanager
-async def _serving(listener: Listener, handlers: Handlers) -> AsyncIterator[None]:
+async def _serving(listener: Listener, dispatcher: Dispatcher) -> AsyncIterator[None]:
     async with anyio.create_task_group() as serving:
-        serving.start_soon(serve, listener.socket, handlers)
+        serving.start_soon(serve, listener.socket, dispatcher)
         yield
         serving.cancel_scope.cancel()
 

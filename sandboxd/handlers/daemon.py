@@ -1,0 +1,117 @@
+"""``image/*`` and ``daemon/*``."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import msgspec
+import psutil
+
+from runtimes.model import EngineInfo
+from sandboxd import __version__, doctor, protocol
+from sandboxd.engines import EngineRoom
+from sandboxd.handlers.table import Handler
+from sandboxd.image_builder import ImageBuilder
+from sandboxd.manager import Manager
+from sandboxd.server import Context
+
+
+class DaemonHandlers:
+    """The daemon itself, and the images of its engines.
+
+    Args:
+        manager: The sandboxes.
+        engines: The engines.
+        images: Makes images.
+        examine: Gathers what doctor judges.
+        daemon: What ``daemon/info`` says of this process, engines and counts excepted.
+        config: What ``daemon/config`` says.
+        shut_down: Begins the end of the daemon.
+    """
+
+    def __init__(
+        self,
+        *,
+        manager: Manager,
+        engines: EngineRoom,
+        images: ImageBuilder,
+        examine: Callable[[], Awaitable[doctor.Facts]],
+        daemon: protocol.DaemonInfo,
+        config: protocol.DaemonConfig,
+        shut_down: Callable[[], None],
+    ) -> None:
+        self._manager = manager
+        self._engines = engines
+        self._images = images
+        self._examine = examine
+        self._daemon = daemon
+        self._config = config
+        self._shut_down = shut_down
+
+    def table(self) -> dict[str, Handler]:
+        """By method."""
+        return {
+            "image/list": self.list_images,
+            "image/build": self.build_image,
+            "daemon/info": self.info,
+            "daemon/doctor": self.doctor,
+            "daemon/config": self.config,
+            "daemon/shutdown": self.shutdown,
+        }
+
+    async def list_images(self, params: protocol.ImageListParams, _: Context) -> protocol.ImageList:
+        """Images by engine."""
+        return protocol.ImageList(images=await self._images.list(params.engine))
+
+    async def build_image(self, params: protocol.ImageBuildParams, context: Context) -> protocol.ImageBuilt:
+        """Make the default image."""
+        return await self._images.build(params, context.progress)
+
+    async def info(self, _: protocol.NoParams, __: Context) -> protocol.DaemonInfo:
+        """This daemon."""
+        default = self._engines.default()
+        return msgspec.structs.replace(
+            self._daemon,
+            version=__version__,
+            engines=[engine_report(info, default=info.name is default) for info in self._engines.infos],
+            sandboxes=len(self._manager.all()),
+            rss_bytes=psutil.Process().memory_info().rss,
+        )
+
+    async def doctor(self, _: protocol.NoParams, __: Context) -> protocol.DoctorReport:
+        """Look at the host again, and judge it."""
+        checks = doctor.judge(await self._examine())
+        return protocol.DoctorReport(healthy=all(check.status != "failure" for check in checks), checks=checks)
+
+    async def config(self, _: protocol.NoParams, __: Context) -> protocol.DaemonConfig:
+        """The settings in force."""
+        return self._config
+
+    async def shutdown(self, _: protocol.NoParams, __: Context) -> protocol.Acknowledged:
+        """Begin the end."""
+        self._shut_down()
+        return protocol.Acknowledged()
+
+
+def engine_report(info: EngineInfo, *, default: bool) -> protocol.EngineReport:
+    """The wire's form of an engine."""
+    return protocol.EngineReport(
+        name=info.name.value,
+        usable=info.usable,
+        reason=info.reason,
+        hint=info.hint,
+        default=default,
+        client_version=info.client_version,
+        server_version=info.server_version,
+        rootless=info.rootless,
+        cgroup_version=None if info.cgroup_version is None else info.cgroup_version.value,
+        cgroup_manager=info.cgroup_manager,
+        controllers=list(info.controllers),
+        oci_runtime=info.oci_runtime,
+        oci_runtime_reason=info.oci_runtime_reason,
+        storage_driver=info.storage_driver,
+        socket_path=info.socket_path,
+        nofile_hard_max=info.nofile_hard_max,
+        capabilities={} if info.capabilities is None else msgspec.structs.asdict(info.capabilities),
+        warnings=[warning.what for warning in info.warnings],
+    )

@@ -1,0 +1,220 @@
+"""``sandbox/*``."""
+
+from __future__ import annotations
+
+from runtimes.cgroup.readings import Pressure as PressureReading
+from runtimes.cgroup.readings import Usage
+from runtimes.errors import CgroupUnreadable
+from sandboxd import limits, protocol, running
+from sandboxd.failures import InvalidArgument
+from sandboxd.handlers.table import Handler
+from sandboxd.lifecycle import State
+from sandboxd.manager import Manager
+from sandboxd.provoking import provoke
+from sandboxd.sandbox import Sandbox
+from sandboxd.server import Context
+from sandboxd.timings import Timings
+
+METADATA_CHARS_MAX = 64 * 1024
+
+
+class SandboxHandlers:
+    """Making sandboxes, looking at them, changing and removing them."""
+
+    def __init__(self, manager: Manager) -> None:
+        self._manager = manager
+
+    def table(self) -> dict[str, Handler]:
+        """By method."""
+        return {
+            "sandbox/create": self.create,
+            "sandbox/get": self.get,
+            "sandbox/list": self.list,
+            "sandbox/update": self.update,
+            "sandbox/stop": self.stop,
+            "sandbox/start": self.start,
+            "sandbox/kill": self.kill,
+            "sandbox/metrics": self.metrics,
+            "sandbox/verify": self.verify,
+        }
+
+    async def create(self, params: protocol.SandboxCreateParams, context: Context) -> protocol.SandboxInfo:
+        """Make a sandbox; an ephemeral one goes with the connection."""
+        running.check_env(params.env)
+        if sum(len(key) + len(value) for key, value in params.metadata.items()) > METADATA_CHARS_MAX:
+            raise InvalidArgument(f"cannot keep more than {METADATA_CHARS_MAX} characters of metadata")
+        timings = Timings()
+        sandbox = await self._manager.create(params, timings)
+        if params.ephemeral:
+            sandbox.on_forgotten = context.on_close(lambda: self._manager.remove_soon(sandbox))
+        return _info(sandbox, timings)
+
+    async def get(self, params: protocol.SandboxParams, _: Context) -> protocol.SandboxInfo:
+        """Everything, with the engine's view and the limits read again."""
+        timings = Timings()
+        sandbox = self._manager.get(params.sandbox)
+        facts = await self._manager.facts(sandbox)
+        timings.mark("engine")
+        self._manager.prove(sandbox, None if facts is None else facts.limits)
+        timings.mark("verify")
+        return _info(sandbox, timings)
+
+    async def list(self, params: protocol.SandboxListParams, _: Context) -> protocol.SandboxList:
+        """The rows."""
+        return protocol.SandboxList(
+            sandboxes=[
+                _summary(sandbox)
+                for sandbox in self._manager.all()
+                if params.metadata.items() <= sandbox.record.metadata.items()
+            ]
+        )
+
+    async def update(self, params: protocol.SandboxUpdateParams, _: Context) -> protocol.SandboxInfo:
+        """Change limits and prove them."""
+        timings = Timings()
+        sandbox = self._manager.get(params.sandbox)
+        await self._manager.update(sandbox, params, timings)
+        return _info(sandbox, timings)
+
+    async def stop(self, params: protocol.SandboxStopParams, _: Context) -> protocol.SandboxInfo:
+        """Stop."""
+        timings = Timings()
+        sandbox = self._manager.get(params.sandbox)
+        await self._manager.stop(sandbox, running.grace_seconds(params.grace))
+        timings.mark("engine")
+        return _info(sandbox, timings)
+
+    async def start(self, params: protocol.SandboxParams, _: Context) -> protocol.SandboxInfo:
+        """Start again."""
+        timings = Timings()
+        sandbox = self._manager.get(params.sandbox)
+        await self._manager.start(sandbox, timings)
+        return _info(sandbox, timings)
+
+    async def kill(self, params: protocol.SandboxParams, _: Context) -> protocol.SandboxGone:
+        """Remove."""
+        timings = Timings()
+        sandbox = self._manager.get(params.sandbox)
+        await self._manager.remove(sandbox, timings)
+        return protocol.SandboxGone(id=sandbox.record.id, name=sandbox.record.name, timings_ms=timings.as_dict())
+
+    async def metrics(self, params: protocol.SandboxMetricsParams, _: Context) -> protocol.SandboxMetricsList:
+        """Usage, straight from the control groups; no engine call."""
+        sandboxes = [self._manager.get(ref) for ref in params.sandboxes] or self._manager.all()
+        return protocol.SandboxMetricsList(sandboxes=[_metrics(sandbox) for sandbox in sandboxes])
+
+    async def verify(self, params: protocol.SandboxVerifyParams, _: Context) -> protocol.SandboxVerification:
+        """Read the limits again; provoke them if asked."""
+        timings = Timings()
+        sandbox = self._manager.get(params.sandbox)
+        running.require_running(sandbox)
+        proofs = self._manager.prove(sandbox)
+        timings.mark("verify")
+        provocations = await provoke(sandbox) if params.provoke else []
+        if params.provoke:
+            timings.mark("provoke")
+        return protocol.SandboxVerification(
+            id=sandbox.record.id,
+            limits=limits.reports(proofs),
+            provocations=provocations,
+            verified=_all_verified(sandbox) and all(entry.held is not False for entry in provocations),
+            timings_ms=timings.as_dict(),
+        )
+
+
+def _all_verified(sandbox: Sandbox) -> bool:
+    return bool(sandbox.proofs) and all(proof.verified for proof in sandbox.proofs)
+
+
+def _summary(sandbox: Sandbox) -> protocol.SandboxSummary:
+    record = sandbox.record
+    return protocol.SandboxSummary(
+        id=record.id,
+        name=record.name,
+        state=record.state.value,
+        engine=record.engine,
+        image=record.image,
+        workspace=None if record.workspace is None else record.workspace.path,
+        created_at_ms=record.created_at_ms,
+        commands_running=sandbox.commands.running_count,
+        verified=_all_verified(sandbox),
+    )
+
+
+def _info(sandbox: Sandbox, timings: Timings) -> protocol.SandboxInfo:
+    record = sandbox.record
+    workspace = record.workspace
+    return protocol.SandboxInfo(
+        id=record.id,
+        name=record.name,
+        state=record.state.value,
+        state_reason=record.state_reason,
+        engine=record.engine,
+        image=record.image,
+        container_id=record.container_id,
+        pid=sandbox.pid,
+        user=f"{record.user.uid}:{record.user.gid}",
+        workspace=None
+        if workspace is None
+        else protocol.WorkspaceInfo(
+            path=workspace.path, mode="ro" if workspace.read_only else "rw", mounted=workspace.mounted
+        ),
+        network=record.network.value,
+        limits=limits.reports(sandbox.proofs),
+        limits_policy=record.limits_policy,
+        verified=_all_verified(sandbox),
+        metadata=record.metadata,
+        env=record.env,
+        created_at_ms=record.created_at_ms,
+        ephemeral=record.ephemeral,
+        commands_running=sandbox.commands.running_count,
+        launch="cold",
+        warnings=list(record.warnings),
+        timings_ms=timings.as_dict(),
+    )
+
+
+def _metrics(sandbox: Sandbox) -> protocol.SandboxMetrics:
+    record = sandbox.record
+    reason = ""
+    usage = Usage()
+    if record.state is State.RUNNING:
+        try:
+            usage = sandbox.usage()
+        except CgroupUnreadable as error:
+            reason = str(error)
+    else:
+        reason = record.state_reason or f"it is {record.state.value}"
+    return protocol.SandboxMetrics(
+        id=record.id,
+        name=record.name,
+        state=record.state.value,
+        cpu_us=usage.cpu_us,
+        cpu_percent=sandbox.cpu_percent(usage.cpu_us),
+        cpu_millis=record.limits.cpu_millis,
+        throttled_periods=usage.throttled_periods,
+        throttled_us=usage.throttled_us,
+        memory_bytes=usage.memory_bytes,
+        memory_bytes_peak=usage.memory_bytes_peak,
+        memory_bytes_max=record.limits.memory_bytes_max,
+        pids=usage.pids,
+        pids_peak=usage.pids_peak,
+        pids_max=record.limits.pids_max,
+        pids_refused=usage.pids_refused,
+        oom_kills=usage.oom_kills,
+        cpu_pressure=_pressure(usage.cpu_pressure),
+        memory_pressure=_pressure(usage.memory_pressure),
+        io_pressure=_pressure(usage.io_pressure),
+        reason=reason,
+    )
+
+
+def _pressure(reading: PressureReading | None) -> protocol.Pressure | None:
+    if reading is None:
+        return None
+    return protocol.Pressure(
+        some_avg10_percent=reading.some_avg10_percent,
+        full_avg10_percent=reading.full_avg10_percent,
+        some_total_us=reading.some_total_us,
+        full_total_us=reading.full_total_us,
+    )

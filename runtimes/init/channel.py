@@ -17,7 +17,7 @@ from typing import TypeVar
 import msgspec
 
 from runtimes.init import wire
-from runtimes.init.exchange import Exchange, close_all
+from runtimes.init.exchange import Exchange, InitTimeout, close_all
 from runtimes.init.file_worker import FilesUnsupported
 from runtimes.init.files import FilesChannel
 from runtimes.init.files_wire import FILES_VERSION
@@ -35,6 +35,7 @@ from runtimes.init.wire import (
     Refused,
     Reply,
     Scope,
+    SocketReply,
     SpawnReply,
     SpawnRequest,
     Stage,
@@ -42,6 +43,8 @@ from runtimes.init.wire import (
 
 # Init answers in well under a millisecond; only a sandbox that is paused, throttled or thrashing takes longer.
 REQUEST_DEADLINE_S = 10.0
+# Of a connection over a loopback: only a listener whose backlog is full makes anybody wait.
+DIAL_DEADLINE_S = 10.0
 # A container is "started" before its PID 1 has bound the socket, by a millisecond or so, and nothing tells when.
 CONNECT_RETRY_S_MIN = 0.001
 CONNECT_RETRY_S_MAX = 0.02
@@ -67,6 +70,10 @@ class RequestRefused(InitError):
 
 class SpawnFailed(RequestRefused):
     """The command did not start; `stage` says where it failed, `errno` why."""
+
+
+class SocketRefused(RequestRefused):
+    """There is no such socket; `errno` says why."""
 
 
 class Spawned(msgspec.Struct, frozen=True):
@@ -216,6 +223,40 @@ class InitChannel:
         await files.connect()
         return files
 
+    async def listen(self, port: int, *, ipv6: bool = False) -> socket.socket:
+        """A socket that listens on 127.0.0.1 inside, or on ::1; the caller's to close. Non-blocking, not inheritable.
+
+        As long as it is open the port is taken inside; it can be had again as soon as it is closed.
+
+        Raises:
+            SocketRefused: EADDRINUSE something inside has that port, EACCES it is below the unprivileged ones,
+                EAFNOSUPPORT or EADDRNOTAVAIL there is no IPv6, EOPNOTSUPP this init is older than the request.
+            InvalidPort: nothing was sent.
+        """
+        return await self._take_socket(
+            lambda n: wire.encode_listen(n, port, ipv6=ipv6), wire.MessageType.LISTEN, listens=True
+        )
+
+    async def dial(self, port: int, *, ipv6: bool = False) -> socket.socket:
+        """A socket connected to a port on 127.0.0.1 inside, or on ::1; the caller's to close.
+
+        Non-blocking, not inheritable.
+
+        Raises:
+            SocketRefused: ECONNREFUSED nothing listens there; and see `listen`.
+            InitTimeout: what listens there does not take the connection in time.
+            InvalidPort: nothing was sent.
+        """
+        dialled = await self._take_socket(
+            lambda n: wire.encode_dial(n, port, ipv6=ipv6), wire.MessageType.DIAL, listens=False
+        )
+        try:
+            await _connected(dialled)
+        except BaseException:
+            dialled.close()
+            raise
+        return dialled
+
     def close(self) -> None:
         """Ends the connection; commands go on. Idempotent."""
         self._exchange.close()
@@ -243,6 +284,20 @@ class InitChannel:
             raise FilesUnsupported(f"init {self.hello.program} has a file worker of version {reply.version}")
         worker.setblocking(False)
         return worker
+
+    async def _take_socket(
+        self, encode: Callable[[int], bytes], request: wire.MessageType, *, listens: bool
+    ) -> socket.socket:
+        reply, received = await self._ask(encode)
+        if isinstance(reply, Refused):
+            close_all(received)
+            raise SocketRefused(reply.errno, reply.stage)
+        taken = _tcp_socket(received, listens=listens)
+        if taken is None or not isinstance(reply, SocketReply) or reply.request != request:
+            if taken is not None:
+                taken.close()
+            raise self._exchange.broken("init answered a request for a socket with something else")
+        return taken
 
     async def _do(self, encode: Callable[[int], bytes], request: wire.MessageType) -> None:
         acknowledged = self._expect(await self._ask(encode), Acknowledged)
@@ -274,6 +329,46 @@ class InitChannel:
                 self._exchange.broken("init sent a descriptor with an event")
             else:
                 self._on_event(content)
+
+
+def _tcp_socket(received: list[int], *, listens: bool) -> socket.socket | None:
+    """The one descriptor, if it is what it should be; else all are closed."""
+    if len(received) != 1 or not stat.S_ISSOCK(os.fstat(received[0]).st_mode):
+        close_all(received)
+        return None
+    taken = socket.socket(fileno=received[0])
+    fits = (
+        taken.family in (socket.AF_INET, socket.AF_INET6)
+        and taken.type == socket.SOCK_STREAM
+        and bool(taken.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)) is listens
+    )
+    if not fits:
+        taken.close()
+        return None
+    taken.setblocking(False)
+    return taken
+
+
+async def _connected(dialled: socket.socket) -> None:
+    """Returns once it has connected."""
+    loop = asyncio.get_running_loop()
+    writable: asyncio.Future[None] = loop.create_future()
+
+    def wake() -> None:
+        if not writable.done():
+            writable.set_result(None)
+
+    loop.add_writer(dialled.fileno(), wake)
+    try:
+        async with asyncio.timeout(DIAL_DEADLINE_S):
+            await writable
+    except TimeoutError:
+        raise InitTimeout(f"nothing took the connection within {DIAL_DEADLINE_S:g} s") from None
+    finally:
+        loop.remove_writer(dialled.fileno())
+    error = dialled.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if error:
+        raise SocketRefused(error, Stage.SOCKET)
 
 
 def _is_terminal(descriptor: int) -> bool:

@@ -47,6 +47,10 @@
  * should then end by itself, and is killed if a system call holds it up. It is no command and no stray: no wave
  * reaches it. A command can kill it, or stop it, and then it is continued or killed like a keeper.
  *
+ * Sockets. LISTEN and DIAL make a TCP socket on the loopback of the network namespace that init shares with its
+ * commands, and hand it out. Init keeps no copy and no record: how many there are is up to whoever asks, and nothing
+ * that a command does to a connection can be felt here. A connect that would block goes on after it was handed out.
+ *
  * Output. Events are not queued: which connection has yet to hear of what is a bit in the command's table entry,
  * so a peer that never reads costs nothing and events cannot overflow. A peer whose socket is full is not read
  * from until it drains; when all places are taken, such a peer is the one that has to leave.
@@ -64,6 +68,7 @@
 #include <linux/audit.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
+#include <netinet/in.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdbool.h>
@@ -90,7 +95,7 @@
 #include "files.h"
 #include "message.h"
 
-#define PROGRAM_VERSION "0.2.0"
+#define PROGRAM_VERSION "0.3.0"
 #define PROTOCOL_VERSION 1U
 
 /* ---- bounds ------------------------------------------------------------------------------------------- */
@@ -105,6 +110,7 @@ enum {
     RLIMITS_MAX = 16,                /* as many as Linux has */
     DESCRIPTORS_MAX = 16,            /* received at most; more than 3 are refused */
     PTYS_PENDING_MAX = 16,           /* masters not yet handed out */
+    LISTEN_BACKLOG = 64,
     PATH_BYTES_MAX = 4096,
     PIDS_MAX = 4 * 1024 * 1024,      /* the kernel's PID_MAX_LIMIT */
     WALK_PASSES_MAX = 16,
@@ -131,6 +137,8 @@ enum type {
     LIST = 0x0005,
     FORGET = 0x0006,
     FILES = 0x0010,
+    LISTEN = 0x0011,
+    DIAL = 0x0012,
     EVENT_EXITED = 0x4001,
     EVENT_GONE = 0x4002,
     REPLY = 0x8000, /* REPLY | the request's type */
@@ -147,7 +155,8 @@ enum stage {
     STAGE_RLIMIT = 6,
     STAGE_CHDIR = 7,
     STAGE_EXEC = 8,
-    STAGE_KEEPER = 9
+    STAGE_KEEPER = 9,
+    STAGE_SOCKET = 10
 };
 
 enum scope { SCOPE_MAIN = 0, SCOPE_GROUP = 1, SCOPE_TREE = 2 };
@@ -155,6 +164,7 @@ enum scope { SCOPE_MAIN = 0, SCOPE_GROUP = 1, SCOPE_TREE = 2 };
 #define SPAWN_PTY 1U
 #define SPAWN_INHERIT_ENV 2U
 #define FILES_VERSION 1U
+#define LOOPBACK_IPV6 1U
 #define GONE_KEEPER_LOST 1U
 #define EXITED_STATUS_UNKNOWN 2U
 
@@ -1570,6 +1580,70 @@ static void handle_files(int index, uint32_t request_id, struct reader *in)
     (void)close(ends[0]);
 }
 
+static socklen_t loopback(struct sockaddr_storage *address, uint32_t flags, uint16_t port)
+{
+    memset(address, 0, sizeof *address);
+    if ((flags & LOOPBACK_IPV6) != 0) {
+        struct sockaddr_in6 v6 = {
+            .sin6_family = AF_INET6, .sin6_port = htons(port), .sin6_addr = IN6ADDR_LOOPBACK_INIT};
+        memcpy(address, &v6, sizeof v6);
+        return sizeof v6;
+    }
+    struct sockaddr_in v4 = {
+        .sin_family = AF_INET, .sin_port = htons(port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    memcpy(address, &v4, sizeof v4);
+    return sizeof v4;
+}
+
+/* A socket that listens on a port, or that connects, or has connected, to one. Returns -1 with errno. */
+static int open_socket(uint16_t type, uint32_t flags, uint16_t port)
+{
+    struct sockaddr_storage address;
+    const struct sockaddr *where = (const struct sockaddr *)&address;
+    socklen_t length = loopback(&address, flags, port);
+    int on = 1;
+    int fd = socket(address.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (fd < 0)
+        return -1;
+    bool done;
+    if (type == LISTEN)
+        done = setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on) == 0 && bind(fd, where, length) == 0 &&
+               listen(fd, LISTEN_BACKLOG) == 0;
+    else
+        done = connect(fd, where, length) == 0 || errno == EINPROGRESS;
+    if (!done) {
+        int error = errno;
+        (void)close(fd);
+        errno = error;
+        return -1;
+    }
+    return fd;
+}
+
+static void handle_socket(int index, uint16_t type, uint32_t request_id, struct reader *in)
+{
+    uint32_t flags = take_u32(in);
+    uint16_t port = take_u16(in);
+    uint16_t zero = take_u16(in);
+    if (!complete(in) || (flags & ~LOOPBACK_IPV6) != 0 || port == 0 || zero != 0) {
+        refuse(index, request_id, EBADMSG, STAGE_REQUEST);
+        return;
+    }
+    if (stopping) {
+        refuse(index, request_id, ESHUTDOWN, STAGE_ADMIT);
+        return;
+    }
+    int fd = open_socket(type, flags, port);
+    if (fd < 0) {
+        refuse(index, request_id, errno, STAGE_SOCKET);
+        return;
+    }
+    begin(REPLY | type, request_id);
+    if (!send_out(index, fd) && connections[index].fd >= 0)
+        drop_connection(index);
+    (void)close(fd);
+}
+
 static void dispatch(int index, struct reader *in, struct descriptors *received)
 {
     uint16_t magic = take_u16(in);
@@ -1608,6 +1682,10 @@ static void dispatch(int index, struct reader *in, struct descriptors *received)
         break;
     case FILES:
         handle_files(index, request_id, in);
+        break;
+    case LISTEN:
+    case DIAL:
+        handle_socket(index, type, request_id, in);
         break;
     default:
         refuse(index, request_id, EOPNOTSUPP, STAGE_REQUEST);

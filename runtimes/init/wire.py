@@ -28,13 +28,18 @@ A string is `u32 length, bytes, NUL`: the NUL is outside of the length, and may 
 | 0x0010 | FILES         | u32 flags, 0                                                                    |
 | 0x8010 | reply         | u32 pid, u32 version of the protocol in `files_wire.py`; one descriptor, a      |
 |        |               | socket with a file worker at its other end, which lives until it is closed      |
+| 0x0011 | LISTEN        | u32 flags (1 ::1 and not 127.0.0.1), u16 port, u16 0                            |
+| 0x8011 | reply         | nothing; one descriptor, a TCP socket that listens on the sandbox's loopback    |
+| 0x0012 | DIAL          | like LISTEN                                                                     |
+| 0x8012 | reply         | nothing; one descriptor, a non-blocking TCP socket that connects to that port,  |
+|        |               | or has: it is writable once it has, or has failed                               |
 | 0x8003 | reply         | nothing; 0x8004 and 0x8006 likewise                                             |
 | 0xffff | ERROR         | u32 errno, u32 stage                                                            |
 | 0x4001 | event EXITED  | u64 command_id, u32 status, u32 flags, usage                                    |
 | 0x4002 | event GONE    | u64 command_id, u32 flags                                                       |
 
 usage is u64 utime_us, u64 stime_us, u64 maxrss_kib, u64 wall_us. Flags of a command: 1 its keeper was lost, 2 its
-wait status is not known. state: 0 free (never sent), 1 starting, 2 running, 3 exited, 4 gone. 0x0011 to 0x00ff
+wait status is not known. state: 0 free (never sent), 1 starting, 2 running, 3 exited, 4 gone. 0x0013 to 0x00ff
 are kept for requests to come; a type that init does not know is answered with ERROR EOPNOTSUPP.
 
 Bounds: a message to init has at most 192 KiB, one from init at most 16 KiB; argv and env have at most 4096
@@ -43,7 +48,8 @@ entries each; at most 16 rlimits; a command_id has 63 bits.
 Errors of SPAWN that tell something: EEXIST (stage admit) the id is in use; ENOSPC (admit) the table is full, forget
 ended commands; ESHUTDOWN (admit) init is stopping; ECANCELED (keeper) the command's keeper was killed meanwhile.
 ENOSPC to FILES: as many workers as there may be, 8, are there. ENOENT: no such command. EBUSY to FORGET: not gone
-yet. ESRCH to SIGNAL: nobody there to signal.
+yet. ESRCH to SIGNAL: nobody there to signal. To LISTEN and DIAL at stage socket what the kernel says: EADDRINUSE,
+EACCES, ECONNREFUSED, EADDRNOTAVAIL (no IPv6 there).
 
 Everything that init sends is untrusted: decoding accepts exactly this and raises `WireError` for anything else.
 """
@@ -78,6 +84,7 @@ _RLIMIT = struct.Struct("<IIQQ")
 _SPAWNED = struct.Struct("<II")
 _FILES = struct.Struct("<I")
 _FILES_REPLY = struct.Struct("<II")
+_SOCKET = struct.Struct("<IHH")
 _SIGNAL = struct.Struct("<QII")
 _COMMAND_ID = struct.Struct("<Q")
 _LIST = struct.Struct("<I")
@@ -92,6 +99,9 @@ _FLAG_PTY = 1
 _FLAG_INHERIT_ENV = 2
 _FLAG_KEEPER_LOST = 1
 _FLAG_STATUS_UNKNOWN = 2
+_FLAG_IPV6 = 1
+_REPLY = 0x8000
+PORT_MAX = 0xFFFF
 _PID_MAX = 4 * 1024 * 1024
 _ERRNO_MAX = 4095
 _WAIT_STATUS_MAX = 0xFFFF
@@ -103,6 +113,10 @@ class InitError(Exception):
 
 class WireError(InitError):
     """These bytes are no message of this protocol."""
+
+
+class InvalidPort(InitError, ValueError):
+    """No TCP port."""
 
 
 class InvalidSpawn(InitError, ValueError):
@@ -123,6 +137,8 @@ class MessageType(enum.IntEnum):
     LIST = 0x0005
     FORGET = 0x0006
     FILES = 0x0010
+    LISTEN = 0x0011
+    DIAL = 0x0012
     EXITED = 0x4001
     GONE = 0x4002
     HELLO_REPLY = 0x8001
@@ -132,6 +148,8 @@ class MessageType(enum.IntEnum):
     LIST_REPLY = 0x8005
     FORGET_REPLY = 0x8006
     FILES_REPLY = 0x8010
+    LISTEN_REPLY = 0x8011
+    DIAL_REPLY = 0x8012
     ERROR = 0xFFFF
 
 
@@ -148,6 +166,7 @@ class Stage(enum.IntEnum):
     CHDIR = 7
     EXEC = 8
     KEEPER = 9
+    SOCKET = 10
 
 
 class Scope(enum.IntEnum):
@@ -230,6 +249,12 @@ class FilesReply(msgspec.Struct, frozen=True):
     version: int
 
 
+class SocketReply(msgspec.Struct, frozen=True):
+    """A socket comes with this: one that listens, or one that was dialled."""
+
+    request: MessageType
+
+
 class CommandEntry(msgspec.Struct, frozen=True):
     """One command of init's table. `wait_status` is as from wait(2); None: not ended, or not known."""
 
@@ -276,7 +301,7 @@ class Gone(msgspec.Struct, frozen=True):
     keeper_lost: bool
 
 
-Reply = HelloReply | SpawnReply | FilesReply | ListPage | Acknowledged | Refused
+Reply = HelloReply | SpawnReply | FilesReply | SocketReply | ListPage | Acknowledged | Refused
 Event = Exited | Gone
 
 
@@ -378,6 +403,22 @@ def encode_list(request_id: int, slot: int = 0) -> bytes:
 def encode_files(request_id: int) -> bytes:
     """FILES: a new file worker."""
     return _HEADER.pack(MAGIC, MessageType.FILES, request_id) + _FILES.pack(0)
+
+
+def _encode_socket(kind: MessageType, request_id: int, port: int, *, ipv6: bool) -> bytes:
+    if not 1 <= port <= PORT_MAX:
+        raise InvalidPort(f"cannot use port {port}: it must be between 1 and {PORT_MAX}")
+    return _HEADER.pack(MAGIC, kind, request_id) + _SOCKET.pack(_FLAG_IPV6 if ipv6 else 0, port, 0)
+
+
+def encode_listen(request_id: int, port: int, *, ipv6: bool = False) -> bytes:
+    """LISTEN: a socket that listens on a port of the sandbox's loopback."""
+    return _encode_socket(MessageType.LISTEN, request_id, port, ipv6=ipv6)
+
+
+def encode_dial(request_id: int, port: int, *, ipv6: bool = False) -> bytes:
+    """DIAL: a socket that connects to a port of the sandbox's loopback."""
+    return _encode_socket(MessageType.DIAL, request_id, port, ipv6=ipv6)
 
 
 # ---- from init
@@ -514,6 +555,10 @@ def _decode_reply(kind: int, body: bytes) -> Reply:
             return _decode_page(body)
         case MessageType.FILES_REPLY:
             return _decode_files(body)
+        case MessageType.LISTEN_REPLY | MessageType.DIAL_REPLY:
+            if body:
+                raise WireError("init sent a socket with a body")
+            return SocketReply(MessageType(kind & ~_REPLY))
         case MessageType.ERROR:
             return _decode_error(body)
         case MessageType.SIGNAL_REPLY | MessageType.KILL_REPLY | MessageType.FORGET_REPLY:

@@ -100,7 +100,11 @@ def bodies() -> Iterator[tuple[bytes, int]]:
     yield struct.pack("<HHIQII", wire.MAGIC, 3, 7, 1, 9, 3), errno.EBADMSG
     yield struct.pack("<HHIQII", wire.MAGIC, 3, 7, 1, 2**31, 0), errno.EBADMSG
     yield struct.pack("<HHIQ", wire.MAGIC, 4, 7, 2**63), errno.EBADMSG
-    yield struct.pack("<HHI", wire.MAGIC, 0x11, 7), errno.EOPNOTSUPP
+    yield struct.pack("<HHI", wire.MAGIC, 0x13, 7), errno.EOPNOTSUPP
+    for kind in (wire.MessageType.LISTEN, wire.MessageType.DIAL):
+        for flags, port, zero in ((2, 80, 0), (0, 0, 0), (0, 80, 1)):
+            yield struct.pack("<HHIIHH", wire.MAGIC, kind, 7, flags, port, zero), errno.EBADMSG
+        yield struct.pack("<HHII", wire.MAGIC, kind, 7, 0), errno.EBADMSG
     yield wire.encode_files(7)[:-1], errno.EBADMSG
     yield struct.pack("<HHII", wire.MAGIC, 0x10, 7, 1), errno.EBADMSG
     yield struct.pack("<HHI", wire.MAGIC, 0x8001, 7), errno.EOPNOTSUPP
@@ -276,6 +280,7 @@ def fuzz_seeds(chance: random.Random) -> list[bytes]:
         wire.encode_hello(7),
         wire.encode_list(7),
         wire.encode_files(7),
+        *(encode(7, 47213, ipv6=v6) for encode in (wire.encode_listen, wire.encode_dial) for v6 in (False, True)),
         *(wire.encode_signal(7, n, signal.SIGTERM, scope) for n in (1, 2) for scope in Scope),
         *(encode(7, n) for encode in (wire.encode_kill, wire.encode_forget) for n in (1, 2)),
     ]

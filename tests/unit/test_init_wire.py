@@ -62,6 +62,25 @@ def test_a_spawn_holds_what_was_asked_for_as_the_table_says(request_id: int, req
     assert reading.at == len(reading.message)
 
 
+@given(REQUEST_ID, st.integers(1, 0xFFFF), st.booleans())
+def test_a_listen_and_a_dial_hold_what_was_asked_for_as_the_table_says(
+    request_id: int, port: int, ipv6: bool
+) -> None:
+    for kind, encode in ((0x11, wire.encode_listen), (0x12, wire.encode_dial)):
+        reading = Reading(encode(request_id, port, ipv6=ipv6))
+        assert reading.take("HHI") == (0x4253, kind, request_id)
+        assert reading.take("IHH") == (int(ipv6), port, 0)
+        assert reading.at == len(reading.message)
+
+
+@pytest.mark.parametrize("port", [0, -1, 65536])
+def test_what_is_no_port_is_refused_before_it_is_sent(port: int) -> None:
+    """Port 0 would have the kernel choose one, and nobody would know which."""
+    for encode in (wire.encode_listen, wire.encode_dial):
+        with pytest.raises(wire.InvalidPort):
+            encode(1, port)
+
+
 def spawn_of(**changes: object) -> wire.SpawnRequest:
     fields: dict[str, object] = {"command_id": 1, "argv": [b"true"], "env": [], "cwd": b"/"}
     return wire.SpawnRequest(**{**fields, **changes})  # type: ignore[arg-type]
@@ -199,8 +218,10 @@ def test_a_good_header_with_garbage_behind_raises_nothing_but_a_wire_error(
         struct.pack("<HHIQIIQQQQ", wire.MAGIC, 0x4001, 0, 1, 0x10000, 0, 0, 0, 0, 0),
         struct.pack("<HHIII", wire.MAGIC, 0xFFFF, 1, 0, 0),
         struct.pack("<HHIII", wire.MAGIC, 0xFFFF, 1, 4096, 0),
-        struct.pack("<HHIII", wire.MAGIC, 0xFFFF, 1, 1, 10),
+        struct.pack("<HHIII", wire.MAGIC, 0xFFFF, 1, 1, 11),
         struct.pack("<HHIB", wire.MAGIC, 0x8004, 1, 0),
+        struct.pack("<HHIB", wire.MAGIC, 0x8011, 1, 0),
+        struct.pack("<HHII", wire.MAGIC, 0x8012, 1, 7),
         struct.pack("<HHIII", wire.MAGIC, 0x8002, 1, 2**31, 0),
         struct.pack("<HHIHH16sIII", wire.MAGIC, 0x8001, 1, 1, 0, b"", 0, 1024, 2**31) + b"0.1\0",
         struct.pack("<HHIHH16sIII", wire.MAGIC, 0x8001, 1, 1, 0, b"", 0, 1024, 3) + b"\x1b[2\0",

@@ -5,7 +5,7 @@ mount. Here the directory is opened once, checked, and mounted by that descripto
 read-only, an id mapping) are set on the detached mount before anybody can see it.
 
 Needs CAP_SYS_ADMIN, so a daemon that runs as root; others let the engine mount and check the outcome.
-Source: open_tree(2), move_mount(2), mount_setattr(2).
+Source: open_tree(2), move_mount(2), mount_setattr(2), fsopen(2); overlayfs in the kernel's documentation.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from runtimes.mountinfo import MountEntry, is_below, parse
 # The numbers are the same on every architecture, as for all system calls since Linux 5.1.
 _SYS_OPEN_TREE = 428
 _SYS_MOVE_MOUNT = 429
+_SYS_FSOPEN = 430
+_SYS_FSCONFIG = 431
+_SYS_FSMOUNT = 432
 _SYS_MOUNT_SETATTR = 442
 
 _AT_EMPTY_PATH = 0x1000
@@ -33,6 +36,10 @@ _MOUNT_ATTR_RDONLY = 0x1
 _MOUNT_ATTR_NOSUID = 0x2
 _MOUNT_ATTR_NODEV = 0x4
 _MOUNT_ATTR_IDMAP = 0x100000
+_FSCONFIG_SET_STRING = 1
+_FSCONFIG_CMD_CREATE = 6
+_FSOPEN_CLOEXEC = 1
+_FSMOUNT_CLOEXEC = 1
 _MS_PRIVATE = 1 << 18
 _MNT_DETACH = 2
 _UMOUNT_NOFOLLOW = 8
@@ -46,11 +53,24 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def stage_bind(source_fd: int, target_fd: int, *, read_only: bool, userns_fd: int | None) -> None:
-    """Mount the directory tree behind ``source_fd`` onto the directory behind ``target_fd``: nosuid, nodev, private.
+    """Mount the directory tree, or the file, behind ``source_fd`` onto that behind ``target_fd``.
+
+    Args and errors as of ``detached_bind``.
+    """
+    tree_fd = detached_bind(source_fd, read_only=read_only, userns_fd=userns_fd)
+    try:
+        attach(tree_fd, target_fd)
+    finally:
+        os.close(tree_fd)
+
+
+def detached_bind(source_fd: int, *, read_only: bool, userns_fd: int | None) -> int:
+    """Return a mount of what is behind ``source_fd`` that is nowhere yet: nosuid, nodev, private.
+
+    It goes away with its descriptor, unless it is attached before.
 
     Args:
-        source_fd: An opened directory (``O_PATH`` is enough).
-        target_fd: An opened directory to mount on.
+        source_fd: An opened directory or file (``O_PATH`` is enough).
         read_only: Mount it, and everything beneath, read-only.
         userns_fd: A user namespace whose id mapping the mount shows; None: ids as they are.
 
@@ -71,9 +91,55 @@ def stage_bind(source_fd: int, target_fd: int, *, read_only: bool, userns_fd: in
         # struct mount_attr: attr_set, attr_clr, propagation, userns_fd; four 64-bit words.
         mount_attr = struct.pack("=QQQQ", attributes, 0, _MS_PRIVATE, userns_fd if userns_fd is not None else 0)
         _syscall(_SYS_MOUNT_SETATTR, tree_fd, b"", _AT_EMPTY_PATH | _AT_RECURSIVE, mount_attr, len(mount_attr))
-        _syscall(_SYS_MOVE_MOUNT, tree_fd, b"", target_fd, b"", _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH)
-    finally:
+    except BaseException:
         os.close(tree_fd)
+        raise
+    return tree_fd
+
+
+def detached_overlay(lower_fd: int, layers_fd: int) -> int:
+    """Return an overlay mount that is nowhere yet: nosuid, nodev. What is below is only read.
+
+    What the kernel keeps in extended attributes stays as simple as can be: a file in the upper layer is whole, and
+    a directory is where its name is, so that whoever reads the layer need believe no attribute that leads elsewhere.
+
+    Args:
+        lower_fd: The opened directory that is below. File systems mounted beneath it are not seen.
+        layers_fd: An opened directory that holds two, ``upper`` and ``work``, in one mount. Not in use by another
+            overlay.
+
+    Raises:
+        Unsupported: the kernel or the file system of the layers cannot.
+        OSError: anything else, such as EPERM without CAP_SYS_ADMIN.
+    """
+    options = {
+        "source": "overlay",
+        # By descriptor: no path is followed again, and none with a colon or a comma has to be written.
+        "lowerdir": f"/proc/self/fd/{lower_fd}",
+        "upperdir": f"/proc/self/fd/{layers_fd}/upper",
+        "workdir": f"/proc/self/fd/{layers_fd}/work",
+        "index": "off",
+        "metacopy": "off",
+        "redirect_dir": "nofollow",
+    }
+    context_fd = _syscall(_SYS_FSOPEN, b"overlay", _FSOPEN_CLOEXEC)
+    try:
+        for name, value in options.items():
+            _syscall(_SYS_FSCONFIG, context_fd, _FSCONFIG_SET_STRING, name.encode(), value.encode(), 0)
+        _syscall(_SYS_FSCONFIG, context_fd, _FSCONFIG_CMD_CREATE, 0, 0, 0)
+        return _syscall(_SYS_FSMOUNT, context_fd, _FSMOUNT_CLOEXEC, _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV)
+    finally:
+        os.close(context_fd)
+
+
+def attach(tree_fd: int, target_fd: int) -> None:
+    """Mount a detached mount onto the opened directory, or file, behind ``target_fd``.
+
+    Raises:
+        Unsupported: it is attached somewhere already, or one is a file and the other a directory.
+        OSError: EPERM without CAP_SYS_ADMIN, ENOTDIR.
+    """
+    _syscall(_SYS_MOVE_MOUNT, tree_fd, b"", target_fd, b"", _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH)
 
 
 def unmount(path: str) -> bool:
@@ -157,7 +223,7 @@ def _syscall(number: int, *arguments: int | bytes) -> int:
     if outcome >= 0:
         return outcome
     code = ctypes.get_errno()
-    if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+    if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENODEV):
         raise Unsupported(
             "cannot mount by descriptor on this host", detail=f"system call {number}: {os.strerror(code)}"
         )

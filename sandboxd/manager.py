@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import anyio
 import anyio.lowlevel
@@ -27,7 +27,6 @@ from runtimes.errors import (
     EngineUnavailable,
     ImageNotFound,
     RuntimeFailure,
-    Unsupported,
 )
 from runtimes.init.wire import InitError
 from runtimes.inotify import Inotify
@@ -43,7 +42,6 @@ from runtimes.model import (
     Tmpfs,
     User,
 )
-from runtimes.mounts import mounts_below
 from runtimes.quantities import format_bytes
 from sandboxd import reconcile
 from sandboxd.background import Background
@@ -62,11 +60,11 @@ from sandboxd.journal import Journal, SandboxRecord, WorkspaceRecord
 from sandboxd.lifecycle import Event, State
 from sandboxd.limits import Host, merged, output_bytes_max, resolve, resolve_update
 from sandboxd.protocol import SandboxCreateParams, SandboxUpdateParams
-from sandboxd.running import identity_inside
 from sandboxd.sandbox import INSIDE_BIN, INSIDE_RUN, TMPFS_TARGETS, Sandbox, container_id_of
 from sandboxd.spool import SpoolDirectory
+from sandboxd.staging import Staging
 from sandboxd.timings import Timings, now_ms
-from sandboxd.workspace import TARGET, Identity, OpenedWorkspace, Stage, identify, open_workspace
+from sandboxd.workspace import Identity, MountSource, OpenedWorkspace, identify, open_workspace, project_source
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +127,8 @@ class Manager:
         """What labels its containers."""
         self._engines = engines
         self._background = background
-        self._userns_fd = userns_fd
+        self._idmap_works = userns_fd is not None
+        self._staging = Staging(may_mount=caller.user.uid == 0, userns_fd=userns_fd)
         self._sandboxes: dict[str, Sandbox] = {}
 
     # --- finding --------------------------------------------------------------------------------------
@@ -200,7 +199,7 @@ class Manager:
                 engine.info,
                 None if workspace is None else workspace.owner,
                 caller=self._caller.user,
-                idmap_works=self._userns_fd is not None,
+                idmap_works=self._idmap_works,
             )
             record = SandboxRecord(
                 id=self._new_id(),
@@ -268,16 +267,16 @@ class Manager:
         self, sandbox: Sandbox, engine: Engine, workspace: OpenedWorkspace | None, timings: Timings
     ) -> str:
         sandbox.prepare()
-        with self._staged(sandbox, workspace) as source:
-            spec = self._spec(sandbox.record, engine.info, source, sandbox.io_dir)
+        sources = _mount_sources(sandbox.record, workspace)
+        with self._staging.staged(sandbox, sources) as mounts:
+            spec = self._spec(sandbox.record, engine.info, mounts, sandbox.io_dir)
             timings.mark("prepare")
             container_id = await self._create(engine, spec)
             timings.mark("engine")
-            await sandbox.connect(container_id, engine, self._sources(sandbox, source))
+            await sandbox.connect(container_id, engine, _paths_inside(sandbox, mounts))
             timings.mark("init")
-            if source is not None and workspace is not None and source == workspace.path:
-                await self._check_arrived(sandbox, workspace)
-                timings.mark("workspace")
+            await self._staging.check_arrived(sandbox, sources)
+            timings.mark("workspace")
         return container_id
 
     async def _create(self, engine: Engine, spec: ContainerSpec) -> str:
@@ -288,15 +287,6 @@ class Manager:
                 # Only the default image can be built here; any other is the engine's to fetch.
                 error.hint = f"{engine.name} pull {spec.image}"
             raise
-
-    @staticmethod
-    async def _check_arrived(sandbox: Sandbox, workspace: OpenedWorkspace) -> None:
-        """Where the engine mounted by path, see that it was the directory that we had opened and judged."""
-        if await identity_inside(sandbox, TARGET) != (workspace.device, workspace.inode):
-            raise InvalidArgument(
-                f"cannot use {workspace.path!r} as a workspace",
-                detail="it was replaced by something else while it was mounted",
-            )
 
     async def _discard(self, sandbox: Sandbox) -> None:
         """Undo a failed create. What cannot be undone now stays written down, and is undone at the next sweep."""
@@ -401,47 +391,12 @@ class Manager:
 
     # --- the container --------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _staged(self, sandbox: Sandbox, workspace: OpenedWorkspace | None) -> Iterator[str | None]:
-        """What the engine is to mount at /workspace, for as long as the container starts."""
-        record = sandbox.record.workspace
-        if workspace is None or record is None:
-            yield None
-            return
-        if self._caller.user.uid != 0:
-            if record.read_only and any(path != workspace.path for path in mounts_below(workspace.path)):
-                raise Unsupported(
-                    f"cannot mount {workspace.path!r} read-only",
-                    detail="other file systems are mounted below it, and an engine leaves those writable",
-                    hint="unmount them, or use it without --ro",
-                )
-            yield workspace.path
-            return
-        stage = Stage(sandbox.stage_dir)
-        userns_fd = self._userns_fd if record.mounted == "idmapped" else None
-        try:
-            stage.put(workspace, read_only=record.read_only, userns_fd=userns_fd)
-        except Unsupported:
-            if userns_fd is None:
-                raise
-            stage.put(workspace, read_only=record.read_only, userns_fd=None)
-            warning = "the file system of the workspace cannot map ids: files belong to root inside"
-            sandbox.put(
-                workspace=msgspec.structs.replace(record, mounted="as-is"),
-                warnings=(*sandbox.record.warnings, warning),
-            )
-        try:
-            yield stage.directory
-        finally:
-            stage.clear()
-
-    def _spec(self, record: SandboxRecord, info: EngineInfo, source: str | None, io_dir: str) -> ContainerSpec:
+    def _spec(self, record: SandboxRecord, info: EngineInfo, mounts: Sequence[Mount], io_dir: str) -> ContainerSpec:
         binds = [
             Mount(source=record.bin_dir, target=INSIDE_BIN, read_only=True),
             Mount(source=io_dir, target=INSIDE_RUN),
+            *mounts,
         ]
-        if source is not None and record.workspace is not None:
-            binds.append(Mount(source=source, target=TARGET, read_only=record.workspace.read_only))
         tmp = record.tmp_bytes_max
         return ContainerSpec(
             sandbox_id=record.id,
@@ -516,13 +471,13 @@ class Manager:
             workspace = None
             if record.workspace is not None:
                 workspace = await self._open_directory(record.workspace.path, opened)
-            with self._staged(sandbox, workspace) as source:
+            sources = _mount_sources(record, workspace)
+            with self._staging.staged(sandbox, sources) as mounts:
                 await engine.start(container_id)
                 timings.mark("engine")
-                await sandbox.connect(container_id, engine, self._sources(sandbox, source))
+                await sandbox.connect(container_id, engine, _paths_inside(sandbox, mounts))
                 timings.mark("init")
-                if source is not None and workspace is not None and source == workspace.path:
-                    await self._check_arrived(sandbox, workspace)
+                await self._staging.check_arrived(sandbox, sources)
         self._prove_again(sandbox)
         timings.mark("verify")
         self._require_proof(sandbox)
@@ -538,10 +493,6 @@ class Manager:
             with contextlib.suppress(CgroupUnreadable):
                 sandbox.write_limits(sandbox.record.limits)
             self.prove(sandbox)
-
-    def _sources(self, sandbox: Sandbox, workspace: str | None) -> dict[str, str]:
-        sources = {**_programs(sandbox), INSIDE_RUN: sandbox.io_dir}
-        return sources if workspace is None else {**sources, TARGET: workspace}
 
     async def remove(self, sandbox: Sandbox, timings: Timings) -> None:
         """End everything in a sandbox and remove it without a trace. Works in every state; idempotent."""
@@ -623,7 +574,7 @@ class Manager:
         try:
             if not sandbox.connected:
                 # A start that was cut short may have left the stage.
-                Stage(sandbox.stage_dir).clear()
+                sandbox.clear_stages()
                 await sandbox.connect(container_id, engine, _programs(sandbox))
                 await sandbox.adopt_commands()
             self._prove_again(sandbox)
@@ -737,6 +688,22 @@ def _gone(sandbox: Sandbox) -> SandboxGone:
         detail=sandbox.record.state_reason,
         hint=f"sandboxctl rm {sandbox.record.id}",
     )
+
+
+def _mount_sources(record: SandboxRecord, workspace: OpenedWorkspace | None) -> list[MountSource]:
+    """What is to be mounted into a sandbox, besides our own."""
+    if workspace is None or record.workspace is None:
+        return []
+    return [project_source(workspace, read_only=record.workspace.read_only)]
+
+
+def _paths_inside(sandbox: Sandbox, mounts: Sequence[Mount]) -> dict[str, str]:
+    """Target inside to path on the host: what must be mounted there."""
+    return {
+        **_programs(sandbox),
+        INSIDE_RUN: sandbox.io_dir,
+        **{mount.target: mount.source for mount in mounts},
+    }
 
 
 def _programs(sandbox: Sandbox) -> dict[str, str]:

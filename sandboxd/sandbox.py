@@ -4,7 +4,7 @@ The host's side of a sandbox is one directory, private to the daemon:
 
     init.sock     where its init listens, once it was moved out of the sandbox's reach
     io/           what the container sees as /.sandboxd/run while it starts; gone afterwards
-    workspace/    where the project is staged while the container starts; gone afterwards
+    stages/       where the project is staged while the container starts; gone afterwards
 
 init binds its socket in ``io``. As soon as it is connected and known to be the container's PID 1, the socket is
 renamed into the private directory and ``io`` is removed: nothing inside can reach the socket, and a removed
@@ -18,6 +18,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from hashlib import sha256
 
 import anyio
 import msgspec
@@ -53,6 +54,9 @@ SAMPLE_AGE_S_MIN = 0.2
 """A CPU share over a shorter time says little."""
 
 SOCKET_NAME = "init.sock"
+
+STAGES = "stages"
+STAGE_NAME_CHARS = 16
 
 DEVIATIONS_SHOWN_MAX = 3
 
@@ -131,10 +135,14 @@ class Sandbox:
         """What the container sees as /.sandboxd/run while it starts."""
         return os.path.join(self.directory, "io")
 
-    @property
-    def stage_dir(self) -> str:
-        """Where the project is staged while the container starts."""
-        return os.path.join(self.directory, "workspace")
+    def stage_path(self, target: str) -> str:
+        """Where what is seen at ``target`` is staged while the container starts; the same at every start."""
+        name = "workspace" if target == TARGET else sha256(target.encode()).hexdigest()[:STAGE_NAME_CHARS]
+        return os.path.join(self.directory, STAGES, name)
+
+    def clear_stages(self) -> None:
+        """Take off what a start that was cut short has left. Idempotent."""
+        clear_stages(self.directory)
 
     def prepare(self) -> None:
         """Make the directory ready for a container to start. Idempotent.
@@ -453,15 +461,24 @@ def _check_mounts(pid: int, sources: Mapping[str, str]) -> None:
         )
 
 
-def erase_box(directory: str) -> None:
-    """Remove the host's side of a sandbox: its stage, its socket, what its init may have left. Idempotent.
+def clear_stages(directory: str) -> None:
+    """Take every mount off the stages of a box, and remove them. Never walks into one. Idempotent."""
+    stages = os.path.join(directory, STAGES)
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(stages):
+            Stage(os.path.join(stages, name)).clear()
+        os.rmdir(stages)
 
-    Never walks into the stage: a project may be mounted there.
+
+def erase_box(directory: str) -> None:
+    """Remove the host's side of a sandbox: its stages, its socket, what its init may have left. Idempotent.
+
+    Never walks into a stage: a project may be mounted there.
 
     Raises:
         OSError: something else is there.
     """
-    Stage(os.path.join(directory, "workspace")).clear()
+    clear_stages(directory)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(os.path.join(directory, SOCKET_NAME))
     with contextlib.suppress(FileNotFoundError):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
@@ -165,62 +165,164 @@ def identify(engine: EngineInfo, owner: User | None, *, caller: User, idmap_work
     )
 
 
+class OverlayLayers(msgspec.Struct, frozen=True, kw_only=True):
+    """Where an overlay keeps what is written to it."""
+
+    directory: str
+    """Holds ``upper`` and ``work``; ours alone."""
+    scratch: str
+    """Begins the paths at which layers whose ids are mapped are attached while the overlay is made."""
+
+
+class MountSource(msgspec.Struct, frozen=True, kw_only=True):
+    """Something on the host that a sandbox sees, opened and judged, and not yet mounted anywhere.
+
+    Two ways from here. Who may mount (root) calls ``detach`` and gets a mount by descriptor, with all attributes
+    set, to be attached wherever it is wanted: on the stage of a container that is about to start
+    (``Stage.put``), or inside a container that runs. Who may not hands ``path`` to the engine, and sees to it
+    afterwards that ``device`` and ``inode`` arrived.
+
+    Either way ``descriptor`` is the project, or the copy of it; with ``overlay`` it is what lies below. It stays its
+    opener's, who closes it.
+    """
+
+    target: str
+    """Absolute path inside."""
+    path: str
+    """Its real path at the time of opening."""
+    descriptor: int
+    """``O_PATH``."""
+    device: int
+    inode: int
+    read_only: bool
+    is_directory: bool = True
+    overlay: OverlayLayers | None = None
+    """What is written goes there, and ``descriptor`` is only read."""
+
+    def detach(self, *, userns_fd: int | None) -> int:
+        """Return a mount of it that is nowhere yet: nosuid, nodev, private. The caller attaches and closes it.
+
+        Of an overlay there is one at a time: two of the same layers would spoil them.
+
+        Args:
+            userns_fd: Whose id mapping it shows; None: ids as they are.
+
+        Raises:
+            Unsupported: this file system cannot be id-mapped or lie below an overlay, or the kernel is too old.
+            OSError: anything else.
+        """
+        if self.overlay is None:
+            return mounts.detached_bind(self.descriptor, read_only=self.read_only, userns_fd=userns_fd)
+        with contextlib.ExitStack() as opened:
+            lower_fd = self.descriptor
+            layers_fd = open_directory(self.overlay.directory)
+            opened.callback(os.close, layers_fd)
+            if userns_fd is not None:
+                # An overlay cannot be mapped, its layers can: both, so that on the disk ids are as in the project.
+                # Kernels before 6.15 take only layers that are attached; they stay so no longer than this.
+                scratch = self.overlay.scratch
+                lower_fd = opened.enter_context(_attached(self.descriptor, f"{scratch}-lower", userns_fd))
+                layers_fd = opened.enter_context(_attached(layers_fd, f"{scratch}-layers", userns_fd))
+            return mounts.detached_overlay(lower_fd, layers_fd)
+
+
+def project_source(workspace: OpenedWorkspace, *, read_only: bool) -> MountSource:
+    """The project itself, at its place."""
+    return MountSource(
+        target=TARGET,
+        path=workspace.path,
+        descriptor=workspace.descriptor,
+        device=workspace.device,
+        inode=workspace.inode,
+        read_only=read_only,
+    )
+
+
+def open_directory(path: str) -> int:
+    """Open a directory of our own, never a symlink to one."""
+    return os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+
+@contextlib.contextmanager
+def _attached(source_fd: int, directory: str, userns_fd: int) -> Iterator[int]:
+    """A descriptor of an id-mapped mount, while it is attached."""
+    stage = Stage(directory)
+    tree_fd = mounts.detached_bind(source_fd, read_only=False, userns_fd=userns_fd)
+    try:
+        stage.attach(tree_fd)
+        yield tree_fd
+    finally:
+        os.close(tree_fd)
+        stage.clear()
+
+
 class Stage:
-    """A place on the host where a project is mounted by descriptor, for the engine to pass on.
+    """A place on the host where something is mounted by descriptor, for the engine to pass on.
 
     The engine clones the mount into the container, so ours is taken off again as soon as the container runs:
     no mount stays behind.
     """
 
-    def __init__(self, directory: str) -> None:
-        self.directory = directory
+    def __init__(self, path: str) -> None:
+        self.path = path
 
-    def put(self, workspace: OpenedWorkspace, *, read_only: bool, userns_fd: int | None) -> None:
-        """Mount ``workspace`` here.
+    def put(self, source: MountSource, *, userns_fd: int | None) -> None:
+        """Mount ``source`` here.
 
         Raises:
             Unsupported: this file system cannot be id-mapped, or the kernel is too old.
             OSError: anything else.
         """
-        self.clear()
-        os.makedirs(self.directory, mode=0o700, exist_ok=True)
-        target_fd = os.open(self.directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        tree_fd = source.detach(userns_fd=userns_fd)
         try:
-            mounts.stage_bind(workspace.descriptor, target_fd, read_only=read_only, userns_fd=userns_fd)
+            self.attach(tree_fd, is_directory=source.is_directory)
+        finally:
+            os.close(tree_fd)
+
+    def attach(self, tree_fd: int, *, is_directory: bool = True) -> None:
+        """Attach a detached mount here."""
+        self.clear()
+        os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+        if is_directory:
+            os.mkdir(self.path, 0o700)
+        else:
+            os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        target_fd = os.open(self.path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            mounts.attach(tree_fd, target_fd)
         finally:
             os.close(target_fd)
 
     def clear(self) -> None:
-        """Take every mount off and remove the directory. Idempotent; also clears what a crash left."""
+        """Take every mount off and remove what they were on. Idempotent; also clears what a crash left."""
         with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISDIR(os.lstat(self.directory).st_mode):
-                return
-            while mounts.unmount(self.directory):
+            while mounts.unmount(self.path):
                 pass
-            os.rmdir(self.directory)
+            if stat.S_ISDIR(os.lstat(self.path).st_mode):
+                os.rmdir(self.path)
+            else:
+                os.unlink(self.path)
 
 
 def idmap_works(probe_dir: str, userns_fd: int) -> bool:
     """Try an id-mapped mount of ``probe_dir`` onto itself, and take it off again."""
-    source_fd = os.open(probe_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    descriptor = open_directory(probe_dir)
     stage = Stage(os.path.join(probe_dir, "idmap-probe"))
     try:
-        status = os.fstat(source_fd)
-        stage.put(
-            OpenedWorkspace(
-                path=probe_dir,
-                descriptor=source_fd,
-                device=status.st_dev,
-                inode=status.st_ino,
-                owner=User(uid=status.st_uid, gid=status.st_gid),
-            ),
+        status = os.fstat(descriptor)
+        source = MountSource(
+            target=TARGET,
+            path=probe_dir,
+            descriptor=descriptor,
+            device=status.st_dev,
+            inode=status.st_ino,
             read_only=True,
-            userns_fd=userns_fd,
         )
+        stage.put(source, userns_fd=userns_fd)
     except (Unsupported, OSError):
         return False
     else:
         return True
     finally:
         stage.clear()
-        os.close(source_fd)
+        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Builds `sandbox-init`, the static program that is PID 1 in every sandbox, and `sandbox-provoke` beside it.
+"""Builds `sandbox-init`, the static program that is PID 1 in every sandbox, and its small companions.
 
 Run by hatchling for every wheel and editable install (`[tool.hatch.build.hooks.custom]`), by the tests with
 `--sanitize`, and by hand: `python hack/build_init.py [--output FILE] [--sanitize]`.
@@ -26,7 +26,12 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "runtimes" / "init"
 SOURCES = tuple(FOLDER / name for name in ("init.c", "message.c", "files.c"))
 BINARY = FOLDER / "sandbox-init"
-PROGRAMS = {BINARY: SOURCES, FOLDER / "sandbox-provoke": (FOLDER / "provoke.c",)}
+MOUNTER_FOLDER = ROOT / "runtimes" / "mounter"
+PROGRAMS = {
+    BINARY: SOURCES,
+    FOLDER / "sandbox-provoke": (FOLDER / "provoke.c",),
+    MOUNTER_FOLDER / "sandbox-mounter": (MOUNTER_FOLDER / "mounter.c",),
+}
 
 WARNINGS = (
     "-std=c11 -Wall -Wextra -Werror -Wconversion -Wsign-conversion -Wshadow -Wstrict-prototypes "
@@ -113,7 +118,7 @@ class InitBuildHook(BuildHookInterface):  # type: ignore[type-arg,misc,unused-ig
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Build sandbox-init, and sandbox-provoke beside it.")
+    parser = argparse.ArgumentParser(description="Build sandbox-init and its companions.")
     parser.add_argument("--output", type=Path, metavar="FILE", help="build only sandbox-init, to FILE")
     parser.add_argument("--sanitize", action="store_true", help="with AddressSanitizer and UBSan, not static")
     options = parser.parse_args()

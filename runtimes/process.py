@@ -161,6 +161,39 @@ async def _wait_out(client: _Client, deadline: float | None) -> None:
         await client.wait()
 
 
+class Helper:
+    """A resident helper of our own: one process that ends when its stdin is closed. Made by ``start_helper``."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
+    def close(self) -> None:
+        """End it, and reap it."""
+        self._process.kill()
+        self._process.wait()
+
+
+def start_helper(argv: Sequence[str], *, stdin_fd: int) -> Helper:
+    """Start a resident helper with an empty environment. Its stdout is /dev/null, its stderr ours.
+
+    Args:
+        argv: Absolute path of the program, and arguments.
+        stdin_fd: Becomes its stdin; stays the caller's.
+
+    Raises:
+        EngineUnavailable: it is missing or cannot be started.
+    """
+    with _spawn_errors(argv[0], argv[0]):
+        return Helper(
+            subprocess.Popen(argv, stdin=stdin_fd, stdout=subprocess.DEVNULL, cwd="/", env={}, start_new_session=True)
+        )
+
+
 class _Client:
     """One spawned process with its pipes. Made by spawning; ``close`` must follow, and leaves nothing behind."""
 

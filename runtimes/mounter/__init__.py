@@ -1,0 +1,1 @@
+"""Mounting into containers that already run."""

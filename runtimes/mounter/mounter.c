@@ -1,0 +1,272 @@
+/*
+ * sandbox-mounter: mounts a directory of the host into a container that already runs.
+ *
+ * The daemon starts one and keeps it. Requests arrive on the socket that is its stdin (SOCK_SEQPACKET), each with
+ * a pipe to answer on and with the namespaces to enter, as descriptors. Every request is carried out by a child of
+ * its own, for there is no honest way back from another mount namespace, and a file system that does not answer
+ * must hold up nobody else. The child answers and ends; no answer means that it died. The mounter ends when the
+ * daemon's end of the socket is closed.
+ *
+ * As root, the tree is cloned from the descriptor that the daemon had opened and judged. As an ordinary user, it
+ * is cloned inside the container's user namespace, where a descriptor from outside cannot be cloned: there the
+ * path is opened once more, without following a symlink, and must be the same directory.
+ *
+ * Nothing that lies inside the container is executed or loaded, and no path of the container is followed through
+ * a symlink. After the mount, what is seen at the target must be what was to be mounted.
+ *
+ * Source: open_tree(2), mount_setattr(2), move_mount(2), openat2(2), setns(2).
+ */
+
+#define _GNU_SOURCE
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* The numbers are the same on every architecture, as for all system calls since Linux 5.1. */
+#define SYS_OPEN_TREE 428
+#define SYS_MOVE_MOUNT 429
+#define SYS_OPENAT2 437
+#define SYS_MOUNT_SETATTR 442
+
+#define OPEN_TREE_CLONE_TREE 1u
+#define AT_RECURSIVE_TREE 0x8000u
+#define MOVE_FROM_EMPTY_PATH 0x4u
+#define MOVE_TO_EMPTY_PATH 0x40u
+#define ATTR_RDONLY 0x1u
+#define ATTR_NOSUID 0x2u
+#define ATTR_NODEV 0x4u
+#define ATTR_IDMAP 0x100000u
+#define PROPAGATION_PRIVATE (1u << 18)
+#define NO_MAGICLINKS 0x02u
+#define NO_SYMLINKS 0x04u
+
+enum { PATH_BYTES_MAX = 4096, HOSTNAME_BYTES_MAX = 64, DESCRIPTORS_MAX = 6 };
+
+/* What a request asks for. The descriptors come in the order of these bits, after those of the answer,
+ * the source and the mount namespace, which are always there. */
+enum flag {
+    MOUNT_READ_ONLY = 1,
+    MOUNT_IDMAPPED = 2,   /* a user namespace whose map the mount shows */
+    ENTER_USER_NS = 4,    /* the container's user namespace: we are no root */
+    SET_HOSTNAME = 8,     /* the container's UTS namespace */
+};
+
+/* Where a request failed; `runtimes/mounter/mounter.py` has words for them. */
+enum stage {
+    DONE,
+    ENTERING,
+    OPENING_SOURCE,
+    SOURCE_CHANGED,
+    CLONING,
+    SETTING_ATTRIBUTES,
+    OPENING_TARGET,
+    MOVING,
+    CHECKING,
+    NAMING,
+};
+
+struct request {
+    uint64_t flags;
+    uint64_t device;
+    uint64_t inode;
+    char source[PATH_BYTES_MAX];
+    char target[PATH_BYTES_MAX];
+    char hostname[HOSTNAME_BYTES_MAX];
+};
+
+struct reply {
+    uint32_t stage;
+    int32_t error;
+};
+
+struct attributes {
+    uint64_t set;
+    uint64_t clear;
+    uint64_t propagation;
+    uint64_t userns_fd;
+};
+
+struct open_how_v0 {
+    uint64_t flags;
+    uint64_t mode;
+    uint64_t resolve;
+};
+
+enum { REPLY_FD, SOURCE_FD, MOUNT_NS_FD, FIRST_OPTIONAL_FD };
+
+static struct request request;
+static int descriptors[DESCRIPTORS_MAX];
+static size_t descriptor_count;
+
+static void answer(enum stage stage, int error)
+{
+    struct reply reply = {.stage = stage, .error = error};
+    if (write(descriptors[REPLY_FD], &reply, sizeof reply) != (ssize_t)sizeof reply)
+        _exit(1);
+}
+
+/* Ends the child with the word of where it failed. */
+static void fail(enum stage stage)
+{
+    answer(stage, errno);
+    _exit(1);
+}
+
+/* The path of the tree's root, opened as a directory without following any symlink. */
+static int open_directory(const char *path)
+{
+    struct open_how_v0 how = {
+        .flags = O_PATH | O_DIRECTORY | O_CLOEXEC,
+        .resolve = NO_SYMLINKS | NO_MAGICLINKS,
+    };
+    return (int)syscall(SYS_OPENAT2, AT_FDCWD, path, &how, sizeof how);
+}
+
+static bool is_wanted(int fd)
+{
+    struct stat status;
+    return fstat(fd, &status) == 0 && status.st_dev == request.device && status.st_ino == request.inode;
+}
+
+/* Clones the tree; its attributes are set before anybody can see it. */
+static int clone_tree(int source_fd, int idmap_fd)
+{
+    struct attributes attributes = {.set = ATTR_NOSUID | ATTR_NODEV, .propagation = PROPAGATION_PRIVATE};
+    int tree_fd = (int)syscall(SYS_OPEN_TREE, source_fd, "",
+                               OPEN_TREE_CLONE_TREE | (unsigned)O_CLOEXEC | AT_EMPTY_PATH | AT_RECURSIVE_TREE);
+    if (tree_fd < 0)
+        fail(CLONING);
+    if (request.flags & MOUNT_READ_ONLY)
+        attributes.set |= ATTR_RDONLY;
+    if (request.flags & MOUNT_IDMAPPED) {
+        attributes.set |= ATTR_IDMAP;
+        attributes.userns_fd = (uint64_t)idmap_fd;
+    }
+    if (syscall(SYS_MOUNT_SETATTR, tree_fd, "", AT_EMPTY_PATH | AT_RECURSIVE_TREE, &attributes, sizeof attributes) != 0)
+        fail(SETTING_ATTRIBUTES);
+    return tree_fd;
+}
+
+static void attach_tree(int tree_fd)
+{
+    int target_fd = open_directory(request.target);
+    if (target_fd < 0)
+        fail(OPENING_TARGET);
+    if (syscall(SYS_MOVE_MOUNT, tree_fd, "", target_fd, "", MOVE_FROM_EMPTY_PATH | MOVE_TO_EMPTY_PATH) != 0)
+        fail(MOVING);
+    int seen_fd = open_directory(request.target);
+    if (seen_fd < 0)
+        fail(CHECKING);
+    errno = ESTALE;
+    if (!is_wanted(seen_fd))
+        fail(CHECKING);
+}
+
+static void carry_out(void)
+{
+    size_t next = FIRST_OPTIONAL_FD;
+    int idmap_fd = request.flags & MOUNT_IDMAPPED ? descriptors[next++] : -1;
+    int userns_fd = request.flags & ENTER_USER_NS ? descriptors[next++] : -1;
+    int uts_fd = request.flags & SET_HOSTNAME ? descriptors[next++] : -1;
+    int source_fd = descriptors[SOURCE_FD];
+
+    if (userns_fd >= 0) {
+        if (setns(userns_fd, CLONE_NEWUSER) != 0 || unshare(CLONE_NEWNS) != 0)
+            fail(ENTERING);
+        source_fd = open_directory(request.source);
+        if (source_fd < 0)
+            fail(OPENING_SOURCE);
+    }
+    errno = ESTALE;
+    if (!is_wanted(source_fd))
+        fail(SOURCE_CHANGED);
+    int tree_fd = clone_tree(source_fd, idmap_fd);
+    if (setns(descriptors[MOUNT_NS_FD], CLONE_NEWNS) != 0)
+        fail(ENTERING);
+    attach_tree(tree_fd);
+    if (uts_fd >= 0 && (setns(uts_fd, CLONE_NEWUTS) != 0 || sethostname(request.hostname, strlen(request.hostname)) != 0))
+        fail(NAMING);
+    answer(DONE, 0);
+}
+
+/* Where there is no child to be had, the closed pipe says so. */
+static void carry_out_in_child(void)
+{
+    if (fork() == 0) {
+        /* Else requests could be sent to a mounter that is gone, for as long as this lasts. */
+        close(STDIN_FILENO);
+        carry_out();
+        _exit(0);
+    }
+}
+
+static bool is_text(const char *text, size_t size)
+{
+    return memchr(text, 0, size) != NULL;
+}
+
+static bool is_well_formed(ssize_t length)
+{
+    size_t wanted = FIRST_OPTIONAL_FD;
+    if (length != (ssize_t)sizeof request)
+        return false;
+    for (uint64_t flag = MOUNT_IDMAPPED; flag <= SET_HOSTNAME; flag <<= 1)
+        wanted += (request.flags & flag) != 0;
+    return request.flags < 2 * SET_HOSTNAME && descriptor_count == wanted && is_text(request.source, sizeof request.source) &&
+           is_text(request.target, sizeof request.target) && is_text(request.hostname, sizeof request.hostname) &&
+           request.target[0] == '/' && request.source[0] == '/';
+}
+
+/* Takes one message with its descriptors. False: the daemon is gone. */
+static bool receive(ssize_t *length)
+{
+    union {
+        struct cmsghdr header;
+        char space[CMSG_SPACE(sizeof descriptors)];
+    } control;
+    struct iovec part = {.iov_base = &request, .iov_len = sizeof request};
+    struct msghdr message = {
+        .msg_iov = &part, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control.space};
+
+    memset(&request, 0, sizeof request);
+    descriptor_count = 0;
+    do
+        *length = recvmsg(STDIN_FILENO, &message, MSG_CMSG_CLOEXEC);
+    while (*length < 0 && errno == EINTR);
+    if (*length <= 0)
+        return false;
+    struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+    if (header != NULL && header->cmsg_level == SOL_SOCKET && header->cmsg_type == SCM_RIGHTS) {
+        descriptor_count = (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+        memcpy(descriptors, CMSG_DATA(header), descriptor_count * sizeof(int));
+    }
+    if (message.msg_flags & (MSG_TRUNC | MSG_CTRUNC))
+        *length = 0;
+    return true;
+}
+
+int main(void)
+{
+    ssize_t length;
+
+    /* Children are reaped by the kernel; none of us leaves a core with the daemon's descriptors in it. */
+    if (signal(SIGCHLD, SIG_IGN) == SIG_ERR || prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) != 0 || chdir("/") != 0)
+        return 1;
+    while (receive(&length)) {
+        if (is_well_formed(length))
+            carry_out_in_child();
+        for (size_t i = 0; i < descriptor_count; i++)
+            close(descriptors[i]);
+    }
+    return 0;
+}

@@ -1,0 +1,214 @@
+"""The late mount, in a process with a mount namespace of its own: a container as far as the kernel is concerned."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from runtimes.errors import UnreadableAnswer
+from runtimes.mounter import mounter
+from runtimes.mounter.binary import mounter_binary_path
+from runtimes.mounter.mounter import LateMount, Mounter
+from runtimes.mountinfo import MountEntry
+from runtimes.mounts import mounts_of
+
+pytestmark = pytest.mark.anyio
+
+PATIENCE_S = 10.0
+
+WAYS = ("user", "root") if os.geteuid() == 0 else ("user",)
+"""Root mounts by the descriptor; an ordinary user enters the container's user namespace first."""
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "user":
+        monkeypatch.setattr(mounter, "_is_root", lambda: False)
+    way: str = request.param
+    return way
+
+
+@pytest.fixture
+def inside(tmp_path: Path, way: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that sees a file system of its own at ``tmp_path/box``, which the host does not see."""
+    box = tmp_path / "box"
+    box.mkdir()
+    user = [] if way == "root" else ["--user", "--map-root-user"]
+    places = f"mkdir {box}/workspace && ln -s workspace {box}/link"
+    script = f"mount -t tmpfs none {box} && {places} && echo up && exec sleep 60"
+    words = ["unshare", *user, "--mount", "--uts", "--propagation", "private", "sh", "-c", script]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"up\n"
+        yield process
+        process.kill()
+
+
+@pytest.fixture
+def late() -> Iterator[Mounter]:
+    made = Mounter(mounter_binary_path())
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "file").write_text("hello")
+    return project
+
+
+def wanted(
+    process: subprocess.Popen[bytes], project: Path, descriptor: int, target: str, **more: object
+) -> LateMount:
+    box = project.parent / "box"
+    return LateMount(
+        pid=process.pid,
+        source_fd=descriptor,
+        source_path=str(project),
+        target=f"{box}/{target}",
+        **more,  # type: ignore[arg-type]
+    )
+
+
+@pytest.fixture
+def source_fd(project: Path) -> Iterator[int]:
+    descriptor = os.open(project, os.O_PATH | os.O_DIRECTORY)
+    yield descriptor
+    os.close(descriptor)
+
+
+def host_name_of(process: subprocess.Popen[bytes], way: str) -> bytes:
+    user = [] if way == "root" else ["--user", "--preserve-credentials"]
+    words = ["nsenter", f"--target={process.pid}", *user, "--uts", "hostname"]
+    return subprocess.run(words, capture_output=True, check=True).stdout
+
+
+def ended_process() -> subprocess.Popen[bytes]:
+    with subprocess.Popen(["true"]) as process:
+        return process
+
+
+def seen(process: subprocess.Popen[bytes], path: Path) -> MountEntry | None:
+    return next((entry for entry in mounts_of(process.pid) if entry.target == str(path)), None)
+
+
+def options(process: subprocess.Popen[bytes], path: Path) -> set[str]:
+    for line in Path(f"/proc/{process.pid}/mountinfo").read_text().splitlines():
+        fields = line.split(" ")
+        if fields[4] == str(path):
+            return set(fields[5].split(","))
+    raise AssertionError(f"nothing is mounted at {path}")
+
+
+async def test_a_directory_appears_inside_and_nowhere_else(
+    inside: subprocess.Popen[bytes], late: Mounter, project: Path, source_fd: int
+) -> None:
+    target = project.parent / "box" / "workspace"
+    await late.mount(wanted(inside, project, source_fd, "workspace"))
+    assert Path(f"/proc/{inside.pid}/root{target}/file").read_text() == "hello"
+    assert options(inside, target) >= {"rw", "nosuid", "nodev"}
+    assert not any(entry.target.startswith(str(project.parent)) for entry in mounts_of("self"))
+
+
+async def test_read_only_is_read_only(
+    inside: subprocess.Popen[bytes], late: Mounter, project: Path, source_fd: int
+) -> None:
+    target = project.parent / "box" / "workspace"
+    await late.mount(wanted(inside, project, source_fd, "workspace", read_only=True))
+    assert "ro" in options(inside, target)
+
+
+async def test_the_host_name_is_set_with_it(
+    inside: subprocess.Popen[bytes], late: Mounter, project: Path, source_fd: int, way: str
+) -> None:
+    await late.mount(wanted(inside, project, source_fd, "workspace", hostname="renamed"))
+    assert host_name_of(inside, way) == b"renamed\n"
+    assert socket.gethostname() != "renamed"
+
+
+@pytest.mark.parametrize("target", ["link", "missing", "link/../workspace"])
+async def test_no_symlink_and_no_missing_place_is_mounted_on(
+    inside: subprocess.Popen[bytes], late: Mounter, project: Path, source_fd: int, target: str
+) -> None:
+    with pytest.raises(UnreadableAnswer, match="cannot open the place to mount at"):
+        await late.mount(wanted(inside, project, source_fd, target))
+    assert seen(inside, project.parent / "box" / "workspace") is None
+
+
+async def test_a_process_that_is_gone_is_an_error_and_the_next_mount_works(
+    inside: subprocess.Popen[bytes], late: Mounter, project: Path, source_fd: int
+) -> None:
+    gone = ended_process()
+    with pytest.raises(UnreadableAnswer):
+        await late.mount(wanted(gone, project, source_fd, "workspace"))
+    await late.mount(wanted(inside, project, source_fd, "workspace"))
+
+
+async def test_a_helper_that_was_killed_is_started_again(
+    inside: subprocess.Popen[bytes], late: Mounter, project: Path, source_fd: int
+) -> None:
+    await late.mount(wanted(inside, project, source_fd, "workspace"))
+    assert late.helper_pid is not None
+    os.kill(late.helper_pid, signal.SIGKILL)
+    before = late.helper_pid
+    deadline = time.monotonic() + PATIENCE_S
+    while Path(f"/proc/{before}/stat").read_text().split(") ")[1][0] != "Z":
+        assert time.monotonic() < deadline
+    await late.mount(wanted(inside, project, source_fd, "workspace"))
+    assert late.helper_pid != before
+
+
+async def test_nonsense_gets_no_answer_and_harms_nobody(
+    inside: subprocess.Popen[bytes],
+    late: Mounter,
+    project: Path,
+    source_fd: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the helper does not understand closes the pipe: an error at once, and not a wait."""
+    with monkeypatch.context() as patched:
+        patched.setattr(mounter, "_request", lambda flags, wanted: b"nonsense")
+        with pytest.raises(UnreadableAnswer, match="without an answer"):
+            await late.mount(wanted(inside, project, source_fd, "workspace"))
+    await late.mount(wanted(inside, project, source_fd, "workspace"))
+
+
+async def test_another_directory_that_took_its_place_is_never_mounted(
+    inside: subprocess.Popen[bytes], late: Mounter, project: Path, source_fd: int, way: str
+) -> None:
+    target = project.parent / "box" / "workspace"
+    project.rename(project.parent / "moved")
+    project.mkdir()
+    if way == "user":
+        with pytest.raises(UnreadableAnswer, match="replaced by another"):
+            await late.mount(wanted(inside, project, source_fd, "workspace"))
+        assert seen(inside, target) is None
+    else:
+        await late.mount(wanted(inside, project, source_fd, "workspace"))
+        assert Path(f"/proc/{inside.pid}/root{target}/file").read_text() == "hello"
+
+
+async def test_a_user_follows_no_symlink_to_the_directory(
+    inside: subprocess.Popen[bytes], late: Mounter, project: Path, source_fd: int, way: str
+) -> None:
+    project.rename(project.parent / "moved")
+    project.symlink_to("moved")
+    if way == "user":
+        with pytest.raises(UnreadableAnswer, match="cannot open the directory once more"):
+            await late.mount(wanted(inside, project, source_fd, "workspace"))
+    else:
+        await late.mount(wanted(inside, project, source_fd, "workspace"))

@@ -285,6 +285,8 @@ class CommandTable:
         command = Command(record.id, record.argv, background=True, started_at_ms=record.started_at_ms, oom_kills=None)
         command.end = record.end
         command.outlet = outlet
+        if outlet is not None:
+            outlet.close()
         command.ended.set()
         command.gone.set()
         self._ended[command.id] = command
@@ -449,6 +451,8 @@ class CommandTable:
             self._background.start(self._forget, self._channel, command.id)
         if command.background:
             self._keep_end(command)
+            if command.outlet is not None:
+                self._background.start(command.outlet.rest)
         elif command.released:
             self._drop(command)
 

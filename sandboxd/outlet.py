@@ -73,6 +73,8 @@ class Outlet:
         self._input_fd: int | None = None
         self._terminal_writer: int | None = None
         self._pumping = anyio.CancelScope()
+        self._summary: Summary | None = None
+        self._counting = anyio.Lock()
 
     def start(self, background: Background, gone: anyio.Event) -> None:
         """Keep the spools bounded for as long as anything of the command is left to write."""
@@ -102,6 +104,19 @@ class Outlet:
         for spool in self.spools.values():
             spool.close()
 
+    async def rest(self) -> None:
+        """Hold nothing open once nobody is left to write: what is kept can be read all the same.
+
+        The summary is made before, for the spools may be removed at any time from then on.
+        """
+        await self.finished.wait()
+        while self._copy_once() is Copied.SOME:
+            pass
+        async with self._counting:
+            with contextlib.suppress(NotFound):
+                self._summary = await self._count()
+            self.close()
+
     # --- output ---------------------------------------------------------------------------------------
 
     def spool(self, name: OutputName) -> Spool:
@@ -117,6 +132,10 @@ class Outlet:
 
     async def summary(self) -> Summary:
         """How much was written, and whether all of it is kept."""
+        async with self._counting:
+            return self._summary or await self._count()
+
+    async def _count(self) -> Summary:
         stats = {name: await spool.stat() for name, spool in self.spools.items()}
         return Summary(
             stdout_bytes=stats["stdout"].bytes_written,

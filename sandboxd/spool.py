@@ -32,6 +32,7 @@ import shutil
 import stat
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from typing import Self, TypeVar
 
 import anyio
@@ -156,13 +157,15 @@ class SpoolDirectory:
         Raises:
             NotFound: it is not there.
         """
-        name = file_name(command_id, stream)
+        return self._spool(self._open(file_name(command_id, stream)), command_id, stream)
+
+    def _open(self, name: str) -> int:
         with _failing_as(f"cannot open the output of command {name}"), _directory(self.path) as directory_fd:
             fd = os.open(name, _OPEN_FLAGS, dir_fd=directory_fd)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise NotFound(f"cannot open the output of command {name}", detail="it is not a file")
-        return self._spool(fd, command_id, stream)
+        return fd
 
     def list(self) -> list[tuple[int, Stream]]:
         """The spools that are there, in the order of their names."""
@@ -178,7 +181,9 @@ class SpoolDirectory:
 
     def _spool(self, fd: int, command_id: int, stream: Stream) -> Spool:
         block_bytes = max(BLOCK_BYTES_MIN, os.fstat(fd).st_blksize)
-        return Spool(fd, command_id, stream, self._inotify, bounds_of(self._cap_bytes, block_bytes), self._punch)
+        bounds = bounds_of(self._cap_bytes, block_bytes)
+        reopen = partial(self._open, file_name(command_id, stream))
+        return Spool(fd, command_id, stream, self._inotify, bounds, self._punch, reopen)
 
     def _require_private(self, directory_fd: int) -> None:
         status = os.fstat(directory_fd)
@@ -229,10 +234,20 @@ async def sweep(root: str, known: Mapping[str, Collection[int]]) -> list[str]:
 
 
 class Spool:
-    """One stream of one command's output. Keeps one descriptor; followers keep one each."""
+    """One stream of one command's output. Keeps one descriptor, until it is closed; followers keep one each.
+
+    Every method opens the file anew where it was closed, and raises NotFound where it was removed.
+    """
 
     def __init__(
-        self, fd: int, command_id: int, stream: Stream, inotify: Inotify, bounds: Bounds, punch: Puncher
+        self,
+        fd: int,
+        command_id: int,
+        stream: Stream,
+        inotify: Inotify,
+        bounds: Bounds,
+        punch: Puncher,
+        reopen: Callable[[], int],
     ) -> None:
         self.command_id = command_id
         self.stream = stream
@@ -240,6 +255,7 @@ class Spool:
         self._inotify = inotify
         self._bounds = bounds
         self._punch = punch
+        self._reopen = reopen
         self._readers = anyio.CapacityLimiter(1)
 
     def __enter__(self) -> Self:
@@ -249,7 +265,7 @@ class Spool:
         self.close()
 
     def close(self) -> None:
-        """Let go of the file. Followers, and a ``keep_bounded`` that runs, go on. Idempotent."""
+        """Keep no descriptor any longer. Followers, and a ``keep_bounded`` that runs, go on. Idempotent."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -257,7 +273,8 @@ class Spool:
     @property
     def bytes_written(self) -> int:
         """How long the output is, including what was dropped. The command can make it anything."""
-        return os.fstat(self._fd).st_size
+        with self._opened() as fd:
+            return os.fstat(fd).st_size
 
     async def stat(self) -> SpoolStat:
         """What is there and what is not."""
@@ -296,7 +313,7 @@ class Spool:
         if offset < 0 or chunk_bytes_max < 1:
             raise ValueError(f"cannot follow from {offset} by {chunk_bytes_max} bytes")
         whole_bytes_max = self._bounds.head_bytes + self._bounds.tail_bytes
-        waiter = _Waiter(self._inotify, os.dup(self._fd), until_ended)
+        waiter = _Waiter(self._inotify, self._descriptor(), until_ended)
         return Follower(waiter, self._readers, offset, chunk_bytes_max, whole_bytes_max)
 
     async def keep_bounded(self, ended: anyio.Event) -> None:
@@ -305,7 +322,7 @@ class Spool:
         A hole that cannot be punched is tried again; if the file outgrows the ceiling meanwhile, its tail goes.
         """
         threads = anyio.CapacityLimiter(1)
-        waiter = _Waiter(self._inotify, os.dup(self._fd), ended)
+        waiter = _Waiter(self._inotify, self._descriptor(), ended)
         punched_until, rate, size, looked_s = 0, float(RATE_MAX), 0, time.monotonic()
         try:
             while True:
@@ -337,9 +354,17 @@ class Spool:
             waiter.close()
 
     async def _in_thread(self, look: Callable[[int], _Answer]) -> _Answer:
-        fd = os.dup(self._fd)
-        try:
+        with self._opened() as fd:
             return await anyio.to_thread.run_sync(look, fd, limiter=self._readers)
+
+    def _descriptor(self) -> int:
+        return os.dup(self._fd) if self._fd >= 0 else self._reopen()
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[int]:
+        fd = self._descriptor()
+        try:
+            yield fd
         finally:
             os.close(fd)
 

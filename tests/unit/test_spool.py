@@ -112,6 +112,22 @@ async def test_files_are_private_named_by_command_and_stream_and_only_appended_t
     assert spools.list() == [(0xABC, stream) for stream in sorted(Stream)]
 
 
+async def test_a_spool_that_was_closed_is_read_all_the_same_and_holds_nothing_open(spools: SpoolDirectory) -> None:
+    """Ends of commands are kept by the hundred; a daemon may have a thousand descriptors."""
+    spool, fd = spools.create(1, Stream.OUT)
+    write_all(fd, b"output")
+    os.close(fd)
+    spool.close()
+    before = open_descriptors()
+    assert spool.bytes_written == (await spool.stat()).bytes_written == len(b"output")
+    assert joined((await spool.read_range(0, 100)).items) == b"output"
+    assert joined(await collect(spool, 0, ended())) == b"output"
+    assert open_descriptors() == before
+    await spools.remove(1)
+    with pytest.raises(NotFound):
+        await spool.stat()
+
+
 async def test_a_directory_that_others_can_enter_is_refused(spools: SpoolDirectory) -> None:
     Path(spools.path).mkdir(mode=0o755)
     Path(spools.path).chmod(0o755)

@@ -1,0 +1,35 @@
+"""Options of the whole suite, and the figures that its tests print."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+_FIGURES = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("sandboxd")
+    group.addoption("--soak", action="store_true", help="run tests/engine/test_soak.py at its full size: 40 minutes")
+    group.addoption(
+        "--sleeper-seconds", type=float, help="how long its sleeper sleeps; 1800 with --soak, otherwise 3"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_FIGURES] = []
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.stash[_FIGURES]:
+        terminalreporter.section("figures")
+        for line in config.stash[_FIGURES]:
+            terminalreporter.write_line(line)
+
+
+@pytest.fixture
+def say(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Print a measured figure at the end of the run, under the test's name."""
+    name = request.node.name
+    return lambda figure: request.config.stash[_FIGURES].append(f"{name}: {figure}")

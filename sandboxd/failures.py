@@ -95,6 +95,13 @@ class CapacityExceeded(Failure):
     code = -32005
 
 
+class NotEnoughSpace(Failure):
+    """The sandbox's disk, its quota or its tmpfs is full."""
+
+    type = "not_enough_space"
+    code = -32014
+
+
 class SandboxGone(Failure):
     """The sandbox went away, or its init no longer answers."""
 
@@ -156,6 +163,7 @@ FAILURES: tuple[type[Failure], ...] = (
     Timeout,
     LimitNotEnforceable,
     CapacityExceeded,
+    NotEnoughSpace,
     SandboxGone,
     EngineUnavailableFailure,
     Unauthorized,

@@ -93,6 +93,14 @@ NOTIFICATIONS: tuple[tuple[str, type[msgspec.Struct], str], ...] = (
         protocol.CommandOutput,
         "From the daemon, before the reply to `commands/run` with `follow`, or to `commands/connect`.",
     ),
+    (
+        "files/opened",
+        protocol.FileOpened,
+        "From the daemon, before the reply to `files/read` with `descriptor`. It carries the file's.",
+    ),
+    ("files/listed", protocol.FilePage, "From the daemon, before the reply to `files/list` with `pages`."),
+    ("files/watching", protocol.FileWatching, "From the daemon, once after `files/watch`."),
+    ("files/changed", protocol.FileChanges, "From the daemon, after `files/watching`."),
 )
 
 
@@ -176,7 +184,7 @@ def _default(field: msgspec.structs.FieldInfo) -> str:
     if field.required:
         return "REQUIRED"
     default = field.default_factory() if field.default is msgspec.NODEFAULT else field.default
-    if isinstance(default, msgspec.Struct):
+    if isinstance(default, msgspec.Struct | bytes):
         default = msgspec.to_builtins(default)
     return json.dumps(default) if isinstance(default, str) else repr(default)
 
@@ -237,7 +245,7 @@ echo '{"jsonrpc":"2.0","id":1,"method":"daemon/info"}' | socat -t 5 - UNIX-CONNE
 Some requests and notifications carry file descriptors (`SCM_RIGHTS`), which ride with the first byte of the frame:
 one `sendmsg` whose data begins with the frame and whose control message holds the descriptors. A request carries
 exactly as many as its params say: three (stdin, stdout, stderr) for commands with `"stdio": "descriptors"` and no
-`pty`, else none. Others are closed unseen.
+`pty`, one for `files/write` with `"descriptor": true`, else none. Others are closed unseen.
 
 """
 

@@ -519,15 +519,24 @@ class FileReadParams(PathParams, frozen=True):
 
     offset: Annotated[int, Meta(ge=0)] = 0
     length: Annotated[int, Meta(ge=1, le=LOG_BYTES_MAX)] = LOG_BYTES_MAX
+    descriptor: bool = False
+    """Send ``files/opened`` with a descriptor to read all of the file from, and no data: for any size."""
 
 
 class FileWriteParams(PathParams, frozen=True, kw_only=True):
     """Replace a file's content, or make it: whole or not at all."""
 
-    data: Annotated[bytes, Meta(max_length=LOG_BYTES_MAX)]
+    data: Annotated[bytes, Meta(max_length=LOG_BYTES_MAX)] = b""
+    descriptor: bool = False
+    """The request carries a descriptor of a regular file or a memfd, and no ``data``: what is in it from its offset
+    on is written, whatever its size."""
     mode: Annotated[int, Meta(ge=0, le=0o777)] | None = None
     """Default: that of the file that is there, else 0644."""
     make_parents: bool = True
+
+    def descriptors_taken(self) -> int:
+        """One, if the content is in it."""
+        return 1 if self.descriptor else 0
 
 
 class FileListParams(PathParams, frozen=True):
@@ -535,6 +544,8 @@ class FileListParams(PathParams, frozen=True):
 
     depth: Annotated[int, Meta(ge=1, le=64)] = 1
     entries_max: Annotated[int, Meta(ge=1, le=10_000)] = 1000
+    pages: bool = False
+    """Send all entries in ``files/listed``, as they are found and whatever their number, and none in the reply."""
 
 
 class FileStatParams(PathParams, frozen=True):
@@ -553,6 +564,8 @@ class FileRenameParams(PathParams, frozen=True, kw_only=True):
     """Rename within one file system."""
 
     new_path: Text
+    new_path_bytes: Annotated[bytes, Meta(max_length=4095)] | None = None
+    """For names that are not UTF-8: taken instead of ``new_path``."""
     replace: bool = True
 
 
@@ -560,13 +573,28 @@ class FileRemoveParams(PathParams, frozen=True):
     """Remove a file, a link or a directory."""
 
     recursive: bool = False
+    missing_ok: bool = False
+    """That there is none is no error."""
+
+
+class FileWatchParams(PathParams, frozen=True):
+    """Watch a file or a directory, until the request is cancelled.
+
+    ``files/watching`` says when the watch stands, ``files/changed`` what happens from then on. What a caller does not
+    take in time is dropped, and told as an ``overflow``. The request ends when the path itself is gone; with the
+    sandbox; or with the connection.
+    """
+
+    recursive: bool = False
+    """All that is below a directory, and what will be."""
 
 
 class FileInfo(Reply, frozen=True):
     """One file, numbers as seen inside."""
 
     path: str
-    """Relative to what was listed; for display where it is not UTF-8."""
+    """Absolute, links in it not resolved; in a listing, relative to what was listed. For display where it is not
+    UTF-8."""
     path_bytes: bytes | None
     """The name itself, where it is not UTF-8."""
     type: Literal["file", "dir", "symlink", "fifo", "socket", "char", "block", "unknown"]
@@ -587,18 +615,83 @@ class FileContent(Reply, frozen=True):
     """Of the whole file, when it was opened."""
 
 
+class FileOpened(Reply, frozen=True):
+    """Params of ``files/opened``, which carries the descriptor of a regular file, to be read."""
+
+    token: int | str
+    """The request's id."""
+    size_bytes: int
+
+
 class FileList(Reply, frozen=True):
     """What is below a directory."""
 
+    path: str
+    """Of what was listed, absolute; for display where it is not UTF-8."""
     entries: list[FileInfo]
+    """In the order of the names."""
     truncated: bool
     """There is more than this."""
+
+
+class FilePage(Reply, frozen=True):
+    """Params of ``files/listed``: a part of a listing, each directory before what is in it, else in no order."""
+
+    token: int | str
+    """The request's id."""
+    entries: list[FileInfo]
 
 
 class FileMade(Reply, frozen=True):
     """A directory is there."""
 
     created: bool
+
+
+class FileExists(Reply, frozen=True):
+    """Whether something bears a name, be it a link that leads nowhere."""
+
+    exists: bool
+
+
+class FileWatching(Reply, frozen=True):
+    """Params of ``files/watching``: nothing that happens from now on is missed."""
+
+    token: int | str
+    """The request's id."""
+    truncated: bool
+    """Some directories are not watched: they are too many, too deep, or not readable."""
+
+
+class FileChange(Reply, frozen=True):
+    """What happened to one file."""
+
+    kind: Literal["created", "modified", "written", "attributes", "removed", "renamed", "overflow"]
+    """``written``: closed by who wrote it. ``overflow``: changes were lost, look again."""
+    path: str
+    """Relative to what is watched, which is itself the empty path; for display where it is not UTF-8."""
+    path_bytes: bytes | None
+    """The path itself, where it is not UTF-8."""
+    old_path: str | None
+    """Of what was ``renamed``."""
+    old_path_bytes: bytes | None
+    is_dir: bool
+
+
+class FileChanges(Reply, frozen=True):
+    """Params of ``files/changed``: what happened, in order."""
+
+    token: int | str
+    """The request's id."""
+    changes: list[FileChange]
+    truncated: bool
+    """As in ``files/watching``; it may become true."""
+
+
+class FileWatchEnd(Reply, frozen=True):
+    """The watch is over, for what was watched is gone: removed, or moved away."""
+
+    path: str
 
 
 # --- images, daemon -------------------------------------------------------------------------------------
@@ -779,12 +872,14 @@ METHODS: tuple[Method, ...] = (
     Method("commands/resize", CommandResizeParams, Acknowledged, "Change the size of a command's terminal."),
     Method("commands/list", CommandListParams, CommandList, "Commands that run, linger, or ended lately."),
     Method("files/read", FileReadParams, FileContent, "Read a part of a regular file."),
-    Method("files/write", FileWriteParams, FileInfo, "Replace a file's content: whole or not at all."),
+    Method("files/write", FileWriteParams, FileInfo, "Replace a file's content: whole or not at all.", 1),
     Method("files/list", FileListParams, FileList, "What is below a directory."),
     Method("files/stat", FileStatParams, FileInfo, "Look at one file."),
+    Method("files/exists", FileStatParams, FileExists, "Whether something bears a name."),
     Method("files/make_dir", FileMakeDirParams, FileMade, "Make a directory."),
     Method("files/rename", FileRenameParams, Acknowledged, "Rename a file or directory."),
     Method("files/remove", FileRemoveParams, Acknowledged, "Remove a file, or a whole tree."),
+    Method("files/watch", FileWatchParams, FileWatchEnd, "Tell what changes below a path, until cancelled."),
     Method("image/list", ImageListParams, ImageList, "Images that the engines hold."),
     Method("image/build", ImageBuildParams, ImageBuilt, "Make the default image, without a registry if need be."),
     Method("daemon/info", NoParams, DaemonInfo, "The daemon and the engines that it drives."),
@@ -812,8 +907,9 @@ class ErrorData(Struct, frozen=True, kw_only=True):
     """What our own errors carry."""
 
     type: str
-    """``invalid_argument not_found conflict timeout limit_not_enforceable capacity_exceeded sandbox_gone
-    engine_unavailable engine_refused unauthorized unsupported prerequisite_missing command_not_started internal``."""
+    """``invalid_argument not_found conflict timeout limit_not_enforceable capacity_exceeded not_enough_space
+    sandbox_gone engine_unavailable engine_refused unauthorized unsupported prerequisite_missing command_not_started
+    internal``."""
     brief: str
     detail: str
     hint: str

@@ -27,6 +27,9 @@ from runtimes.init.wire import InitError
 # Of one request. A worker answers in microseconds; only a hung file system, or a paused sandbox, takes longer.
 OPERATION_DEADLINE_S = 10.0
 
+# Half of the places that a worker has.
+WATCHERS_WALKS_MAX = 4
+
 # One life of a worker. Tokens that it gave out mean something to it alone.
 Life = Exchange[FilesReply]
 _Expected = TypeVar("_Expected", bound=FilesReply)
@@ -65,13 +68,20 @@ class FileWorker:
         self._base = base
         self._life: Life | None = None
         self._taking = asyncio.Lock()
-        self._closed = False
+        self.closed = False
+        self.on_close: set[Callable[[], None]] = set()
+        """Called once, by `close`. May not block."""
+        self.walks = asyncio.Semaphore(WATCHERS_WALKS_MAX)
+        """Held by a watcher while it looks at a tree: places for listings are few, and others list, too."""
 
     def close(self) -> None:
         """Ends the worker, and takes no other. Idempotent."""
-        self._closed = True
+        self.closed = True
         if self._life is not None:
             self._life.close()
+        callbacks, self.on_close = self.on_close, set()
+        for callback in callbacks:
+            callback()
 
     def base_of(self, path: bytes) -> bytes:
         """An absolute path does not need the base, which may not even be there."""
@@ -89,7 +99,7 @@ class FileWorker:
             return self._life
 
     def _refuse_if_closed(self) -> None:
-        if self._closed:
+        if self.closed:
             self.close()
             raise ChannelClosed("the files were closed")
 
@@ -108,7 +118,7 @@ class FileWorker:
                 asked.close()
                 raise
             except ChannelClosed as error:
-                if may_repeat and not self._closed:
+                if may_repeat and not self.closed:
                     continue
                 raise WorkerLost(str(error)) from error
             if isinstance(reply, FileRefusal):

@@ -85,6 +85,8 @@ class FilesChannel:
 
     def __init__(self, take_worker: Callable[[], Awaitable[socket.socket]], base: bytes) -> None:
         self._worker = FileWorker(take_worker, base)
+        self.base = base
+        """Where relative paths start."""
 
     async def connect(self) -> None:
         """Takes a worker, if there is none. Every method does this by itself."""

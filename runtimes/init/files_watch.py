@@ -21,6 +21,13 @@ from runtimes.init.files_walk import Walk, Watching
 from runtimes.init.files_wire import DEPTH_MAX, Entry, FileType, Flag, RequestType, WatchReply
 
 WATCHED_DIRECTORIES_MAX = 16_384
+# Of the paths of these directories, which a sandbox can make as long as it likes.
+WATCHED_PATH_BYTES_MAX = 4 * 1024 * 1024
+# Of what waits to be told, and of its paths. What is beyond is told as an overflow.
+CHANGES_MAX = 16_384
+CHANGES_PATH_BYTES_MAX = 4 * 1024 * 1024
+# After so much work at a stretch the loop is lent to others: a storm in one sandbox is nobody else's weather.
+TURN_S = 0.002
 # The two halves of a rename are put into the queue one after the other, not both at once.
 RENAME_PAIR_S = 0.01
 
@@ -79,6 +86,7 @@ class Watcher:
     New directories are watched as they appear. What they hold by then is told as created, and may be told twice.
     When the watched path itself is gone, that is the last change.
     `truncated`: some directories are not watched, for there are too many, or they are too deep or not readable.
+    All that it holds is bounded: what nobody fetches stays in the kernel's queue, which overflows, and that is told.
     """
 
     def __init__(self, worker: FileWorker, path: bytes, *, recursive: bool, follow: bool) -> None:
@@ -88,10 +96,13 @@ class Watcher:
         self._flags = Flag.FOLLOW if follow else Flag.NONE
         self._watching: Watching | None = None
         self._paths: dict[int, bytes] = {}
+        self._path_bytes = 0
         # What was read and not yet told: it outlives a call that is cancelled.
         self._events: list[_Event] = []
         self._steps: deque[_Event | tuple[_Event, _Event]] = deque()
         self._changes: list[Change] = []
+        self._changes_path_bytes = 0
+        self._waiting: asyncio.Future[None] | None = None
         self.truncated = False
 
     async def start(self) -> None:
@@ -102,37 +113,49 @@ class Watcher:
         os.set_blocking(received[0], False)
         self._stop()
         self._watching = Watching(received[0], reply.token, life)
-        self._paths = {}
+        self._worker.on_close.add(self._wake)
+        self._forget_paths()
         await self._add(b"")
 
     async def changes(self) -> list[Change]:
         """What happened since the last call, in order; waits until something has. Cancelled, it loses nothing.
 
         Raises:
+            ChannelClosed: the watch, or the sandbox's files, were closed.
             As every method of `FilesChannel`, if the worker was lost and cannot be replaced.
         """
         while not self._changes:
-            if self._watching is None:
+            if self._watching is None or self._worker.closed:
                 raise ChannelClosed("the watch was closed")
             try:
                 if not self._steps:
                     await self._read(self._watching.descriptor)
-                while self._steps:
-                    await self._apply(self._steps[0], self._changes)
-                    self._steps.popleft()
+                await self._apply_steps()
             except WorkerLost:
                 # What was watched still is; but nothing can be added any more, and something may be missing.
                 await self.start()
                 self._events, self._steps = [], deque()
-                self._changes = [Change(ChangeKind.OVERFLOW, b"", is_directory=True)]
-        changes, self._changes = self._changes, []
+                self._changes, self._changes_path_bytes = [], 0
+                self._tell(ChangeKind.OVERFLOW, b"", is_directory=True)
+        changes, self._changes, self._changes_path_bytes = self._changes, [], 0
         return changes
+
+    async def _apply_steps(self) -> None:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        while self._steps and not self._full():
+            await self._apply(self._steps[0])
+            self._steps.popleft()
+            if loop.time() - began >= TURN_S:
+                await asyncio.sleep(0)
+                began = loop.time()
 
     def close(self) -> None:
         """Idempotent; who waits for changes is to be cancelled first."""
         self._stop()
 
     def _stop(self) -> None:
+        self._worker.on_close.discard(self._wake)
         if self._watching is not None:
             os.close(self._watching.descriptor)
             self._watching.life.tell(wire.encode_close(0, self._watching.token))
@@ -143,79 +166,107 @@ class Watcher:
     async def _read(self, descriptor: int) -> None:
         """Takes what there is, at least one event, and the second half of a rename if the first came last."""
         while not self._events:
-            await _readable(descriptor)
+            await self._readable(descriptor)
             self._events += _read_events(descriptor)
         if self._events[-1].mask & _IN_MOVED_FROM:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(RENAME_PAIR_S):
-                    await _readable(descriptor)
+                    await self._readable(descriptor)
                 self._events += _read_events(descriptor)
         self._steps.extend(_without_repeats(_paired(self._events)))
         self._events = []
 
-    async def _apply(self, event: _Event | tuple[_Event, _Event], changes: list[Change]) -> None:
+    async def _readable(self, descriptor: int) -> None:
+        """Waits until there are events, or the files are closed, which is an error."""
+        loop = asyncio.get_running_loop()
+        self._waiting = loop.create_future()
+        loop.add_reader(descriptor, self._wake)
+        try:
+            await self._waiting
+        finally:
+            loop.remove_reader(descriptor)
+            self._waiting = None
+        if self._worker.closed:
+            raise ChannelClosed("the files were closed")
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    # ---- telling
+
+    def _full(self) -> bool:
+        return len(self._changes) >= CHANGES_MAX or self._changes_path_bytes >= CHANGES_PATH_BYTES_MAX
+
+    def _tell(self, kind: ChangeKind, path: bytes, *, is_directory: bool, old_path: bytes | None = None) -> None:
+        if not self._full():
+            self._changes.append(Change(kind, path, is_directory, old_path))
+            self._changes_path_bytes += len(path) + len(old_path or b"")
+        elif self._changes[-1].kind is not ChangeKind.OVERFLOW:
+            self._changes.append(Change(ChangeKind.OVERFLOW, b"", is_directory=True))
+
+    async def _apply(self, event: _Event | tuple[_Event, _Event]) -> None:
         if isinstance(event, tuple):
-            await self._apply_rename(*event, changes)
+            await self._apply_rename(*event)
             return
         if event.mask & _IN_Q_OVERFLOW:
             await self._look_again()
-            changes.append(Change(ChangeKind.OVERFLOW, b"", is_directory=True))
+            self._tell(ChangeKind.OVERFLOW, b"", is_directory=True)
             return
         folder = self._paths.get(event.watch)
         if event.mask & _IN_IGNORED:
-            self._paths.pop(event.watch, None)
+            self._drop(event.watch)
         if folder is None:
             return
         is_directory = bool(event.mask & _IN_ISDIR)
         if not event.name:
-            self._apply_to_watched(event, folder, changes)
+            self._apply_to_watched(event, folder)
             return
         path = _join(folder, event.name)
         for bit, kind in _KINDS.items():
             if event.mask & bit:
-                changes.append(Change(kind, path, is_directory))
+                self._tell(kind, path, is_directory=is_directory)
         if is_directory and self._recursive:
             if event.mask & (_IN_CREATE | _IN_MOVED_TO):
-                await self._add(path, changes)
+                await self._add(path)
             elif event.mask & _IN_MOVED_FROM:
                 await self._forget(path)
 
-    def _apply_to_watched(self, event: _Event, folder: bytes, changes: list[Change]) -> None:
+    def _apply_to_watched(self, event: _Event, folder: bytes) -> None:
         """Of a directory below, its parent tells the same; of the watched path itself there is nobody else."""
         if folder:
             return
         for bit, kind in _OWN_KINDS.items():
             if event.mask & bit:
-                changes.append(Change(kind, b"", bool(event.mask & _IN_ISDIR)))
+                self._tell(kind, b"", is_directory=bool(event.mask & _IN_ISDIR))
 
-    async def _apply_rename(self, old: _Event, new: _Event, changes: list[Change]) -> None:
+    async def _apply_rename(self, old: _Event, new: _Event) -> None:
         folders = self._paths.get(old.watch), self._paths.get(new.watch)
         if folders[0] is None or folders[1] is None:
             return
         before, after = _join(folders[0], old.name), _join(folders[1], new.name)
-        changes.append(Change(ChangeKind.RENAMED, after, bool(new.mask & _IN_ISDIR), before))
+        self._tell(ChangeKind.RENAMED, after, is_directory=bool(new.mask & _IN_ISDIR), old_path=before)
         if not new.mask & _IN_ISDIR or not self._recursive:
             return
         moved = self._watched_in(before)
         for watch, path in moved.items():
-            self._paths[watch] = after + path[len(before) :]
+            self._keep(watch, after + path[len(before) :])
         if before not in moved.values():  # it bore its old name too short a time to be found under it
-            await self._add(after, changes)
+            await self._add(after)
 
     # ---- what is watched
 
-    async def _add(self, below: bytes, changes: list[Change] | None = None) -> None:
-        """Watches a directory, and with `recursive` what is below; tells what is there, if that is new."""
+    async def _add(self, below: bytes) -> None:
+        """Watches a directory, and with `recursive` what is below; tells what is there, unless it is the first."""
         assert self._watching is not None
         depth = DEPTH_MAX if self._recursive else 0
-        flags = self._flags if not below else Flag.NONE
-        flags |= Flag.DIRECTORIES_ONLY if changes is None else Flag.NONE
+        flags = Flag.NONE if below else self._flags | Flag.DIRECTORIES_ONLY
         path = _join(self._path, below) if below else self._path
         try:
-            async with Walk(self._worker, path, flags, depth, self._watching) as walk:
+            async with self._worker.walks, Walk(self._worker, path, flags, depth, self._watching) as walk:
                 while (page := await walk.next_page()) is not None:
-                    self._note(below, walk.root_watch, page, changes)
-                    if len(self._paths) > WATCHED_DIRECTORIES_MAX:
+                    self._note(below, walk.root_watch, page)
+                    if len(self._paths) > WATCHED_DIRECTORIES_MAX or self._path_bytes > WATCHED_PATH_BYTES_MAX:
                         self.truncated = True
                         return
                 self.truncated |= walk.truncated
@@ -225,20 +276,30 @@ class Watcher:
             # It is gone again, or is not ours to read.
             self.truncated |= error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
-    def _note(self, below: bytes, own_watch: int, page: list[Entry], changes: list[Change] | None) -> None:
+    def _note(self, below: bytes, own_watch: int, page: list[Entry]) -> None:
         if own_watch:
-            self._paths[own_watch] = below
+            self._keep(own_watch, below)
         for entry in page:
             path = _join(below, entry.path)
             if entry.watch:
-                self._paths[entry.watch] = path
+                self._keep(entry.watch, path)
             self.truncated |= entry.errno != 0
-            if changes is not None:
-                changes.append(Change(ChangeKind.CREATED, path, entry.facts.type is FileType.DIRECTORY))
+            if below:
+                self._tell(ChangeKind.CREATED, path, is_directory=entry.facts.type is FileType.DIRECTORY)
+
+    def _keep(self, watch: int, path: bytes) -> None:
+        self._path_bytes += len(path) - len(self._paths.get(watch, b""))
+        self._paths[watch] = path
+
+    def _drop(self, watch: int) -> None:
+        self._path_bytes -= len(self._paths.pop(watch, b""))
+
+    def _forget_paths(self) -> None:
+        self._paths, self._path_bytes = {}, 0
 
     async def _look_again(self) -> None:
         before = set(self._paths)
-        self._paths = {}
+        self._forget_paths()
         await self._add(b"")
         await self._unwatch(before - set(self._paths))
 
@@ -254,7 +315,7 @@ class Watcher:
     async def _unwatch(self, watches: set[int]) -> None:
         assert self._watching is not None
         for watch in watches:
-            self._paths.pop(watch, None)
+            self._drop(watch)
             encode = partial(wire.encode_unwatch, token=self._watching.token, watch=watch)
             with contextlib.suppress(FileRefused):  # EINVAL: it was removed meanwhile
                 await self._worker.do(encode, self._path, RequestType.UNWATCH, life=self._watching.life)
@@ -285,16 +346,6 @@ def _join(folder: bytes, name: bytes) -> bytes:
 def _is_inotify(descriptor: int) -> bool:
     """A path that the kernel makes up starts with a slash; this name is its own."""
     return os.readlink(f"/proc/self/fd/{descriptor}") == "anon_inode:inotify"
-
-
-async def _readable(descriptor: int) -> None:
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[None] = loop.create_future()
-    loop.add_reader(descriptor, lambda: None if future.done() else future.set_result(None))
-    try:
-        await future
-    finally:
-        loop.remove_reader(descriptor)
 
 
 def _read_events(descriptor: int) -> list[_Event]:

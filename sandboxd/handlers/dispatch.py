@@ -16,8 +16,8 @@ from sandboxd.handlers.table import Handler
 from sandboxd.server import Context
 from sandboxd.translation import failure_from
 
-_WAITING = frozenset({"commands/run", "commands/wait", "commands/connect"})
-"""Methods that may last as long as a command: a drain does not wait for them."""
+_WAITING = frozenset({"commands/run", "commands/wait", "commands/connect", "files/watch"})
+"""Methods that may last as long as a command or a caller's interest: a drain does not wait for them."""
 
 
 class Dispatcher:

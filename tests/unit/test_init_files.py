@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from runtimes.init.exchange import ChannelClosed
 from runtimes.init.file_worker import FileRefused
 from runtimes.init.files import FilesChannel, OpenedFile, read_bytes
 from runtimes.init.files_watch import Change, ChangeKind, Watcher
@@ -469,6 +470,68 @@ async def test_the_number_of_watched_directories_is_bounded_and_that_is_said(mon
         watcher = await t.files.watch(b".")
         assert watcher.truncated
         watcher.close()
+
+
+async def test_so_is_the_length_of_their_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name may be 255 bytes long, and a path 4095."""
+    monkeypatch.setattr("runtimes.init.files_watch.WATCHED_PATH_BYTES_MAX", 1000)
+    async with tree() as t:
+        (t.root / "/".join(["x" * 200] * 6)).mkdir(parents=True)
+        watcher = await t.files.watch(b".")
+        assert watcher.truncated
+        watcher.close()
+
+
+async def test_what_waits_to_be_told_is_bounded_and_the_rest_is_an_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By number and by length; and what comes after a call is told again."""
+    async with tree() as t:
+        for limit, name in (("CHANGES_MAX", "number"), ("CHANGES_PATH_BYTES_MAX", "length")):
+            for number in range(500):
+                (t.root / f"{name}/{number}").mkdir(parents=True)
+            (t.root / "watched").mkdir(exist_ok=True)
+            monkeypatch.setattr(f"runtimes.init.files_watch.{limit}", 50)
+            watcher = await t.files.watch(b"watched")
+            with contextlib.closing(watcher):
+                os.rename(t.root / name, t.root / "watched" / name)
+                changes = await seen_until(watcher, Change(ChangeKind.OVERFLOW, b"", True))
+                assert len(changes) <= 60
+                (t.root / "watched" / name / "499/file").touch()
+                await seen_until(watcher, made(f"{name}/499/file".encode()))
+            monkeypatch.undo()
+
+
+async def test_many_changes_at_once_let_others_have_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sandbox that makes them without end must not keep the loop to itself."""
+    monkeypatch.setattr("runtimes.init.files_watch.TURN_S", 0.0)
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async with tree() as t:
+        watcher = await t.files.watch(b".")
+        with contextlib.closing(watcher):
+            for number in range(200):
+                (t.root / f"{number}").touch()
+            counting = asyncio.ensure_future(count())
+            await watcher.changes()
+            counting.cancel()
+            assert turns > 200
+
+
+async def test_whoever_waits_for_changes_learns_that_the_files_were_closed() -> None:
+    """Although nothing happens to the files themselves."""
+    async with tree() as t:
+        watcher = await t.files.watch(b".")
+        with contextlib.closing(watcher):
+            waiting = asyncio.ensure_future(watcher.changes())
+            await asyncio.sleep(0)
+            t.files.close()
+            with pytest.raises(ChannelClosed):
+                await waiting
 
 
 async def test_a_watch_goes_on_with_another_worker() -> None:

@@ -1,0 +1,82 @@
+"""The methods of ``files/*`` on a real socket, for one sandbox that is a directory and a file worker on this host."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+from runtimes.init.files import FilesChannel
+from sandboxd import protocol
+from sandboxd.failures import NotFound
+from sandboxd.handlers.dispatch import Dispatcher
+from sandboxd.handlers.files import FileHandlers
+from sandboxd.listener import open_listener
+from sandboxd.server import Context, Limits, serve
+from tests.unit.init_files import Tree, tree
+
+SANDBOX = "box"
+
+
+class _Sandbox:
+    def __init__(self, channel: FilesChannel) -> None:
+        self._channel = channel
+
+    async def files(self) -> FilesChannel:
+        return self._channel
+
+
+class _Manager:
+    def __init__(self, channel: FilesChannel) -> None:
+        self._sandbox = _Sandbox(channel)
+
+    def get(self, reference: str) -> _Sandbox:
+        if reference != SANDBOX:
+            raise NotFound(f"cannot find {reference!r}", detail="no such sandbox", hint="sandboxctl ls")
+        return self._sandbox
+
+
+async def _metrics(params: protocol.SandboxMetricsParams, context: Context) -> protocol.SandboxMetricsList:
+    """By which the client finds a sandbox's id."""
+    nothing: dict[str, Any] = dict.fromkeys(protocol.SandboxMetrics.__struct_fields__)
+    row = protocol.SandboxMetrics(**nothing | {"id": SANDBOX, "state": "running", "reason": "there is none"})
+    return protocol.SandboxMetricsList(sandboxes=[row])
+
+
+class FilesDaemon(NamedTuple):
+    """A daemon that knows files and nothing else."""
+
+    socket: str
+    root: Path
+    """Where relative paths start."""
+    tree: Tree
+    portal: BlockingPortal
+    """Into its loop."""
+
+    def close_files(self) -> None:
+        """As when the sandbox goes away."""
+        self.portal.call(self.tree.files.close)
+
+
+@contextlib.contextmanager
+def files_daemon(directory: Path, limits: Limits | None = None) -> Iterator[FilesDaemon]:
+    """The daemon, in a thread of its own; in the end its worker holds nothing that it should not."""
+    with (
+        open_listener(str(directory / "s" / "sandboxd.sock")) as listener,
+        start_blocking_portal() as portal,
+        portal.wrap_async_context_manager(tree()) as served,
+    ):
+        manager: Any = _Manager(served.files)
+        dispatch = Dispatcher([FileHandlers(manager).table(), {"sandbox/metrics": _metrics}])
+
+        async def run() -> None:
+            await serve(listener.socket, dispatch, limits=limits)
+
+        serving = portal.start_task_soon(run)
+        try:
+            yield FilesDaemon(listener.path, served.root, served, portal)
+        finally:
+            serving.cancel()
+            with contextlib.suppress(BaseException):
+                serving.exception()

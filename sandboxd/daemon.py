@@ -65,6 +65,9 @@ logger = logging.getLogger(__name__)
 DRAIN_DEADLINE_S = 15.0
 """A create takes an engine a second; a loaded one takes ten."""
 
+REMOVALS_DEADLINE_S = 10.0
+"""What is being removed is killed already; the next start removes what an engine does not in this time."""
+
 BOXES_NAME_CHARS = 12
 
 LOCK_BYTES_MAX = 4096
@@ -194,6 +197,7 @@ async def run(listener: Listener, env: Mapping[str, str], *, ready_fd: int | Non
                 await stop.wait()
                 logger.info("stopping")
                 await dispatcher.drain(deadline_s=DRAIN_DEADLINE_S)
+            await manager.finish_removals(deadline_s=REMOVALS_DEADLINE_S)
             manager.disconnect_all()
             tasks.cancel_scope.cancel()
 

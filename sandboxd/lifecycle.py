@@ -80,6 +80,8 @@ def next_state(state: State, event: Event) -> State:
         Conflict: this cannot happen to a sandbox in this state.
     """
     following = TRANSITIONS.get((state, event))
+    if following is None and state is State.REMOVING:
+        raise Conflict("cannot go on with this sandbox", detail="it is being removed", hint="sandboxctl ls")
     if following is None:
         raise Conflict(
             f"cannot {event.value} a sandbox that is {state.value}",

@@ -75,6 +75,9 @@ _ID_CHARS = 10
 
 RUN_TMPFS_BYTES_MAX = 16 * 1024 * 1024
 
+REMOVE_PAUSE_S_MIN, REMOVE_PAUSE_S_MAX = 0.25, 30.0
+"""Between two tries to remove what the engine would not: twice as long each time."""
+
 OPEN_DEADLINE_S = 5.0
 """How long the file system of a workspace may take to open a directory."""
 
@@ -130,35 +133,44 @@ class Manager:
         self._idmap_works = userns_fd is not None
         self._staging = Staging(may_mount=caller.user.uid == 0, userns_fd=userns_fd)
         self._sandboxes: dict[str, Sandbox] = {}
+        self._removing: set[str] = set()
+        """The sandboxes that a task in the background removes."""
 
     # --- finding --------------------------------------------------------------------------------------
 
     def all(self) -> list[Sandbox]:
-        """All sandboxes, in the order of their making."""
+        """All sandboxes, in the order of their making, those that are being removed included."""
         return list(self._sandboxes.values())
+
+    def present(self) -> list[Sandbox]:
+        """All but those that are as good as gone."""
+        return [sandbox for sandbox in self._sandboxes.values() if not sandbox.leaving]
 
     def find(self, sandbox_id: str) -> Sandbox | None:
         """The sandbox with exactly this id."""
         return self._sandboxes.get(sandbox_id)
 
-    def get(self, reference: str) -> Sandbox:
+    def get(self, reference: str, *, leaving: bool = False) -> Sandbox:
         """Find a sandbox by its id, an unambiguous prefix of one, or its name.
+
+        Args:
+            reference: What the caller typed.
+            leaving: By its id, one that is as good as gone is found, too.
 
         Raises:
             NotFound: there is none.
             InvalidArgument: the prefix fits several.
         """
         exact = self._sandboxes.get(reference)
-        if exact is not None:
+        if exact is not None and (leaving or not exact.leaving):
             return exact
-        named = [sandbox for sandbox in self._sandboxes.values() if sandbox.record.name == reference]
+        present = self.present()
+        named = [sandbox for sandbox in present if sandbox.record.name == reference]
         if named:
             return named[0]
         bare = reference.removeprefix(ID_PREFIX)
         fitting = [
-            sandbox
-            for key, sandbox in self._sandboxes.items()
-            if bare and key.removeprefix(ID_PREFIX).startswith(bare)
+            sandbox for sandbox in present if bare and sandbox.record.id.removeprefix(ID_PREFIX).startswith(bare)
         ]
         if len(fitting) == 1:
             return fitting[0]
@@ -300,7 +312,8 @@ class Manager:
             self.forget(sandbox)
 
     def _check_room(self, name: str | None) -> None:
-        if name is not None and any(sandbox.record.name == name for sandbox in self._sandboxes.values()):
+        present = self.present()
+        if name is not None and any(sandbox.record.name == name for sandbox in present):
             raise Conflict(
                 f"cannot name a sandbox {name!r}",
                 detail="another one has that name",
@@ -308,7 +321,7 @@ class Manager:
             )
         if name is not None and name.startswith(ID_PREFIX):
             raise InvalidArgument(f"cannot name a sandbox {name!r}", detail=f"ids begin with {ID_PREFIX}")
-        if len(self._sandboxes) >= self._config.daemon.sandboxes_max:
+        if len(present) >= self._config.daemon.sandboxes_max:
             raise CapacityExceeded(
                 f"cannot make more than {self._config.daemon.sandboxes_max} sandboxes",
                 hint="remove some (sandboxctl rm), or raise daemon.sandboxes_max",
@@ -387,6 +400,7 @@ class Manager:
         self._background.start(sandbox.spools.erase)
         self._journal.delete(sandbox.record.id)
         self._sandboxes.pop(sandbox.record.id, None)
+        sandbox.gone.set()
         sandbox.on_forgotten()
 
     # --- the container --------------------------------------------------------------------------------
@@ -494,31 +508,73 @@ class Manager:
                 sandbox.write_limits(sandbox.record.limits)
             self.prove(sandbox)
 
+    def condemn(self, sandbox: Sandbox) -> None:
+        """Begin the end of a sandbox, at once and for good: written down, its processes killed, its name free.
+
+        Waits for nobody: not for the engine, and not for whatever is under way with it, which then finds it gone.
+        Idempotent.
+        """
+        if sandbox.record.id not in self._sandboxes:
+            return
+        if sandbox.record.state is not State.REMOVING:
+            try:
+                sandbox.change(Event.REMOVE)
+            except Failure as error:
+                # The journal is full or damaged. The row is there; that it is being removed can be said later.
+                logger.warning("cannot write down that %s is being removed: %s", sandbox.record.id, error)
+        sandbox.unthrottle()
+        sandbox.kill_everything()
+        sandbox.disconnect(killed=True)
+
     async def remove(self, sandbox: Sandbox, timings: Timings) -> None:
         """End everything in a sandbox and remove it without a trace. Works in every state; idempotent."""
         with anyio.CancelScope(shield=True):
-            async with sandbox.lock:
-                if sandbox.record.id not in self._sandboxes:
-                    return
-                try:
-                    sandbox.change(Event.REMOVE)
-                except Failure as error:
-                    # The journal is full or damaged. The row is there; that it is being removed can be said later.
-                    logger.warning("cannot write down that %s is being removed: %s", sandbox.record.id, error)
-                await self.remove_from_engine(sandbox)
-                timings.mark("engine")
-                self.forget(sandbox)
-                timings.mark("host")
+            self.condemn(sandbox)
+            timings.mark("kill")
+            await self._remove(sandbox, timings)
+
+    async def _remove(self, sandbox: Sandbox, timings: Timings) -> None:
+        async with sandbox.lock:
+            if sandbox.record.id not in self._sandboxes:
+                return
+            await self.remove_from_engine(sandbox)
+            timings.mark("engine")
+            self.forget(sandbox)
+            timings.mark("host")
 
     def remove_soon(self, sandbox: Sandbox) -> None:
-        """Remove a sandbox in the background: an ephemeral one whose connection has closed."""
-        self._background.start(self._remove_quietly, sandbox)
+        """Kill what is in a sandbox now, and remove the rest in the background, however often that takes."""
+        self.condemn(sandbox)
+        if sandbox.record.id not in self._removing:
+            self._removing.add(sandbox.record.id)
+            self._background.start(self._remove_surely, sandbox)
 
-    async def _remove_quietly(self, sandbox: Sandbox) -> None:
+    async def _remove_surely(self, sandbox: Sandbox) -> None:
+        pause_s = REMOVE_PAUSE_S_MIN
         try:
-            await self.remove(sandbox, Timings())
-        except (RuntimeFailure, Failure) as error:
-            logger.warning("cannot remove %s yet: %s", sandbox.record.id, error)
+            while sandbox.record.id in self._sandboxes:
+                try:
+                    # Not shielded: a daemon that ends leaves what an engine hangs on to the next start.
+                    await self._remove(sandbox, Timings())
+                except (RuntimeFailure, Failure, OSError) as error:
+                    logger.warning("cannot remove %s yet: %s", sandbox.record.id, error)
+                    self._note_trouble(sandbox, f"it is not gone yet: {error}")
+                    await anyio.sleep(pause_s)
+                    pause_s = min(pause_s * 2, REMOVE_PAUSE_S_MAX)
+        finally:
+            self._removing.discard(sandbox.record.id)
+
+    def _note_trouble(self, sandbox: Sandbox, reason: str) -> None:
+        with contextlib.suppress(Failure):
+            if sandbox.record.id in self._sandboxes:
+                sandbox.put(state_reason=reason)
+
+    async def finish_removals(self, *, deadline_s: float) -> None:
+        """Wait for removals that go on without trouble; a daemon that starts later does the rest."""
+        with anyio.move_on_after(deadline_s):
+            for sandbox in self.all():
+                if sandbox.leaving and sandbox.record.id in self._removing:
+                    await sandbox.gone.wait()
 
     async def remove_from_engine(self, sandbox: Sandbox) -> None:
         """Remove its container, or whatever the engine has under its label."""

@@ -131,6 +131,18 @@ class SandboxParams(Params, frozen=True):
     sandbox: SandboxRef
 
 
+class SandboxKillParams(Params, frozen=True):
+    """Remove a sandbox.
+
+    The reply comes as soon as everything in it is killed and its name is free; its container, and what the host has
+    of it, go in the background, and a daemon that starts later does what is left of that.
+    """
+
+    sandbox: SandboxRef
+    wait: bool = False
+    """Reply when nothing of it is left."""
+
+
 class SandboxListParams(Params, frozen=True):
     """List sandboxes."""
 
@@ -237,6 +249,8 @@ class SandboxGone(Reply, frozen=True):
 
     id: str
     name: str | None
+    gone: bool
+    """Nothing of it is left. False: nothing runs in it, and the rest goes in the background."""
     timings_ms: dict[str, float]
 
 
@@ -857,7 +871,7 @@ METHODS: tuple[Method, ...] = (
     Method("sandbox/update", SandboxUpdateParams, SandboxInfo, "Change limits while it runs and prove them again."),
     Method("sandbox/stop", SandboxStopParams, SandboxInfo, "Stop; it can be started again."),
     Method("sandbox/start", SandboxParams, SandboxInfo, "Start a stopped sandbox and prove its limits again."),
-    Method("sandbox/kill", SandboxParams, SandboxGone, "End everything in it and remove it without a trace."),
+    Method("sandbox/kill", SandboxKillParams, SandboxGone, "End everything in it and remove it without a trace."),
     Method("sandbox/metrics", SandboxMetricsParams, SandboxMetricsList, "Usage, read from the control groups."),
     Method("sandbox/verify", SandboxVerifyParams, SandboxVerification, "Read the limits again, or provoke them."),
     Method("commands/run", CommandParams, CommandEnd, "Run a command and wait for its end.", 3),

@@ -31,7 +31,7 @@ from runtimes.engine import Engine
 from runtimes.errors import CgroupUnreadable, Unsupported
 from runtimes.init.channel import InitChannel
 from runtimes.init.files import FilesChannel
-from runtimes.init.peer import is_container_init, is_namespace_init
+from runtimes.init.peer import is_container_init, is_namespace_init, kill_process, open_process
 from runtimes.init.wire import CommandEntry, CommandState, Exited, Gone, InitError
 from runtimes.model import CPU_MILLIS_PER_CPU, Limits
 from runtimes.mountinfo import deviations
@@ -39,7 +39,7 @@ from sandboxd.background import Background
 from sandboxd.commands import CommandTable, remaining_s
 from sandboxd.failures import Conflict, Failure, NotFound, SandboxGone
 from sandboxd.journal import CommandRecord, Journal, SandboxRecord
-from sandboxd.lifecycle import Event, next_state
+from sandboxd.lifecycle import Event, State, next_state
 from sandboxd.outlet import reopened
 from sandboxd.protocol import CommandEnd
 from sandboxd.spool import SpoolDirectory
@@ -91,12 +91,16 @@ class Sandbox:
         self.record = record
         self.directory = directory
         self.lock = anyio.Lock()
+        self.gone = anyio.Event()
+        """Set once nothing of it is left."""
         self.proofs: tuple[LimitProof, ...] = ()
         self.commands = CommandTable(
             background, self.oom_kills, self.unthrottled, self._end_command, self._forget_command
         )
         self.spools = spools
         self.background = background
+        self.on_changed: Callable[[], None] = _nothing
+        """Called whenever its record has changed."""
         self.on_forgotten: Callable[[], None] = _nothing
         """Called once nothing of it is left."""
         self.pid: int | None = None
@@ -106,6 +110,7 @@ class Sandbox:
         self._files: FilesChannel | None = None
         self._files_lock = anyio.Lock()
         self._cgroup: CgroupHandle | None = None
+        self._pidfd: int | None = None
         self._sample: tuple[float, int] | None = None
 
     # --- the record -----------------------------------------------------------------------------------
@@ -127,6 +132,7 @@ class Sandbox:
         record = msgspec.structs.replace(self.record, **changes)
         self._journal.put(record)
         self.record = record
+        self.on_changed()
 
     # --- the host's side ------------------------------------------------------------------------------
 
@@ -169,6 +175,11 @@ class Sandbox:
             mounts.remove_tree(self.io_dir)
 
     @property
+    def leaving(self) -> bool:
+        """It is being removed, and nothing has come in the way of that: as good as gone to all but its remover."""
+        return self.record.state is State.REMOVING and not self.record.state_reason
+
+    @property
     def connected(self) -> bool:
         """Init answers, as far as is known."""
         return self._channel is not None
@@ -209,12 +220,17 @@ class Sandbox:
             raise SandboxGone(
                 f"cannot reach the init of sandbox {self.record.id}", detail=str(error), hint="sandboxctl doctor"
             ) from error
+        # Before it is looked at: whoever is trusted below is the one that this descriptor means.
+        pidfd = open_process(channel.peer.pid)
         try:
             await self._trust(channel.peer.pid, container_id, engine, sources)
             self._take_out_of_reach(hidden)
         except BaseException:
+            if pidfd is not None:
+                os.close(pidfd)
             channel.close()
             raise
+        self._pidfd = pidfd
         self._channel = channel
         self.pid = channel.peer.pid
         self.commands.attach(channel)
@@ -266,6 +282,9 @@ class Sandbox:
         if self._cgroup is not None:
             self._cgroup.close()
             self._cgroup = None
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
         self.pid = None
         self._sample = None
         self.proofs = ()
@@ -405,6 +424,16 @@ class Sandbox:
         """Give it all CPUs, because it is to end."""
         with contextlib.suppress(CgroupUnreadable):
             self.write_limits(Limits(cpu_millis=(os.cpu_count() or 1) * CPU_MILLIS_PER_CPU))
+
+    def kill_everything(self) -> bool:
+        """Kill all that runs in it, past its init and its engine, without waiting.
+
+        Returns:
+            Whether it is done; False where its processes are not ours to signal, and only the engine can.
+        """
+        by_group = self._cgroup is not None and self._cgroup.kill()
+        by_init = self._pidfd is not None and kill_process(self._pidfd)
+        return by_group or by_init
 
     def usage(self) -> Usage:
         """Read what the sandbox uses.

@@ -242,6 +242,21 @@ class CgroupHandle:
         if limits.cpuset_cpus is not None:
             self._write_levels("cpuset", "cpuset.cpus", format_cpuset(limits.cpuset_cpus))
 
+    def kill(self) -> bool:
+        """Kill everything in the container, forks in flight included, by one write.
+
+        Returns:
+            Whether the kernel took it; False on v1, which has no such file, and where the group is another user's.
+        """
+        group = self._groups.get(_UNIFIED)
+        if self.version is not CgroupVersion.V2 or group is None:
+            return False
+        try:
+            group.write(group.top, "cgroup.kill", "1")
+        except OSError:
+            return False
+        return True
+
     def _open_groups(self) -> None:
         by_name = dict(self.paths.controllers)
         if self.paths.unified is not None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import signal
 import socket
 import struct
 
@@ -23,6 +26,28 @@ class PeerCredentials(msgspec.Struct, frozen=True):
 def peer_credentials(connected: socket.socket) -> PeerCredentials:
     """Who called listen(2) on the socket that this one is connected to."""
     return PeerCredentials(*_UCRED.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)))
+
+
+def open_process(pid: int) -> int | None:
+    """A descriptor of this process, which never comes to mean another one; None: it is gone, or has none to give."""
+    with contextlib.suppress(OSError):
+        return os.pidfd_open(pid)
+    return None
+
+
+def kill_process(pidfd: int) -> bool:
+    """SIGKILL, which nothing can refuse and no container runtime is asked for. PID 1 takes its namespace with it.
+
+    Returns:
+        Whether it will be, or is, dead; False where it is another user's.
+    """
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def is_namespace_init(pid: int) -> bool:

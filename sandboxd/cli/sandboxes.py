@@ -221,6 +221,7 @@ def _add_rm(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", "--force", action="store_true", help="no error if it is not there; no question")
     parser.add_argument("--all", action="store_true", help="all of them")
     parser.add_argument("-y", "--yes", action="store_true", help="do not ask")
+    parser.add_argument("--wait", action="store_true", help="return when nothing of them is left on this host")
     verb.add_sandboxes(parser, optional=True)
     verb.add_json(parser)
 
@@ -239,7 +240,7 @@ def _rm(arguments: argparse.Namespace) -> int:
             return 0
         if not (arguments.yes or arguments.force or _agreed(len(arguments.sandboxes))):
             return FAILURE
-    return _each(arguments, "sandbox/kill", {}, forgiven=forgiven)
+    return _each(arguments, "sandbox/kill", {"wait": arguments.wait}, forgiven=forgiven)
 
 
 def _agreed(count: int) -> bool:

@@ -9,7 +9,7 @@ PARAMS: dict[str, str] = {
     "sandbox/update": "SandboxUpdateParams",
     "sandbox/stop": "SandboxStopParams",
     "sandbox/start": "SandboxParams",
-    "sandbox/kill": "SandboxParams",
+    "sandbox/kill": "SandboxKillParams",
     "sandbox/metrics": "SandboxMetricsParams",
     "sandbox/verify": "SandboxVerifyParams",
     "commands/run": "CommandParams",
@@ -186,6 +186,10 @@ FIELDS: dict[str, dict[str, object]] = {
         "network": None,
         "metadata": {},
         "ephemeral": False,
+    },
+    "SandboxKillParams": {
+        "sandbox": REQUIRED,
+        "wait": False,
     },
     "SandboxListParams": {
         "metadata": {},

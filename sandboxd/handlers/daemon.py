@@ -74,7 +74,7 @@ class DaemonHandlers:
             self._daemon,
             version=__version__,
             engines=[engine_report(info, default=info.name is default) for info in self._engines.infos],
-            sandboxes=len(self._manager.all()),
+            sandboxes=len(self._manager.present()),
             rss_bytes=psutil.Process().memory_info().rss,
         )
 

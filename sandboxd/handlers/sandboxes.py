@@ -64,7 +64,7 @@ class SandboxHandlers:
         return protocol.SandboxList(
             sandboxes=[
                 _summary(sandbox)
-                for sandbox in self._manager.all()
+                for sandbox in self._manager.present()
                 if params.metadata.items() <= sandbox.record.metadata.items()
             ]
         )
@@ -91,16 +91,22 @@ class SandboxHandlers:
         await self._manager.start(sandbox, timings)
         return _info(sandbox, timings)
 
-    async def kill(self, params: protocol.SandboxParams, _: Context) -> protocol.SandboxGone:
-        """Remove."""
+    async def kill(self, params: protocol.SandboxKillParams, _: Context) -> protocol.SandboxGone:
+        """Remove; at once, as far as anybody can tell who does not wait."""
         timings = Timings()
-        sandbox = self._manager.get(params.sandbox)
-        await self._manager.remove(sandbox, timings)
-        return protocol.SandboxGone(id=sandbox.record.id, name=sandbox.record.name, timings_ms=timings.as_dict())
+        sandbox = self._manager.get(params.sandbox, leaving=params.wait)
+        if params.wait:
+            await self._manager.remove(sandbox, timings)
+        else:
+            self._manager.remove_soon(sandbox)
+            timings.mark("kill")
+        return protocol.SandboxGone(
+            id=sandbox.record.id, name=sandbox.record.name, gone=params.wait, timings_ms=timings.as_dict()
+        )
 
     async def metrics(self, params: protocol.SandboxMetricsParams, _: Context) -> protocol.SandboxMetricsList:
         """Usage, straight from the control groups; no engine call."""
-        sandboxes = [self._manager.get(ref) for ref in params.sandboxes] or self._manager.all()
+        sandboxes = [self._manager.get(ref) for ref in params.sandboxes] or self._manager.present()
         return protocol.SandboxMetricsList(sandboxes=[_metrics(sandbox) for sandbox in sandboxes])
 
     async def verify(self, params: protocol.SandboxVerifyParams, _: Context) -> protocol.SandboxVerification:

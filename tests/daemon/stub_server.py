@@ -168,10 +168,10 @@ class Stub:
         ]
         return p.SandboxList(sandboxes=rows)
 
-    async def sandbox_kill(self, params: p.SandboxParams, context: Context) -> p.SandboxGone:
+    async def sandbox_kill(self, params: p.SandboxKillParams, context: Context) -> p.SandboxGone:
         info = self._find(params.sandbox)
         del self._sandboxes[info.id]
-        return p.SandboxGone(id=info.id, name=info.name, timings_ms=TIMINGS)
+        return p.SandboxGone(id=info.id, name=info.name, gone=params.wait, timings_ms=TIMINGS)
 
     async def sandbox_verify(self, params: p.SandboxVerifyParams, context: Context) -> p.SandboxVerification:
         info = self._find(params.sandbox)

@@ -199,6 +199,103 @@ async def test_a_removal_that_failed_can_be_asked_for_again(world: World) -> Non
         await world.assert_empty()
 
 
+async def test_a_kill_waits_for_no_engine(world: World) -> None:
+    """An engine takes up to seconds to remove what is dead already: nobody has to wait, and the name is free."""
+    async with world.managed() as manager:
+        await world.container_of(record(state=State.STOPPED, name="mine"))
+        await world.recovery.recover()
+        (box,) = manager.all()
+        world.engine.hang("remove")
+        manager.remove_soon(box)
+        assert [row.state for row in world.journal.sandboxes()] == [State.REMOVING]
+        for reference in (box.record.id, box.record.id[:6], "mine"):
+            with pytest.raises(NotFound):
+                manager.get(reference)
+        assert manager.present() == []
+        assert manager.get(box.record.id, leaving=True) is box
+        manager._check_room("mine")
+        world.engine.release("remove")
+        await box.gone.wait()
+        await world.assert_empty()
+
+
+async def test_a_kill_waits_for_nothing_that_is_under_way(world: World) -> None:
+    """A stop has its grace, an update its engine call: what is under way finds the sandbox gone."""
+    async with world.managed() as manager:
+        world.engine.end(str((await world.container_of(record(state=State.STOPPED))).container_id))
+        await world.recovery.recover()
+        (box,) = manager.all()
+        world.engine.hang("start")
+        refused = []
+
+        async def start() -> None:
+            with pytest.raises(Conflict, match="it is being removed") as caught:
+                await manager.start(box, Timings())
+            refused.append(caught.value)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(start)
+            while "start" not in world.engine.calls:
+                await anyio.lowlevel.checkpoint()
+            manager.remove_soon(box)
+            assert box.leaving
+            world.engine.release("start")
+        assert refused
+        await box.gone.wait()
+        await world.assert_empty()
+
+
+async def test_a_kill_that_the_engine_refuses_is_tried_again_and_says_so(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not gone is to be seen, with the reason; nobody has to ask for it a second time."""
+    monkeypatch.setattr("sandboxd.manager.REMOVE_PAUSE_S_MIN", 0.0)
+    async with world.managed() as manager:
+        await world.container_of(record(state=State.STOPPED))
+        await world.recovery.recover()
+        (box,) = manager.all()
+        seen = []
+        box.on_changed = lambda: seen.append((box.leaving, box.record.state_reason))
+        world.engine.fail_next("remove", UNAVAILABLE)
+        world.engine.fail_next("remove", UNAVAILABLE)
+        manager.remove_soon(box)
+        await box.gone.wait()
+        assert world.engine.calls.count("remove") == 3
+        assert (False, f"it is not gone yet: {UNAVAILABLE}") in seen
+        await world.assert_empty()
+
+
+async def test_a_kill_that_a_daemon_did_not_finish_is_finished_by_the_next(world: World) -> None:
+    await world.container_of(record(state=State.STOPPED))
+    async with world.managed() as manager:
+        await world.recovery.recover()
+        world.engine.hang("remove")
+        manager.remove_soon(manager.all()[0])
+        while "remove" not in world.engine.calls:
+            await anyio.lowlevel.checkpoint()
+    world.engine.release("remove")
+    assert len(await world.containers()) == 1
+    async with world.managed():
+        await world.recovery.recover()
+        await world.assert_empty()
+
+
+async def test_a_daemon_that_ends_waits_for_removals_but_not_for_ever(world: World) -> None:
+    """``rm`` and then ``daemon stop`` is to leave nothing behind; an engine that hangs is to hold up nobody."""
+    async with world.managed() as manager:
+        await world.container_of(record(state=State.STOPPED))
+        await world.recovery.recover()
+        (box,) = manager.all()
+        world.engine.hang("remove")
+        manager.remove_soon(box)
+        await manager.finish_removals(deadline_s=0.05)
+        assert not box.gone.is_set()
+        world.engine.release("remove")
+        with anyio.fail_after(30):
+            await manager.finish_removals(deadline_s=60)
+        await world.assert_empty()
+
+
 async def test_a_sandbox_whose_engine_does_not_answer_is_kept_and_looked_at_again(world: World) -> None:
     """An engine that starts later than the daemon must not cost anybody a sandbox."""
     box = await world.container_of(record())

@@ -22,7 +22,7 @@ from sandboxd.protocol import FRAME_BYTES_MAX, Acknowledged, CommandParams, Comm
 from sandboxd.server import Context, Limits, _Connection
 from tests.daemon.rpc_peer import PATIENCE_S, Peer, Witnesses, serving, serving_on
 
-GONE = SandboxGone(id="s1", name=None, timings_ms={})
+GONE = SandboxGone(id="s1", name=None, gone=False, timings_ms={})
 LONG_WINDED = "long-winded"
 RUN = {"sandbox": "box", "argv": ["true"], "stdio": "descriptors"}
 
@@ -142,7 +142,7 @@ def test_a_request_gets_its_result(peer: Peer) -> None:
         assert reply == {
             "jsonrpc": "2.0",
             "id": request_id,
-            "result": {"id": "s1", "name": None, "timings_ms": {}},
+            "result": {"id": "s1", "name": None, "gone": False, "timings_ms": {}},
         }
 
 

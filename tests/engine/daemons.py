@@ -169,7 +169,7 @@ class Daemon:
         return self.call("sandbox/create", engine=engine, **params)
 
     def remove(self, sandbox: Mapping[str, Any]) -> None:
-        self.call("sandbox/kill", sandbox=sandbox["id"])
+        self.call("sandbox/kill", sandbox=sandbox["id"], wait=True)
 
     @contextlib.contextmanager
     def box(self, engine: str, **params: Any) -> Iterator[dict[str, Any]]:

@@ -64,6 +64,34 @@ def test_a_removed_sandbox_leaves_no_trace(daemon: Daemon, engine: str, project:
     assert daemon.refusal("sandbox/get", sandbox=box["id"]).type == "not_found"
 
 
+def test_a_kill_is_answered_before_the_engine_has_removed_anything(daemon: Daemon, engine: str) -> None:
+    """No trap, no fork storm and no stopped process holds it up; its name is free at once."""
+    box = daemon.create(engine, name="quick", limits={"pids": 100, "cpus": "0.2"})
+    for script in ("trap '' TERM HUP INT; sleep 1000", "kill -STOP $$", "while true; do sleep 0 & done"):
+        daemon.call("commands/start", sandbox=box["id"], argv=["sh", "-c", script])
+    killed = daemon.call("sandbox/kill", sandbox=box["id"])
+    assert (killed["id"], killed["gone"]) == (box["id"], False)
+    print(f"{engine}: killed in {killed['timings_ms']['total']} ms")
+    assert daemon.refusal("sandbox/get", sandbox=box["id"]).type == "not_found"
+    with daemon.box(engine, name="quick"):
+        pass
+    wait_until(lambda: not os.path.exists(f"/proc/{box['pid']}"), "its init was gone")
+    wait_until(lambda: gone(daemon, engine, box["id"]), "it was gone")
+
+
+def test_a_kill_that_waits_returns_when_nothing_is_left(daemon: Daemon, engine: str) -> None:
+    """Also when somebody else began it."""
+    box = daemon.create(engine)
+    daemon.call("sandbox/kill", sandbox=box["id"])
+    assert daemon.refusal("sandbox/kill", sandbox=box["id"]).type == "not_found"
+    done = daemon.ctl("rm", "-f", "--wait", box["id"])
+    assert done.returncode == 0, done.stderr
+    assert gone(daemon, engine, box["id"])
+    box = daemon.create(engine)
+    assert daemon.ctl("rm", "--wait", box["id"]).returncode == 0
+    assert gone(daemon, engine, box["id"])
+
+
 def test_a_container_that_was_removed_behind_our_back_is_lost_and_can_be_removed(daemon: Daemon, engine: str) -> None:
     """Somebody tidied up with the engine's own client."""
     with daemon.box(engine) as box:
@@ -161,13 +189,13 @@ def test_both_engines_are_driven_at_once(daemon: Daemon) -> None:
                 assert daemon.sh(box, "echo here") == "here\n"
         finally:
             for box in boxes.values():
-                connection.call("sandbox/kill", {"sandbox": box["id"]}, timeout_s=PATIENCE_S)
+                connection.call("sandbox/kill", {"sandbox": box["id"], "wait": True}, timeout_s=PATIENCE_S)
 
 
 def test_a_sandbox_that_is_removed_by_three_at_once_is_removed_for_all(daemon: Daemon, engine: str) -> None:
     box = daemon.create(engine)
     with daemon.connect() as connection:
-        requests = [connection.send("sandbox/kill", {"sandbox": box["id"]}) for _ in range(3)]
+        requests = [connection.send("sandbox/kill", {"sandbox": box["id"], "wait": True}) for _ in range(3)]
         replies = [connection.wait(request, timeout_s=PATIENCE_S) for request in requests]
     assert {reply["id"] for reply in replies} == {box["id"]}
     assert gone(daemon, engine, box["id"])

@@ -200,7 +200,7 @@ def test_degraded_it_works_and_says_what_does_not_hold(
     assert rootless.ctl("stop", box["id"]).returncode == 0
     assert rootless.ctl("start", box["id"]).returncode == 0, "what was agreed to goes on to hold"
     assert rootless.ctl("exec", box["id"], "cat", "outside").stdout == b"from outside"
-    assert rootless.ctl("rm", box["id"]).returncode == 0
+    assert rootless.ctl("rm", "--wait", box["id"]).returncode == 0
     rootless.assert_nothing_left(("podman",))
 
 

@@ -163,9 +163,12 @@ def test_one_line_makes_a_sandbox_on_a_project_and_runs_a_command_in_it(
     done = daemon.ctl(*words, "--engine", engine, "--", "sh", "-c", "id -u; ls /workspace; exit 4", cwd=project)
     assert (done.returncode, done.stdout) == (4, b"1000\na file\n")
     assert done.stderr == b""
-    assert daemon.containers(engine) == [
-        row["container_id"] for row in daemon.journal() if row["engine"] == engine
-    ], "it has removed its own"
+    wait_until(
+        lambda: (
+            daemon.containers(engine) == [row["container_id"] for row in daemon.journal() if row["engine"] == engine]
+        ),
+        "it had removed its own",
+    )
 
 
 def test_a_run_that_cannot_start_its_command_leaves_nothing_either(daemon: Daemon, engine: str) -> None:

@@ -417,3 +417,21 @@ def test_limits_that_are_no_control_group_are_read_without_one() -> None:
     assert limits.nofile_soft_max == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     assert limits.memory_bytes_max is None
     assert limits.pids_max is None
+
+
+@on("v2_rootless")
+def test_v2_kills_the_whole_scope_by_one_write(host: Host, written: list[tuple[str, str]]) -> None:
+    """The topmost group that is the container's: nothing above it, and nothing in it is left out."""
+    with host.open() as group:
+        assert group.kill() is True
+    assert [text for _, text in written] == ["1"]
+    assert host.find("cgroup.kill").read_text() == "1\n"
+
+
+@every_host
+def test_a_group_that_cannot_be_killed_says_so(host: Host) -> None:
+    """On v1 there is no such file; on an older v2 kernel neither: its init is killed instead."""
+    for file in host.directory.rglob("cgroup.kill"):
+        file.unlink()
+    with host.open() as group:
+        assert group.kill() is False

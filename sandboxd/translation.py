@@ -8,6 +8,8 @@ from __future__ import annotations
 from runtimes import errors
 from runtimes.cgroup.fs import LimitBelowUsage
 from runtimes.init.binary import InitBinaryMissing
+from runtimes.init.exchange import InitTimeout
+from runtimes.init.file_worker import WorkerLost
 from runtimes.init.files_wire import InvalidPath
 from runtimes.init.wire import InitError, InvalidSpawn, SpawnTooLarge
 from sandboxd.failures import (
@@ -19,6 +21,7 @@ from sandboxd.failures import (
     LimitNotEnforceable,
     PrerequisiteMissing,
     SandboxGone,
+    Timeout,
     Unsupported,
 )
 
@@ -41,6 +44,14 @@ def failure_from(error: errors.RuntimeFailure | InitError) -> Failure:
         return PrerequisiteMissing("cannot find sandbox-init", detail=error.path, hint=error.hint)
     if isinstance(error, SpawnTooLarge | InvalidSpawn | InvalidPath):
         return InvalidArgument(str(error))
+    if isinstance(error, WorkerLost):
+        return Conflict(
+            "cannot say whether it was done",
+            detail=f"a command killed the sandbox's file worker before it answered: {error}",
+            hint="look, and try again",
+        )
+    if isinstance(error, InitTimeout):
+        return Timeout("cannot wait for the sandbox any longer", detail=str(error), hint="sandboxctl stats")
     if isinstance(error, InitError):
         return SandboxGone("cannot reach the sandbox's init", detail=str(error), hint="sandboxctl ls")
     for runtime_class, failure_class in _BY_CLASS:

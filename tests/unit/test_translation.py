@@ -1,0 +1,32 @@
+"""What the errors of ``runtimes`` are called on the wire: what a caller is to do depends on it."""
+
+from __future__ import annotations
+
+import pytest
+
+from runtimes.init.binary import InitBinaryMissing
+from runtimes.init.exchange import ChannelClosed, InitProtocolError, InitTimeout
+from runtimes.init.file_worker import WorkerLost
+from runtimes.init.files_wire import InvalidPath
+from runtimes.init.wire import InitError, SpawnTooLarge
+from sandboxd.translation import failure_from
+
+
+@pytest.mark.parametrize(
+    ("error", "type_"),
+    [
+        (WorkerLost("it ended"), "conflict"),
+        (InitTimeout("it did not answer within 5 s"), "timeout"),
+        (ChannelClosed("it ended"), "sandbox_gone"),
+        (InitProtocolError("it talks nonsense"), "sandbox_gone"),
+        (SpawnTooLarge("too many words"), "invalid_argument"),
+        (InvalidPath("it has a NUL"), "invalid_argument"),
+        (InitBinaryMissing("/nowhere", "build it"), "prerequisite_missing"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_only_a_sandbox_that_is_lost_is_called_gone(error: InitError, type_: str) -> None:
+    """A killed file worker has a successor, and a slow init may still answer: nobody should remove it for that."""
+    failure = failure_from(error)
+    assert failure.type == type_
+    assert failure.brief.startswith("cannot ") or type_ == "invalid_argument"

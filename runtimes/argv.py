@@ -113,6 +113,16 @@ def stop_argv(client: Client, container_id: str, *, grace_s: int) -> list[str]:
     return client.call("stop", "-t", str(grace_s), _container(container_id))
 
 
+def pause_argv(client: Client, container_id: str) -> list[str]:
+    """Freeze."""
+    return client.call("pause", _container(container_id))
+
+
+def resume_argv(client: Client, container_id: str) -> list[str]:
+    """Let go on."""
+    return client.call("unpause", _container(container_id))
+
+
 def remove_argv(client: Client, container_ids: Sequence[str]) -> list[str]:
     """Kill and remove, anonymous volumes included. A container that is not there is no failure."""
     match client.engine:

@@ -22,8 +22,10 @@ from runtimes.argv import (
     image_exists_argv,
     inspect_argv,
     list_argv,
+    pause_argv,
     ping_argv,
     remove_argv,
+    resume_argv,
     run_argv,
     start_argv,
     stop_argv,
@@ -132,6 +134,27 @@ class CliEngine(ABC):
         """See ``Engine.stop``."""
         words = stop_argv(self._client, container_id, grace_s=grace_s)
         await self._change(words, "stop", container_id, deadline_s=grace_s + CHANGE_S_MAX)
+
+    async def pause(self, container_id: str) -> None:
+        """See ``Engine.pause``."""
+        if not self._capabilities.pause:
+            raise Unsupported(
+                f"cannot pause a sandbox with {self.name.value} on this host",
+                detail="its containers have no control group that could be frozen",
+                hint=self._info.hint or "sandboxctl doctor",
+            )
+        await self._bring_into(ContainerState.PAUSED, pause_argv(self._client, container_id), "pause", container_id)
+
+    async def resume(self, container_id: str) -> None:
+        """See ``Engine.resume``."""
+        words = resume_argv(self._client, container_id)
+        await self._bring_into(ContainerState.RUNNING, words, "unpause", container_id)
+
+    async def _bring_into(self, state: ContainerState, words: Sequence[str], verb: str, container_id: str) -> None:
+        """Both engines refuse to do what is done already: then it is looked whether it is."""
+        finished = await self._ask(words, verb, deadline_s=CHANGE_S_MAX)
+        if finished.returncode != 0 and (await self.inspect(container_id)).state is not state:
+            raise self._refused(f"{verb} the container {container_id[:12]}", finished)
 
     async def remove(self, container_id: str) -> None:
         """See ``Engine.remove``."""

@@ -76,8 +76,28 @@ class Engine(Protocol):
         """TERM to PID 1, KILL after ``grace_s``. Idempotent. The container stays and can be started again."""
         ...
 
+    async def pause(self, container_id: str) -> None:
+        """Freeze everything in a running container; memory and open files stay. Idempotent.
+
+        Raises:
+            Unsupported: this engine cannot on this host (``Capabilities.pause``).
+            EngineRefused: it does not run.
+        """
+        ...
+
+    async def resume(self, container_id: str) -> None:
+        """Let a paused container go on. Idempotent: a running one does.
+
+        Raises:
+            EngineRefused: it does not run, and was not paused.
+        """
+        ...
+
     async def remove(self, container_id: str) -> None:
-        """Kill and remove the container with its anonymous volumes. Idempotent: nothing to remove is success."""
+        """Kill and remove the container with its anonymous volumes, paused or not.
+
+        Idempotent: nothing to remove is success.
+        """
         ...
 
     async def remove_sandbox(self, sandbox_id: str, *, owner: str) -> int:

@@ -18,6 +18,8 @@ class State(StrEnum):
     """Written down; the engine may or may not have a container yet."""
     RUNNING = "running"
     """The container runs and its init answers."""
+    PAUSED = "paused"
+    """The container is frozen: it keeps its memory, and takes no CPU time."""
     STOPPING = "stopping"
     STOPPED = "stopped"
     """The container is there and does not run."""
@@ -36,6 +38,8 @@ class Event(StrEnum):
     CREATED = "created"
     STOP = "stop"
     START = "start"
+    PAUSE = "pause"
+    """The container was paused, or was seen to be."""
     EXITED = "exited"
     """The container was seen not to run."""
     ADOPTED = "adopted"
@@ -46,13 +50,28 @@ class Event(StrEnum):
     REMOVE = "remove"
 
 
-_ALIVE = (State.CREATING, State.RUNNING, State.STOPPING, State.STOPPED, State.STARTING, State.BROKEN)
+_ALIVE = (
+    State.CREATING,
+    State.RUNNING,
+    State.PAUSED,
+    State.STOPPING,
+    State.STOPPED,
+    State.STARTING,
+    State.BROKEN,
+)
 
 TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.CREATING, Event.CREATED): State.RUNNING,
     (State.RUNNING, Event.STOP): State.STOPPING,
+    (State.PAUSED, Event.STOP): State.STOPPING,
     (State.BROKEN, Event.STOP): State.STOPPING,
     (State.STOPPED, Event.START): State.STARTING,
+    **{
+        (state, Event.PAUSE): State.PAUSED
+        for state in (State.RUNNING, State.PAUSED, State.STARTING, State.STOPPING, State.BROKEN, State.LOST)
+    },
+    (State.PAUSED, Event.ADOPTED): State.RUNNING,
+    (State.PAUSED, Event.EXITED): State.STOPPED,
     (State.STARTING, Event.ADOPTED): State.RUNNING,
     (State.RUNNING, Event.ADOPTED): State.RUNNING,
     (State.STOPPING, Event.ADOPTED): State.RUNNING,

@@ -24,6 +24,8 @@ from runtimes.engine import Engine
 from runtimes.errors import (
     CgroupUnreadable,
     ContainerNotFound,
+    EngineRefused,
+    EngineTimeout,
     EngineUnavailable,
     ImageNotFound,
     RuntimeFailure,
@@ -57,7 +59,7 @@ from sandboxd.failures import (
     SandboxGone,
 )
 from sandboxd.journal import Journal, SandboxRecord, WorkspaceRecord
-from sandboxd.lifecycle import Event, State
+from sandboxd.lifecycle import Event, State, next_state
 from sandboxd.limits import Host, merged, output_bytes_max, resolve, resolve_update
 from sandboxd.protocol import SandboxCreateParams, SandboxUpdateParams
 from sandboxd.sandbox import INSIDE_BIN, INSIDE_RUN, TMPFS_TARGETS, Sandbox, container_id_of
@@ -442,8 +444,12 @@ class Manager:
                     return
                 engine = self.engine_of(sandbox)
                 container_id = container_id_of(sandbox)
+                paused = sandbox.record.state is State.PAUSED
                 sandbox.change(Event.STOP)
                 try:
+                    if paused:
+                        # What is frozen takes no TERM.
+                        await engine.resume(container_id)
                     await engine.stop(container_id, grace_s=max(0, math.ceil(grace_s)))
                 finally:
                     await self._look(sandbox, engine, container_id)
@@ -456,6 +462,9 @@ class Manager:
                     return
                 if sandbox.record.state is State.LOST:
                     raise _gone(sandbox)
+                if sandbox.record.state is State.PAUSED:
+                    await self._resume(sandbox, timings)
+                    return
                 sandbox.change(Event.START)
                 try:
                     await self._start(sandbox, timings)
@@ -465,6 +474,65 @@ class Manager:
                 except BaseException:
                     await self._stop_again(sandbox)
                     raise
+
+    async def pause(self, sandbox: Sandbox, timings: Timings, *, reason: str = "") -> None:
+        """Freeze everything in a sandbox. It keeps its memory, and nobody can use it until it is resumed. Idempotent.
+
+        Through the engine, whose view must be ours: a group that is frozen directly is "running" to Docker.
+
+        Raises:
+            Conflict: it does not run.
+            Unsupported: its engine cannot.
+        """
+        with anyio.CancelScope(shield=True):
+            async with sandbox.lock:
+                if sandbox.record.state is State.PAUSED:
+                    return
+                next_state(sandbox.record.state, Event.PAUSE)
+                engine = self.engine_of(sandbox)
+                try:
+                    await engine.pause(container_id_of(sandbox))
+                except (EngineRefused, EngineTimeout):
+                    await self._look(sandbox, engine, container_id_of(sandbox))
+                    raise
+                timings.mark("engine")
+                sandbox.change(Event.PAUSE, reason=reason)
+
+    async def resume(self, sandbox: Sandbox, timings: Timings) -> None:
+        """Let a paused sandbox go on. Idempotent.
+
+        Raises:
+            Conflict: it is not paused, and does not run.
+            SandboxGone: its container is gone, or its init does not answer.
+        """
+        with anyio.CancelScope(shield=True):
+            async with sandbox.lock:
+                if sandbox.record.state is State.RUNNING:
+                    return
+                if sandbox.record.state is not State.PAUSED:
+                    raise Conflict(
+                        f"cannot resume a sandbox that is {sandbox.record.state.value}",
+                        detail=sandbox.record.state_reason,
+                        hint=f"sandboxctl start {sandbox.record.id}",
+                    )
+                await self._resume(sandbox, timings)
+
+    async def _resume(self, sandbox: Sandbox, timings: Timings) -> None:
+        engine, container_id = self.engine_of(sandbox), container_id_of(sandbox)
+        try:
+            await engine.resume(container_id)
+            timings.mark("engine")
+        except RuntimeFailure:
+            await self._look(sandbox, engine, container_id)
+            raise
+        await self.adopt(sandbox, engine, container_id)
+        timings.mark("init")
+        if sandbox.record.state is not State.RUNNING:
+            raise SandboxGone(
+                f"cannot resume sandbox {sandbox.record.id}",
+                detail=sandbox.record.state_reason,
+                hint=f"sandboxctl inspect {sandbox.record.id}",
+            )
 
     async def _stop_again(self, sandbox: Sandbox) -> None:
         """Undo a start that failed: a sandbox whose limits are not proven must not run."""
@@ -621,7 +689,7 @@ class Manager:
             if facts.state is ContainerState.RUNNING:
                 await self.adopt(sandbox, engine, container_id)
             elif facts.state is ContainerState.PAUSED:
-                self.note(sandbox, Event.UNREACHABLE, reconcile.PAUSED)
+                sandbox.change(Event.PAUSE, reason=reconcile.PAUSED)
             else:
                 self.note(sandbox, Event.EXITED, _why_stopped(facts))
 
@@ -682,9 +750,10 @@ class Manager:
         with anyio.CancelScope(shield=True):
             async with sandbox.lock:
                 if sandbox.record.state is not State.RUNNING:
+                    verb = "resume" if sandbox.record.state is State.PAUSED else "start"
                     raise Conflict(
                         f"cannot change the limits of a sandbox that is {sandbox.record.state.value}",
-                        hint=f"sandboxctl start {sandbox.record.id}",
+                        hint=f"sandboxctl {verb} {sandbox.record.id}",
                     )
                 engine = self.engine_of(sandbox)
                 policy = params.limits_policy or sandbox.record.limits_policy

@@ -43,7 +43,9 @@ Quantity = Annotated[int | float | str, Meta(description="A number, or text with
 EngineChoice = Literal["podman", "docker"]
 LimitsPolicy = Literal["strict", "degraded"]
 NetworkMode = Literal["none", "full"]
-SandboxState = Literal["creating", "running", "stopping", "stopped", "starting", "removing", "broken", "lost"]
+SandboxState = Literal[
+    "creating", "running", "paused", "stopping", "stopped", "starting", "removing", "broken", "lost"
+]
 
 
 class Params(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -871,6 +873,8 @@ METHODS: tuple[Method, ...] = (
     Method("sandbox/update", SandboxUpdateParams, SandboxInfo, "Change limits while it runs and prove them again."),
     Method("sandbox/stop", SandboxStopParams, SandboxInfo, "Stop; it can be started again."),
     Method("sandbox/start", SandboxParams, SandboxInfo, "Start a stopped sandbox and prove its limits again."),
+    Method("sandbox/pause", SandboxParams, SandboxInfo, "Freeze all that runs in it; it keeps its memory."),
+    Method("sandbox/resume", SandboxParams, SandboxInfo, "Let a paused sandbox go on."),
     Method("sandbox/kill", SandboxKillParams, SandboxGone, "End everything in it and remove it without a trace."),
     Method("sandbox/metrics", SandboxMetricsParams, SandboxMetricsList, "Usage, read from the control groups."),
     Method("sandbox/verify", SandboxVerifyParams, SandboxVerification, "Read the limits again, or provoke them."),

@@ -24,6 +24,7 @@ class Action(StrEnum):
 
     ADOPT = "adopt"
     """Its container runs: connect to its init."""
+    NOTE_PAUSED = "note_paused"
     NOTE_STOPPED = "note_stopped"
     NOTE_LOST = "note_lost"
     NOTE_UNREACHABLE = "note_unreachable"
@@ -106,5 +107,5 @@ def _judge(record: SandboxRecord, container: ContainerSummary | None, *, answere
     if container.state is ContainerState.RUNNING:
         return Action.ADOPT, "its container runs"
     if container.state is ContainerState.PAUSED:
-        return Action.NOTE_UNREACHABLE, PAUSED
+        return Action.NOTE_PAUSED, record.state_reason if record.state is State.PAUSED else PAUSED
     return Action.NOTE_STOPPED, f"its container is {container.state.value}"

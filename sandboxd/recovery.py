@@ -103,6 +103,8 @@ class Recovery:
                 if decision.container is not None:
                     engine = self._manager.engine_of(sandbox)
                     await self._manager.adopt(sandbox, engine, decision.container.container_id)
+            case reconcile.Action.NOTE_PAUSED:
+                sandbox.change(Event.PAUSE, reason=decision.reason)
             case reconcile.Action.NOTE_STOPPED:
                 self._manager.note(sandbox, Event.EXITED, decision.reason)
             case reconcile.Action.NOTE_LOST:
@@ -153,7 +155,9 @@ class Recovery:
             case reconcile.Action.ADOPT | reconcile.Action.NOTE_STOPPED:
                 # Running, and yet not connected: whoever noticed could not write it down.
                 silent = sandbox.record.state is State.RUNNING and not sandbox.connected
-                return silent or sandbox.record.state in (State.BROKEN, State.LOST)
+                return silent or sandbox.record.state in (State.BROKEN, State.LOST, State.PAUSED)
+            case reconcile.Action.NOTE_PAUSED:
+                return sandbox.record.state is not State.PAUSED
             case reconcile.Action.NOTE_LOST:
                 return sandbox.record.state in (State.BROKEN, State.STOPPED)
             case _:

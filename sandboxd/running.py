@@ -248,12 +248,22 @@ def require_running(sandbox: Sandbox) -> None:
         Conflict: it does not run, with the reason.
     """
     if sandbox.record.state is not State.RUNNING:
-        stopped = sandbox.record.state is State.STOPPED
+        verb = {State.STOPPED: "start", State.PAUSED: "resume"}.get(sandbox.record.state, "inspect")
         raise Conflict(
             f"cannot use a sandbox that is {sandbox.record.state.value}",
             detail=sandbox.record.state_reason,
-            hint=f"sandboxctl {'start' if stopped else 'inspect'} {sandbox.record.id}",
+            hint=f"sandboxctl {verb} {sandbox.record.id}",
         )
+
+
+def require_awake(sandbox: Sandbox) -> None:
+    """Refuse what would wait for an init that is frozen.
+
+    Raises:
+        Conflict: it is paused.
+    """
+    if sandbox.record.state is State.PAUSED:
+        require_running(sandbox)
 
 
 async def run_as_other_user(

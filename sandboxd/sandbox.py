@@ -300,11 +300,12 @@ class Sandbox:
             Conflict: its init does not answer.
             InitError: there is no worker to be had.
         """
-        if self._channel is None:
+        paused = self.record.state is State.PAUSED
+        if self._channel is None or paused:
             raise Conflict(
                 f"cannot reach the files of sandbox {self.record.id}",
                 detail=f"it is {self.record.state}",
-                hint=f"sandboxctl inspect {self.record.id}",
+                hint=f"sandboxctl {'resume' if paused else 'inspect'} {self.record.id}",
             )
         async with self._files_lock:
             if self._files is None:

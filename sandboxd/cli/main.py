@@ -36,6 +36,8 @@ FAMILIES = {
     "verify": "sandboxes",
     "stop": "sandboxes",
     "start": "sandboxes",
+    "pause": "lifetime",
+    "resume": "lifetime",
     "rm": "sandboxes",
     "image": "images",
     "doctor": "daemon",

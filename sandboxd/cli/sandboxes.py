@@ -158,7 +158,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 def _inspect(arguments: argparse.Namespace) -> int:
     now_ms = _now_ms()
-    return _each(arguments, "sandbox/get", {}, lambda reply: render.sandbox(reply, now_ms))
+    return each(arguments, "sandbox/get", {}, lambda reply: render.sandbox(reply, now_ms))
 
 
 def _add_update(parser: argparse.ArgumentParser) -> None:
@@ -205,7 +205,7 @@ def _add_stop(parser: argparse.ArgumentParser) -> None:
 
 
 def _stop(arguments: argparse.Namespace) -> int:
-    return _each(arguments, "sandbox/stop", {"grace": arguments.grace})
+    return each(arguments, "sandbox/stop", {"grace": arguments.grace})
 
 
 def _add_start(parser: argparse.ArgumentParser) -> None:
@@ -214,7 +214,7 @@ def _add_start(parser: argparse.ArgumentParser) -> None:
 
 
 def _start(arguments: argparse.Namespace) -> int:
-    return _each(arguments, "sandbox/start", {})
+    return each(arguments, "sandbox/start", {})
 
 
 def _add_rm(parser: argparse.ArgumentParser) -> None:
@@ -240,7 +240,7 @@ def _rm(arguments: argparse.Namespace) -> int:
             return 0
         if not (arguments.yes or arguments.force or _agreed(len(arguments.sandboxes))):
             return FAILURE
-    return _each(arguments, "sandbox/kill", {"wait": arguments.wait}, forgiven=forgiven)
+    return each(arguments, "sandbox/kill", {"wait": arguments.wait}, forgiven=forgiven)
 
 
 def _agreed(count: int) -> bool:
@@ -256,7 +256,7 @@ def _sandboxes(count: int) -> str:
     return f"{count} sandbox{'' if count == 1 else 'es'}"
 
 
-def _each(
+def each(
     arguments: argparse.Namespace,
     method: str,
     fields: dict[str, Any],

@@ -9,6 +9,8 @@ PARAMS: dict[str, str] = {
     "sandbox/update": "SandboxUpdateParams",
     "sandbox/stop": "SandboxStopParams",
     "sandbox/start": "SandboxParams",
+    "sandbox/pause": "SandboxParams",
+    "sandbox/resume": "SandboxParams",
     "sandbox/kill": "SandboxKillParams",
     "sandbox/metrics": "SandboxMetricsParams",
     "sandbox/verify": "SandboxVerifyParams",

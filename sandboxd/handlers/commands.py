@@ -112,14 +112,20 @@ class CommandHandlers:
 
     async def signal(self, params: protocol.CommandSignalParams, _: Context) -> protocol.Acknowledged:
         """Send a signal."""
-        commands = self._manager.get(params.sandbox).commands
+        commands = self._awake(params.sandbox).commands
         await commands.signal(commands.get(int(params.command_id, 16)), params.signal, _SCOPES[params.scope])
         return protocol.Acknowledged()
 
     async def kill(self, params: protocol.CommandRef, _: Context) -> protocol.CommandEnd:
         """Kill a tree."""
-        commands = self._manager.get(params.sandbox).commands
+        commands = self._awake(params.sandbox).commands
         return await commands.kill(commands.get(int(params.command_id, 16)))
+
+    def _awake(self, reference: str) -> Sandbox:
+        """A sandbox whose init can answer: of one that is paused it would be waited for in vain."""
+        sandbox = self._manager.get(reference)
+        running.require_awake(sandbox)
+        return sandbox
 
     async def connect(self, params: protocol.CommandConnectParams, context: Context) -> protocol.CommandEnd:
         """Follow output, and wait for the end."""

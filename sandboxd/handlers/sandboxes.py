@@ -33,6 +33,8 @@ class SandboxHandlers:
             "sandbox/update": self.update,
             "sandbox/stop": self.stop,
             "sandbox/start": self.start,
+            "sandbox/pause": self.pause,
+            "sandbox/resume": self.resume,
             "sandbox/kill": self.kill,
             "sandbox/metrics": self.metrics,
             "sandbox/verify": self.verify,
@@ -89,6 +91,20 @@ class SandboxHandlers:
         timings = Timings()
         sandbox = self._manager.get(params.sandbox)
         await self._manager.start(sandbox, timings)
+        return _info(sandbox, timings)
+
+    async def pause(self, params: protocol.SandboxParams, _: Context) -> protocol.SandboxInfo:
+        """Freeze."""
+        timings = Timings()
+        sandbox = self._manager.get(params.sandbox)
+        await self._manager.pause(sandbox, timings)
+        return _info(sandbox, timings)
+
+    async def resume(self, params: protocol.SandboxParams, _: Context) -> protocol.SandboxInfo:
+        """Go on."""
+        timings = Timings()
+        sandbox = self._manager.get(params.sandbox)
+        await self._manager.resume(sandbox, timings)
         return _info(sandbox, timings)
 
     async def kill(self, params: protocol.SandboxKillParams, _: Context) -> protocol.SandboxGone:
@@ -184,7 +200,7 @@ def _metrics(sandbox: Sandbox) -> protocol.SandboxMetrics:
     record = sandbox.record
     reason = ""
     usage = Usage()
-    if record.state is State.RUNNING:
+    if record.state in (State.RUNNING, State.PAUSED):
         try:
             usage = sandbox.usage()
         except CgroupUnreadable as error:

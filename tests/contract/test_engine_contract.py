@@ -89,6 +89,38 @@ async def stop_and_start_are_idempotent_and_keep_the_container(bench: Bench) -> 
         assert (facts.state, facts.exit_code) == (ContainerState.RUNNING, None)
 
 
+async def pause_and_resume_are_idempotent_and_the_engine_knows(bench: Bench) -> None:
+    container_id = await bench.engine.create(bench.spec())
+    able = bench.engine.info.capabilities
+    assert able is not None
+    if not able.pause:
+        with pytest.raises(Unsupported):
+            await bench.engine.pause(container_id)
+        return
+    for _ in range(2):
+        await bench.engine.pause(container_id)
+        assert (await bench.engine.inspect(container_id)).state is ContainerState.PAUSED
+    for _ in range(2):
+        await bench.engine.resume(container_id)
+        assert (await bench.engine.inspect(container_id)).state is ContainerState.RUNNING
+    await bench.engine.stop(container_id, grace_s=0)
+    for ask in (bench.engine.pause, bench.engine.resume):
+        with pytest.raises(EngineRefused):
+            await ask(container_id)
+
+
+async def what_is_paused_can_be_removed(bench: Bench) -> None:
+    """Nothing in it can take a signal; it must end all the same."""
+    container_id = await bench.engine.create(bench.spec())
+    able = bench.engine.info.capabilities
+    if able is not None and able.pause:
+        await bench.engine.pause(container_id)
+        assert (await bench.engine.inspect(container_id)).state is ContainerState.PAUSED
+    assert len(await bench.engine.list_containers(owner=bench.owner)) == 1
+    await bench.engine.remove(container_id)
+    assert await bench.engine.list_containers(owner=bench.owner) == []
+
+
 async def remove_ends_a_running_container_and_is_idempotent(bench: Bench) -> None:
     container_id = await bench.engine.create(bench.spec())
     for _ in range(2):
@@ -134,6 +166,7 @@ async def an_unknown_container_is_not_found_whatever_is_asked_of_it(bench: Bench
         lambda: engine.start(NO_SUCH_ID),
         lambda: engine.stop(NO_SUCH_ID, grace_s=0),
         lambda: engine.inspect(NO_SUCH_ID),
+        lambda: engine.resume(NO_SUCH_ID),
     ]
     able = engine.info.capabilities
     if able is not None and able.update_limits:
@@ -226,6 +259,8 @@ CLAUSES = [
     a_second_create_of_the_same_sandbox_is_refused_and_harms_nothing,
     a_missing_image_is_told_apart_and_leaves_nothing,
     stop_and_start_are_idempotent_and_keep_the_container,
+    pause_and_resume_are_idempotent_and_the_engine_knows,
+    what_is_paused_can_be_removed,
     remove_ends_a_running_container_and_is_idempotent,
     remove_sandbox_takes_both_labels_exactly,
     inspect_reports_every_limit_that_was_asked_for,
@@ -273,6 +308,10 @@ class NullEngine:
     async def start(self, container_id: str) -> None: ...
 
     async def stop(self, container_id: str, *, grace_s: int) -> None: ...
+
+    async def pause(self, container_id: str) -> None: ...
+
+    async def resume(self, container_id: str) -> None: ...
 
     async def remove(self, container_id: str) -> None: ...
 

@@ -148,7 +148,7 @@ class Stub:
     async def sandbox_get(self, params: p.SandboxParams, context: Context) -> p.SandboxInfo:
         return self._find(params.sandbox)
 
-    sandbox_start = sandbox_update = sandbox_stop = sandbox_get
+    sandbox_start = sandbox_update = sandbox_stop = sandbox_pause = sandbox_resume = sandbox_get
 
     async def sandbox_list(self, params: p.SandboxListParams, context: Context) -> p.SandboxList:
         rows = [

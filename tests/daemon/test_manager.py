@@ -13,6 +13,7 @@ import pytest
 from runtimes.errors import EngineRefused, EngineTimeout, EngineUnavailable, ImageNotFound, RuntimeFailure
 from runtimes.inotify import Inotify
 from runtimes.model import ContainerSpec, EngineInfo, User
+from sandboxd import reconcile, running
 from sandboxd.background import Background
 from sandboxd.config import Config, Daemon
 from sandboxd.engines import EngineRoom
@@ -197,6 +198,58 @@ async def test_a_removal_that_failed_can_be_asked_for_again(world: World) -> Non
             await manager.remove(box, Timings())
         await manager.remove(box, Timings())
         await world.assert_empty()
+
+
+async def test_a_sandbox_that_was_paused_is_paused_for_the_next_daemon(world: World) -> None:
+    """And it can be used for nothing, with the command that mends it."""
+    box = await world.container_of(record(state=State.PAUSED))
+    await world.engine.pause(str(box.container_id))
+    async with world.managed() as manager:
+        await world.recovery.recover()
+        (kept,) = manager.all()
+        assert (kept.record.state, kept.record.state_reason) == (State.PAUSED, "")
+        for ask in (lambda: running.require_running(kept), lambda: running.require_awake(kept)):
+            with pytest.raises(Conflict, match="paused") as caught:
+                ask()
+            assert caught.value.hint == f"sandboxctl resume {kept.record.id}"
+        with pytest.raises(Conflict, match="files") as caught:
+            await kept.files()
+        assert caught.value.hint == f"sandboxctl resume {kept.record.id}"
+        with pytest.raises(SandboxGone, match="cannot resume"):
+            await manager.resume(kept, Timings())
+        assert "resume" in world.engine.calls
+        assert kept.record.state is State.BROKEN, "the fake engine has no init to go on with"
+        await manager.remove(kept, Timings())
+        await world.assert_empty()
+
+
+async def test_what_was_paused_or_unpaused_behind_our_back_is_noticed(world: World) -> None:
+    box = await world.container_of(record())
+    await world.engine.pause(str(box.container_id))
+    async with world.managed() as manager:
+        world.engine.fail_next("list_containers", UNAVAILABLE)
+        await world.recovery.recover()
+        (kept,) = manager.all()
+        await world.recovery.sweep()
+        assert (kept.record.state, kept.record.state_reason) == (State.PAUSED, reconcile.PAUSED)
+        await world.engine.resume(str(box.container_id))
+        await world.recovery.sweep()
+        assert "resume" not in world.engine.calls[-1:]
+        assert kept.record.state is State.BROKEN, "it was connected to again, and has no init"
+
+
+async def test_a_pause_that_the_engine_refuses_changes_nothing(world: World) -> None:
+    async with world.managed() as manager:
+        await world.container_of(record(state=State.STOPPED))
+        world.engine.end(next(iter(await world.containers())))
+        await world.recovery.recover()
+        (box,) = manager.all()
+        with pytest.raises(Conflict, match="cannot pause a sandbox that is stopped"):
+            await manager.pause(box, Timings())
+        with pytest.raises(Conflict) as caught:
+            await manager.resume(box, Timings())
+        assert caught.value.hint == f"sandboxctl start {box.record.id}"
+        assert "pause" not in world.engine.calls
 
 
 async def test_a_kill_waits_for_no_engine(world: World) -> None:

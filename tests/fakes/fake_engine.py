@@ -149,6 +149,24 @@ class FakeEngine:
         if container.state is ContainerState.RUNNING:
             self._stop(container, 128 + signal.SIGTERM)
 
+    async def pause(self, container_id: str) -> None:
+        await self._enter("pause")
+        if not self._capabilities.pause:
+            raise Unsupported("cannot pause with a fake engine")
+        self._bring(container_id, ContainerState.PAUSED)
+
+    async def resume(self, container_id: str) -> None:
+        await self._enter("resume")
+        self._bring(container_id, ContainerState.RUNNING)
+
+    def _bring(self, container_id: str, state: ContainerState) -> None:
+        container = self._find(container_id)
+        if container.state not in (ContainerState.RUNNING, ContainerState.PAUSED):
+            raise EngineRefused("cannot pause or resume this container", detail="it does not run")
+        container.state = state
+        if container.process is not None:
+            container.process.send_signal(signal.SIGSTOP if state is ContainerState.PAUSED else signal.SIGCONT)
+
     async def remove(self, container_id: str) -> None:
         await self._enter("remove")
         container = self._containers.pop(container_id, None)

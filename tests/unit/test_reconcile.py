@@ -43,10 +43,19 @@ def test_a_record_whose_engine_is_silent_is_kept() -> None:
     assert [decision.action for decision in decisions] == [Action.NOTE_UNREACHABLE]
 
 
-def test_a_paused_container_is_out_of_reach_and_not_stopped() -> None:
-    """Somebody paused it behind our back: it cannot be started, only unpaused."""
+def test_a_paused_container_is_paused_whoever_did_it() -> None:
+    """By us, before a restart, or by somebody behind our back: it is to be resumed, and one of them says why."""
     paused = container(state=ContainerState.PAUSED)
-    assert _actions([record()], {"podman": [paused]}) == {"sb-aaaaaaaaaa": Action.NOTE_UNREACHABLE}
+    ours = record(state=State.PAUSED, state_reason="its time was up")
+    for box, reason in ((record(), "not by sandboxd"), (ours, "its time was up")):
+        (decision,) = decide([box], {"podman": [paused]}, reachable={"podman"})
+        assert decision.action is Action.NOTE_PAUSED
+        assert reason in decision.reason
+
+
+def test_a_paused_sandbox_whose_container_runs_is_adopted() -> None:
+    """Somebody unpaused it behind our back."""
+    assert _actions([record(state=State.PAUSED)], {"podman": [container()]}) == {"sb-aaaaaaaaaa": Action.ADOPT}
 
 
 def test_a_vanished_container_is_said_to_be_lost() -> None:

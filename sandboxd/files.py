@@ -156,7 +156,7 @@ async def list_dir(files: FilesChannel, params: protocol.FileListParams) -> prot
     path = path_of(params)
     listing = await files.list_dir(path, depth=params.depth, entries_max=params.entries_max)
     entries = [_entry_info(entry) for entry in sorted(listing.entries, key=lambda entry: entry.path)]
-    return protocol.FileList(path=_absolute_text(files, path), entries=entries, truncated=listing.truncated)
+    return _list(files, path, entries, truncated=listing.truncated)
 
 
 async def list_pages(
@@ -170,7 +170,7 @@ async def list_pages(
         while (page := await walk.next_page()) is not None:
             for start in range(0, len(page), PAGE_ENTRIES_MAX):
                 await deliver([_entry_info(entry) for entry in page[start : start + PAGE_ENTRIES_MAX]])
-        return protocol.FileList(path=_absolute_text(files, path), entries=[], truncated=walk.truncated)
+        return _list(files, path, [], truncated=walk.truncated)
 
 
 async def look(files: FilesChannel, params: protocol.FileStatParams) -> protocol.FileInfo:
@@ -212,8 +212,11 @@ def _absolute(files: FilesChannel, path: bytes) -> bytes:
     return b"/" + b"/".join(name for name in names if name not in (b"", b"."))
 
 
-def _absolute_text(files: FilesChannel, path: bytes) -> str:
-    return text_of(_absolute(files, path))[0]
+def _list(
+    files: FilesChannel, path: bytes, entries: list[protocol.FileInfo], *, truncated: bool
+) -> protocol.FileList:
+    text, exact = text_of(_absolute(files, path))
+    return protocol.FileList(path=text, path_bytes=exact, entries=entries, truncated=truncated)
 
 
 def _entry_info(entry: Entry) -> protocol.FileInfo:

@@ -644,6 +644,8 @@ class FileList(Reply, frozen=True):
 
     path: str
     """Of what was listed, absolute; for display where it is not UTF-8."""
+    path_bytes: bytes | None
+    """The path itself, where it is not UTF-8."""
     entries: list[FileInfo]
     """In the order of the names."""
     truncated: bool

@@ -7,10 +7,11 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
-from sandboxd.client import AsyncCommandHandle, AsyncSandbox
+from sandboxd.client import AsyncCommandHandle, AsyncFiles, AsyncSandbox
 from sandboxd.client.aio import AsyncCommands, AsyncPty
+from sandboxd.client.aio_files import AsyncFileStream
 
-_WRAPPED = (AsyncSandbox, AsyncCommandHandle, AsyncCommands, AsyncPty)
+_WRAPPED = (AsyncSandbox, AsyncCommandHandle, AsyncCommands, AsyncPty, AsyncFiles, AsyncFileStream)
 
 
 class Twin:

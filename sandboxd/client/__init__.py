@@ -11,6 +11,7 @@ from sandboxd.client.connection import FRAME_BYTES_MAX, Connection, Message, Not
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from sandboxd.client.aio import AsyncCommandHandle, AsyncSandbox
+    from sandboxd.client.aio_files import AsyncFiles, AsyncWatchHandle
     from sandboxd.client.errors import (
         AuthenticationException,
         CommandExitException,
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
         SandboxException,
         TimeoutException,
     )
+    from sandboxd.client.file_model import (
+        EntryInfo,
+        FilesystemEvent,
+        FilesystemEventType,
+        FileType,
+        WriteEntry,
+        WriteInfo,
+    )
+    from sandboxd.client.files import Files, WatchHandle
     from sandboxd.client.model import (
         CommandResult,
         LimitReport,
@@ -37,6 +47,7 @@ if TYPE_CHECKING:
 
 _ROOMS = {
     "aio": ("AsyncCommandHandle", "AsyncSandbox"),
+    "aio_files": ("AsyncFiles", "AsyncWatchHandle"),
     "errors": (
         "AuthenticationException",
         "CommandExitException",
@@ -47,6 +58,15 @@ _ROOMS = {
         "SandboxException",
         "TimeoutException",
     ),
+    "file_model": (
+        "EntryInfo",
+        "FileType",
+        "FilesystemEvent",
+        "FilesystemEventType",
+        "WriteEntry",
+        "WriteInfo",
+    ),
+    "files": ("Files", "WatchHandle"),
     "model": (
         "CommandResult",
         "LimitReport",
@@ -65,12 +85,19 @@ _ROOMS = {
 __all__ = [
     "FRAME_BYTES_MAX",
     "AsyncCommandHandle",
+    "AsyncFiles",
     "AsyncSandbox",
+    "AsyncWatchHandle",
     "AuthenticationException",
     "CommandExitException",
     "CommandHandle",
     "CommandResult",
     "Connection",
+    "EntryInfo",
+    "FileType",
+    "Files",
+    "FilesystemEvent",
+    "FilesystemEventType",
     "InvalidArgumentException",
     "LimitReport",
     "ListedSandbox",
@@ -90,6 +117,9 @@ __all__ = [
     "SandboxQuery",
     "SandboxVerification",
     "TimeoutException",
+    "WatchHandle",
+    "WriteEntry",
+    "WriteInfo",
     "result_of",
 ]
 

@@ -6,14 +6,13 @@ the daemon then ends what was asked for. Requests are small and the socket is lo
 
 from __future__ import annotations
 
-import inspect
-import os
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import anyio
-import anyio.to_thread
 
-from sandboxd.client.connection import Connection, NotRunning, RpcError, result_of
+from sandboxd.client.aio_calls import call, connect, late, settled
+from sandboxd.client.aio_files import AsyncFiles
+from sandboxd.client.connection import Connection
 from sandboxd.client.errors import NotFoundException, SandboxException, translated
 from sandboxd.client.following import Chunk, Following, checked, input_params
 from sandboxd.client.model import (
@@ -49,8 +48,6 @@ from sandboxd.client.model import (
     verification,
 )
 from sandboxd.client.sandbox import InstanceOrClass
-from sandboxd.client.starting import start
-from sandboxd.paths import socket_path
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -59,38 +56,6 @@ if TYPE_CHECKING:
 
     TextCallback = Callable[[str], object]
     BytesCallback = Callable[[bytes], object]
-
-
-async def connect() -> Connection:
-    """A connection to the daemon, which is started if it does not run."""
-    path = socket_path(os.environ)
-    try:
-        return Connection.connect(path)
-    except NotRunning:
-        return await anyio.to_thread.run_sync(start, path, os.environ)
-
-
-async def call(
-    method: str, params: dict[str, Any], timeout_s: float | None = None, descriptors: Sequence[int] = ()
-) -> dict[str, Any]:
-    """One request over a connection of its own; the daemon is started if it does not run.
-
-    Raises:
-        SandboxException: What it answered, or that it did not.
-    """
-    with translated():
-        connection = await connect()
-        with connection, anyio.move_on_after(timeout_s):
-            request_id = connection.send(method, params, descriptors)
-            while True:
-                await anyio.wait_readable(connection.fileno())
-                for message in connection.read():
-                    if "method" not in message.content:
-                        connection.keep(message)
-                reply = connection.take_reply(request_id)
-                if reply is not None:
-                    return result_of(reply)
-        raise _late()
 
 
 async def receive(connection: Connection, following: Following, timeout_s: float | None = None) -> None:
@@ -102,15 +67,11 @@ async def receive(connection: Connection, following: Following, timeout_s: float
     with anyio.move_on_after(timeout_s) as waiting:
         await anyio.wait_readable(connection.fileno())
     if waiting.cancelled_caught:
-        raise _late()
+        raise late()
     for message in connection.read():
         request = following.take(message.content)
         if request is not None:
             connection.send(*request)
-
-
-def _late() -> RpcError:
-    return RpcError(0, "timeout", "the daemon did not answer in time", hint="give request_timeout")
 
 
 class AsyncCommandHandle:
@@ -234,12 +195,6 @@ async def deliver_text(chunk: Chunk, on_stdout: TextCallback | None, on_stderr: 
     callback = on_stdout if chunk.stream == "stdout" else on_stderr
     if callback is not None and chunk.text:
         await settled(callback(chunk.text))
-
-
-async def settled(answer: object) -> None:
-    """Wait for what a callback returned, if it is a coroutine's."""
-    if inspect.isawaitable(answer):
-        await answer
 
 
 async def kill(ref: dict[str, str], timeout_s: float | None = None) -> bool:
@@ -451,6 +406,8 @@ class AsyncSandbox:
         self._ref = {"sandbox": sandbox_id}
         self.commands = AsyncCommands(sandbox_id)
         """Run and reach its commands."""
+        self.files = AsyncFiles(sandbox_id)
+        """Read, write and watch its files."""
         self.pty = AsyncPty(sandbox_id)
         """Terminals in it."""
 

@@ -101,6 +101,7 @@ _EXCEPTIONS: dict[str, type[SandboxException]] = {
     "unsupported": InvalidArgumentException,
     "unauthorized": AuthenticationException,
     "capacity_exceeded": RateLimitException,
+    "not_enough_space": NotEnoughSpaceException,
 }
 
 

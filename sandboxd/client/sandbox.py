@@ -12,8 +12,10 @@ import select
 import time
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
+from sandboxd.client.calls import call
 from sandboxd.client.connection import Connection, RpcError
 from sandboxd.client.errors import NotFoundException, SandboxException, translated
+from sandboxd.client.files import Files
 from sandboxd.client.following import Chunk, Following, checked, input_params
 from sandboxd.client.model import (
     COMMAND_TIMEOUT_S,
@@ -77,18 +79,6 @@ class InstanceOrClass(Generic[OfInstance, OfClass]):
     def __get__(self, instance: object, owner: type[Any]) -> OfInstance: ...
     def __get__(self, instance: object | None, owner: type[Any]) -> OfInstance | OfClass:
         return self._of_class(owner) if instance is None else self._of_instance(instance)
-
-
-def call(
-    method: str, params: dict[str, Any], timeout_s: float | None = None, descriptors: Sequence[int] = ()
-) -> dict[str, Any]:
-    """One request over a connection of its own; the daemon is started if it does not run.
-
-    Raises:
-        SandboxException: What it answered, or that it did not.
-    """
-    with translated(), connect_or_start(os.environ) as connection:
-        return connection.call(method, params, descriptors, timeout_s=timeout_s)
 
 
 def receive(connection: Connection, following: Following, deadline: float | None = None) -> None:
@@ -495,6 +485,8 @@ class Sandbox:
         self._ref = {"sandbox": sandbox_id}
         self.commands = Commands(sandbox_id)
         """Run and reach its commands."""
+        self.files = Files(sandbox_id)
+        """Read, write and watch its files."""
         self.pty = Pty(sandbox_id)
         """Terminals in it."""
 

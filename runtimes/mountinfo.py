@@ -37,9 +37,16 @@ ENGINE_FILES = frozenset(
 """What engines mount by themselves: small files of their own, which the sandbox's user may not write."""
 
 
+_OUTSIDE = -1
+"""In the place of a mount that the table does not show: what the root of the process lies on."""
+
+
 class MountEntry(msgspec.Struct, frozen=True):
     """One line."""
 
+    number: int
+    parent: int
+    """The number of the mount that it lies on."""
     device: str
     root: str
     """Which directory of its file system is seen."""
@@ -49,7 +56,7 @@ class MountEntry(msgspec.Struct, frozen=True):
 
 
 def parse(text: str) -> tuple[MountEntry, ...]:
-    """All lines, in the order of their mounting.
+    """All lines, in the kernel's order. It says nothing: a mount may have a lower number than the one that it is on.
 
     Raises:
         UnreadableAnswer: a line is of another shape.
@@ -62,6 +69,8 @@ def _entry(line: str) -> MountEntry:
     try:
         separator = fields.index("-", 6)
         return MountEntry(
+            number=int(fields[0]),
+            parent=int(fields[1]),
             device=fields[2],
             root=unescape(fields[3]),
             target=unescape(fields[4]),
@@ -78,8 +87,19 @@ def unescape(field: str) -> str:
 
 
 def covering(entries: Sequence[MountEntry], path: str) -> MountEntry | None:
-    """The mount that ``path`` is on: the last one at it or above it."""
-    return next((entry for entry in reversed(entries) if is_below(path, entry.target)), None)
+    """The mount that ``path`` is on, found as the kernel does: from the root, into what is mounted on the way."""
+    numbers = {entry.number for entry in entries}
+    on: dict[int, list[MountEntry]] = {}
+    for entry in entries:
+        if is_below(path, entry.target):
+            on.setdefault(entry.parent if entry.parent in numbers - {entry.number} else _OUTSIDE, []).append(entry)
+    found, here = None, _OUTSIDE
+    # Each mount is taken once, whatever a table says of which lies on which.
+    while candidates := on.pop(here, None):
+        # Of those on one mount the highest hides the others. Two at one place cannot be: the last one counts.
+        found = min(reversed(candidates), key=lambda entry: len(entry.target))
+        here = found.number
+    return found
 
 
 def source(entries: Sequence[MountEntry], path: str) -> tuple[str, str] | None:

@@ -66,6 +66,45 @@ def test_a_mount_that_did_not_come_is_found() -> None:
     ]
 
 
+# Podman 5.4 with crun on Linux 6.18, shortened: binds are made aside, and so have the lower numbers.
+CRUN = parse(
+    "369 375 8:2 /ann/p /workspace rw,nosuid,nodev,relatime - ext4 /dev/vda rw\n"
+    "370 375 8:2 /ann/bin /.sandboxd/bin ro,nosuid,nodev,relatime - ext4 /dev/vda rw\n"
+    "371 375 0:104 /containers/hosts /etc/hosts ro,nosuid,nodev,noexec,relatime - tmpfs tmpfs rw,mode=700\n"
+    "373 376 0:53 / /dev/shm rw,nosuid,nodev,noexec,relatime - tmpfs shm rw,size=64000k\n"
+    "375 337 0:105 / / ro,relatime - overlay overlay rw,userxattr\n"
+    "376 375 0:108 / /dev rw,nosuid - tmpfs tmpfs rw,size=65536k,mode=755\n"
+    "379 375 0:89 / /sys ro,nosuid,nodev,noexec,relatime - sysfs sysfs ro\n"
+    "380 379 0:38 / /sys/fs/cgroup ro,nosuid,nodev,noexec,relatime - cgroup2 cgroup2 rw\n"
+    "388 380 0:114 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,size=4k,nr_inodes=1\n"
+    "389 388 0:38 /libpod.scope /sys/fs/cgroup ro,nosuid,nodev,noexec,relatime - cgroup2 cgroup2 rw\n"
+)
+
+
+def test_the_order_of_the_lines_says_nothing() -> None:
+    """With the root told last, everything would seem to be on it."""
+    host = parse("20 1 8:1 / / rw - ext4 /dev/sda rw\n21 20 8:2 / /home rw - ext4 /dev/vda rw\n")
+    sources = {"/.sandboxd/bin": "/home/ann/bin", "/workspace": "/home/ann/p"}
+    for entries in (CRUN, CRUN[::-1], sorted(CRUN, key=lambda entry: entry.target)):
+        assert deviations(entries, host, sources, ours=sources, read_only={"/.sandboxd/bin"}) == []
+        assert source(entries, "/sys/fs/cgroup/x") == ("0:38", "/libpod.scope/x")
+        assert source(entries, "/dev/shm/x") == ("0:53", "/x")
+        assert source(entries, "/etc/passwd") == ("0:105", "/etc/passwd")
+
+
+def test_what_is_mounted_over_a_directory_hides_what_was_below() -> None:
+    hidden = parse("9 8 8:9 / /a/b rw - ext4 d rw\n7 8 8:7 / /a rw - ext4 d rw\n8 1 8:8 / / rw - ext4 d rw\n")
+    assert source(hidden, "/a/b/c") == ("8:7", "/b/c")
+
+
+@pytest.mark.parametrize(
+    "text", ["1 1 0:1 / / rw - rootfs rootfs rw\n", "1 2 8:1 / / rw - a b\n2 1 8:1 / / rw - a b\n"]
+)
+def test_a_table_that_leads_in_circles_has_an_end(text: str) -> None:
+    """The first root of a machine lies on itself; the other cannot be, and comes to nothing."""
+    assert source(parse(text), "/x") in {("0:1", "/x"), None}
+
+
 def test_a_source_is_named_by_its_own_file_system() -> None:
     """The same directory has one name there, however it is reached."""
     assert source(HOST, "/home/me/x") == ("8:2", "/home/me/x")

@@ -232,14 +232,20 @@ def parse_nofile(raw: bytes | None) -> tuple[int, int] | None:
 
 
 def parse_tmpfs_sizes(raw: bytes | None) -> dict[str, int] | None:
-    """Size of every tmpfs in ``/proc/PID/mountinfo`` by its mount point; of two on one, the later, which is on top.
+    """Size of every tmpfs in ``/proc/PID/mountinfo`` by its mount point; of two on one, that of the one on top.
 
     A mount of anything else hides a tmpfs that was there before.
     """
     if raw is None:
         return None
     sizes: dict[str, int] = {}
-    for mount in _mounts(raw):
+    mounts = _mounts(raw)
+    points = {mount.number: mount.point for mount in mounts}
+    # The order of the lines says nothing; at one place each mount lies on the one that was there before.
+    covered = {m.parent for m in mounts if points.get(m.parent) == m.point and m.parent != m.number}
+    for mount in mounts:
+        if mount.number in covered:
+            continue
         if mount.filesystem == "tmpfs" and mount.root == "/":
             sizes[mount.point] = _tmpfs_size(mount.options)
         else:
@@ -295,8 +301,9 @@ def cgroup_paths(cgroup: bytes, mountinfo: bytes) -> CgroupPaths:
     unified = groups.pop("", None)
     controllers: dict[str, CgroupPath] = {}
     for controller in CONTROLLERS:
-        if controller in groups:
-            shown = [m for m in mounts if m.filesystem == "cgroup" and controller in m.options.split(",")]
+        # The kernel names what is not mounted here too: in a container that sees only v2, the v1 of a hybrid host.
+        shown = [m for m in mounts if m.filesystem == "cgroup" and controller in m.options.split(",")]
+        if controller in groups and shown:
             controllers[controller] = _directory(groups[controller], shown, controller)
     v2_mounts = [mount for mount in mounts if mount.filesystem == "cgroup2"]
     v2_path = _directory(unified, v2_mounts, "cgroup2") if unified is not None and v2_mounts else None
@@ -497,6 +504,8 @@ def _usage_v1(texts: Mapping[str, bytes | None]) -> Usage:
 
 
 class _Mount(msgspec.Struct, frozen=True):
+    number: int
+    parent: int
     device: tuple[int, int]
     root: str
     point: str
@@ -518,7 +527,7 @@ def _memberships(raw: bytes) -> dict[str, str]:
 
 
 def _mounts(raw: bytes) -> list[_Mount]:
-    """The lines of a mountinfo, later mounts last."""
+    """The lines of a mountinfo."""
     mounts: list[_Mount] = []
     for line in _lines(raw, "mountinfo"):
         before, dash, after = line.partition(" - ")
@@ -526,10 +535,12 @@ def _mounts(raw: bytes) -> list[_Mount]:
         if not dash or len(fields) < 6 or len(tail) < 3:
             raise _unreadable("mountinfo", raw)
         major, _, minor = fields[2].partition(":")
-        if not (_is_number(major) and _is_number(minor)):
+        if not all(map(_is_number, (fields[0], fields[1], major, minor))):
             raise _unreadable("mountinfo", raw)
         device = (int(major), int(minor))
-        mounts.append(_Mount(device, unescape(fields[3]), unescape(fields[4]), tail[0], tail[2]))
+        mounts.append(
+            _Mount(int(fields[0]), int(fields[1]), device, unescape(fields[3]), unescape(fields[4]), tail[0], tail[2])
+        )
     return mounts
 
 

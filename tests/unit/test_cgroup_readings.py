@@ -15,8 +15,8 @@ from runtimes.errors import CgroupUnreadable
 from runtimes.model import CgroupVersion
 
 
-def mount(root: str, point: str, kind: str, options: str, device: str = "0:9") -> str:
-    return f"30 20 {device} {root} {point} rw,nosuid shared:4 - {kind} {kind} {options}\n"
+def mount(root: str, point: str, kind: str, options: str, device: str = "0:9", ids: str = "30 20") -> str:
+    return f"{ids} {device} {root} {point} rw,nosuid shared:4 - {kind} {kind} {options}\n"
 
 
 V2_MOUNT = mount("/", "/sys/fs/cgroup", "cgroup2", "rw")
@@ -85,14 +85,15 @@ def test_pressure_with_and_without_the_line_for_all() -> None:
         readings.parse_pressure(full, "io.pressure")
 
 
-def test_the_later_of_two_mounts_on_one_place_counts() -> None:
+def test_of_two_mounts_at_one_place_the_one_on_top_counts() -> None:
+    """Whatever their order: since Linux 6.8 they are told by number, and what was made aside has a lower one."""
     text = (
-        mount("/", "/tmp", "tmpfs", "rw,size=8192k")
-        + mount("/", "/tmp", "tmpfs", "rw,size=1g,mode=1777")
-        + mount("/", "/run", "tmpfs", "rw,size=64k")
-        + mount("/", "/run", "ext4", "rw")
-        + mount("/null", "/proc/keys", "tmpfs", "rw,size=65536k")
-        + mount("/", "/a\\040b", "tmpfs", "rw")
+        mount("/", "/tmp", "tmpfs", "rw,size=1g,mode=1777", ids="31 40")
+        + mount("/", "/tmp", "tmpfs", "rw,size=8192k", ids="40 20")
+        + mount("/", "/run", "tmpfs", "rw,size=64k", ids="41 20")
+        + mount("/", "/run", "ext4", "rw", ids="42 41")
+        + mount("/null", "/proc/keys", "tmpfs", "rw,size=65536k", ids="43 20")
+        + mount("/", "/a\\040b", "tmpfs", "rw", ids="44 44")
     )
     assert readings.parse_tmpfs_sizes(text.encode()) == {"/tmp": 1024**3, "/a b": UNLIMITED}
 
@@ -110,6 +111,16 @@ def test_a_v2_group_below_the_root_of_its_mount() -> None:
     assert paths.unified is not None
     assert paths.unified.directory == "/sys/fs/cgroup/user.slice/a.scope"
     assert paths.unified.names == ("user.slice", "a.scope")
+
+
+def test_a_v2_tree_alone_in_a_container_of_a_hybrid_host() -> None:
+    """The kernel tells of the v1 hierarchies as well, but none of them is mounted here."""
+    raw = b"9:name=systemd:/\n8:pids:/\n4:memory:/\n1:cpu:/\n0::/user.slice/run-p183-i1626548.service\n"
+    paths = readings.cgroup_paths(raw, V2_MOUNT.encode())
+    assert paths.version is CgroupVersion.V2
+    assert paths.controllers == {}
+    assert paths.unified is not None
+    assert paths.unified.names == ("user.slice", "run-p183-i1626548.service")
 
 
 def test_a_mount_that_shows_only_a_part_of_the_hierarchy() -> None:

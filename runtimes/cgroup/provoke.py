@@ -157,7 +157,10 @@ def _judge_pids(before: Usage, after: Usage, outcome: Outcome) -> Verdict:
 
 
 def _judge_cpus(limits: EffectiveLimits, before: Usage, after: Usage, outcome: Outcome) -> Verdict:
-    """Held where no more was used than the quota gives for the time, and the kernel counts that it throttled."""
+    """Held where no more was used than the quota gives for the time, and the kernel counts that it throttled.
+
+    Without any throttling the hog never wanted more than it may have: on a busy host it may get less than its limit.
+    """
     counters = (before.cpu_us, after.cpu_us, before.throttled_periods, after.throttled_periods)
     used_before, used_after, throttled_before, throttled_after = counters
     if (
@@ -179,7 +182,9 @@ def _judge_cpus(limits: EffectiveLimits, before: Usage, after: Usage, outcome: O
         f"{share} of a CPU used over {outcome.wall_us / 1_000_000:.2f} s against a limit of "
         f"{format_cpus(limits.cpu_millis)}, nr_throttled {throttled_before} -> {throttled_after}"
     )
-    return Verdict(limit=ProvokedLimit.CPUS, held=within and throttled_after > throttled_before, evidence=evidence)
+    if within and throttled_after == throttled_before:
+        return _unknown(ProvokedLimit.CPUS, f"the host was too busy to give it more: {evidence}")
+    return Verdict(limit=ProvokedLimit.CPUS, held=within, evidence=evidence)
 
 
 def _unknown(limit: ProvokedLimit, why: str) -> Verdict:

@@ -76,7 +76,7 @@ def test_a_limit_of_all_cpus_cannot_be_run_into() -> None:
         ("cpus", Usage(cpu_us=0, throttled_periods=0), Usage(cpu_us=600_000, throttled_periods=9), ENDED, True),
         ("cpus", Usage(cpu_us=0, throttled_periods=0), Usage(cpu_us=601_000, throttled_periods=9), ENDED, False),
         ("cpus", Usage(cpu_us=0, throttled_periods=0), Usage(cpu_us=1_990_000, throttled_periods=0), ENDED, False),
-        ("cpus", Usage(cpu_us=0, throttled_periods=3), Usage(cpu_us=400_000, throttled_periods=3), ENDED, False),
+        ("cpus", Usage(cpu_us=0, throttled_periods=3), Usage(cpu_us=400_000, throttled_periods=3), ENDED, None),
         ("cpus", Usage(cpu_us=0), Usage(cpu_us=400_000, throttled_periods=3), ENDED, None),
         ("cpus", Usage(cpu_us=0, throttled_periods=0), Usage(cpu_us=9, throttled_periods=3), BROKEN, None),
     ],

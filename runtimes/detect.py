@@ -35,9 +35,10 @@ from runtimes.suitability import (
 
 __all__ = ["choose", "detect_all"]
 
-INFO_S_MAX = 8.0
-CONTEXT_S_MAX = 2.0
-"""Together, what one engine may take. Engines answer in 0.05 s when they are well."""
+INFO_S_MAX = 20.0
+CONTEXT_S_MAX = 5.0
+"""Together, what one engine may take. Engines answer in 0.05 s when they are well; on an emulated machine with two
+slow CPUs `podman info` was seen to take 10 s, while Docker's socket was starting its daemon."""
 
 DOCKER_SOCKET = "/var/run/docker.sock"
 

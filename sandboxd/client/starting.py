@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 COMMAND = (sys.executable, "-P", "-m", "sandboxd.daemon")
 """``-P``: the current directory is no place to import from."""
 
-READY_TIMEOUT_S = 15.0
+READY_TIMEOUT_S = 60.0
+"""An ordinary start takes a quarter of a second. The daemon asks the engines first, and gives up on one that does not
+answer after ``runtimes.detect.INFO_S_MAX``; then it may have to wait for clients that a killed one left behind."""
+
 RETRY_S = 0.02
 """Between attempts to connect to a daemon that somebody else has just started, and that listens in a moment."""
 

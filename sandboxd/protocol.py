@@ -605,6 +605,66 @@ class FileWatchParams(PathParams, frozen=True):
     """All that is below a directory, and what will be."""
 
 
+TRANSFER_BYTES_MAX = 64 * 1024**3
+"""Default bound of one transfer."""
+
+TRANSFER_ENTRIES_MAX = 1_000_000
+"""Likewise."""
+
+
+class TransferParams(PathParams, frozen=True):
+    """Move files over one descriptor that the request carries: a pipe, a stream socket or a regular file.
+
+    A file is read or written from where it stands. ``$/progress`` tells bytes and entries. The transfer ends with the
+    connection, and with ``$/cancelRequest``.
+    """
+
+    form: Literal["tar", "file"] = "tar"
+    """``tar``: the descriptor has an archive, of a tree or of one file. ``file``: the bytes of one file."""
+    bytes_max: Annotated[int, Meta(ge=0)] = TRANSFER_BYTES_MAX
+    """Most bytes of content. A file of which more is promised is refused before it is moved."""
+    entries_max: Annotated[int, Meta(ge=1)] = TRANSFER_ENTRIES_MAX
+    idle_timeout: Quantity = 60
+    """Seconds that the descriptor may be silent."""
+
+    def descriptors_taken(self) -> int:
+        """The one."""
+        return 1
+
+
+class FileUploadParams(TransferParams, frozen=True):
+    """Put a tree into a directory, or bytes into a file.
+
+    An archive may be ustar, pax, or GNU's. What it holds goes below ``path``, whatever its names say: entries that
+    would lead elsewhere, or through a link that the archive brought, are skipped, and so are devices and FIFOs. Files
+    belong to the sandbox's user, and have no setuid bits. Each appears whole or not at all.
+    """
+
+    make_parents: bool = False
+    """Also those of ``path``. ``path`` itself is made where it is missing."""
+    keep_times: bool = True
+    """``tar``: files get the times that the archive tells."""
+    mode: Annotated[int, Meta(ge=0, le=0o777)] | None = None
+    """``file``: default: that of the file that is there, else 0644."""
+    mtime_ns: int | None = None
+    """``file``: default: now."""
+    size_bytes: Annotated[int, Meta(ge=0)] | None = None
+    """``file``: how much is to come; what ends earlier is refused. Default: what comes until the end."""
+
+
+class FileDownloadParams(TransferParams, frozen=True):
+    """Get a tree, or the bytes of a file.
+
+    Archives are pax. A file has the size that it had when it was opened. FIFOs, sockets, devices and files of the
+    kernel's own are skipped.
+    """
+
+    name: Annotated[bytes, Meta(min_length=1, max_length=4095)] | None = None
+    """``tar``: what the tree is called in the archive. Default: the last name of ``path``."""
+    follow: bool = False
+    """A link at ``path`` is followed. Links below are always links."""
+
+
 class FileInfo(Reply, frozen=True):
     """One file, numbers as seen inside."""
 
@@ -658,6 +718,29 @@ class FilePage(Reply, frozen=True):
     token: int | str
     """The request's id."""
     entries: list[FileInfo]
+
+
+class SkippedEntry(Reply, frozen=True):
+    """What a transfer left out."""
+
+    path: str
+    """As in the archive; for display where it is not UTF-8."""
+    path_bytes: bytes | None
+    """The name itself, where it is not UTF-8."""
+    reason: str
+
+
+class FileTransfer(Reply, frozen=True):
+    """What was moved."""
+
+    entries: int
+    """Of the archive; those that were skipped on the way in are among them."""
+    bytes: int
+    """Of content; holes are not counted where they stay holes."""
+    skipped: list[SkippedEntry]
+    """The first hundred."""
+    skipped_count: int
+    timings_ms: dict[str, float]
 
 
 class FileMade(Reply, frozen=True):
@@ -851,7 +934,10 @@ class ProgressParams(Reply, frozen=True):
     token: int | str
     message: str
     done: int | None = None
+    """Of a transfer: bytes."""
     total: int | None = None
+    entries: int | None = None
+    """Of a transfer."""
 
 
 # --- the table ------------------------------------------------------------------------------------------
@@ -900,6 +986,8 @@ METHODS: tuple[Method, ...] = (
     Method("files/rename", FileRenameParams, Acknowledged, "Rename a file or directory."),
     Method("files/remove", FileRemoveParams, Acknowledged, "Remove a file, or a whole tree."),
     Method("files/watch", FileWatchParams, FileWatchEnd, "Tell what changes below a path, until cancelled."),
+    Method("files/upload", FileUploadParams, FileTransfer, "Put a tree or a file into it, over a descriptor.", 1),
+    Method("files/download", FileDownloadParams, FileTransfer, "Get a tree or a file from it, over a descriptor.", 1),
     Method("image/list", ImageListParams, ImageList, "Images that the engines hold."),
     Method("image/build", ImageBuildParams, ImageBuilt, "Make the default image, without a registry if need be."),
     Method("daemon/info", NoParams, DaemonInfo, "The daemon and the engines that it drives."),

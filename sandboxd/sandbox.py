@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
@@ -300,6 +301,27 @@ class Sandbox:
             Conflict: its init does not answer.
             InitError: there is no worker to be had.
         """
+        channel = self._channel_to_files()
+        async with self._files_lock:
+            if self._files is None:
+                self._files = await channel.open_files(self.files_base)
+            return self._files
+
+    @property
+    def files_base(self) -> bytes:
+        """Where relative paths start."""
+        return TARGET.encode() if self.record.workspace else b"/"
+
+    async def take_file_worker(self) -> socket.socket:
+        """A file worker for the caller alone, who closes it: see ``InitChannel.take_file_worker``.
+
+        Raises:
+            Conflict: its init does not answer.
+            InitError: there is no worker to be had.
+        """
+        return await self._channel_to_files().take_file_worker()
+
+    def _channel_to_files(self) -> InitChannel:
         paused = self.record.state is State.PAUSED
         if self._channel is None or paused:
             raise Conflict(
@@ -307,10 +329,7 @@ class Sandbox:
                 detail=f"it is {self.record.state}",
                 hint=f"sandboxctl {'resume' if paused else 'inspect'} {self.record.id}",
             )
-        async with self._files_lock:
-            if self._files is None:
-                self._files = await self._channel.open_files(TARGET.encode() if self.record.workspace else b"/")
-            return self._files
+        return self._channel
 
     async def adopt_commands(self) -> None:
         """Take over the background commands of a former daemon, and end what nobody waits for any more."""

@@ -147,10 +147,13 @@ class Context:
         self.notify(method, params)
         await self._connection.flushed()
 
-    def progress(self, message: str, done: int | None = None, total: int | None = None) -> None:
+    def progress(
+        self, message: str, done: int | None = None, total: int | None = None, entries: int | None = None
+    ) -> None:
         """Send ``$/progress`` for this request; nothing when the request has no id to name."""
         if self.request_id is not None:
-            self.notify(PROGRESS, ProgressParams(token=self.request_id, message=message, done=done, total=total))
+            told = ProgressParams(token=self.request_id, message=message, done=done, total=total, entries=entries)
+            self.notify(PROGRESS, told)
 
     def on_close(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Have ``callback`` called once when the connection ends; at once if it has ended.

@@ -219,9 +219,36 @@ class InitChannel:
             FilesUnsupported: this init is older than its file worker.
             RequestRefused: ENOSPC as many as there may be are open, EAGAIN no process can be started.
         """
-        files = FilesChannel(self._take_file_worker, base)
+        files = FilesChannel(self.take_file_worker, base)
         await files.connect()
         return files
+
+    async def take_file_worker(self) -> socket.socket:
+        """A file worker as a socket that does not block: the caller's, who ends the worker by closing it.
+
+        Raises:
+            FilesUnsupported, RequestRefused: as `open_files`.
+        """
+        reply, received = await self._ask(wire.encode_files)
+        if isinstance(reply, Refused) and reply.errno == errno.EOPNOTSUPP:
+            close_all(received)
+            raise FilesUnsupported(f"init {self.hello.program} has no file worker")
+        if isinstance(reply, Refused):
+            close_all(received)
+            raise RequestRefused(reply.errno, reply.stage)
+        if (
+            not isinstance(reply, FilesReply)
+            or len(received) != 1
+            or not stat.S_ISSOCK(os.fstat(received[0]).st_mode)
+        ):
+            close_all(received)
+            raise self._exchange.broken("init answered a request for a file worker with something else")
+        worker = socket.socket(fileno=received[0])
+        if reply.version != FILES_VERSION or (worker.family, worker.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
+            worker.close()
+            raise FilesUnsupported(f"init {self.hello.program} has a file worker of version {reply.version}")
+        worker.setblocking(False)
+        return worker
 
     async def listen(self, port: int, *, ipv6: bool = False) -> socket.socket:
         """A socket that listens on 127.0.0.1 inside, or on ::1; the caller's to close. Non-blocking, not inheritable.
@@ -262,28 +289,6 @@ class InitChannel:
         self._exchange.close()
 
     # ---- asking
-
-    async def _take_file_worker(self) -> socket.socket:
-        reply, received = await self._ask(wire.encode_files)
-        if isinstance(reply, Refused) and reply.errno == errno.EOPNOTSUPP:
-            close_all(received)
-            raise FilesUnsupported(f"init {self.hello.program} has no file worker")
-        if isinstance(reply, Refused):
-            close_all(received)
-            raise RequestRefused(reply.errno, reply.stage)
-        if (
-            not isinstance(reply, FilesReply)
-            or len(received) != 1
-            or not stat.S_ISSOCK(os.fstat(received[0]).st_mode)
-        ):
-            close_all(received)
-            raise self._exchange.broken("init answered a request for a file worker with something else")
-        worker = socket.socket(fileno=received[0])
-        if reply.version != FILES_VERSION or (worker.family, worker.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
-            worker.close()
-            raise FilesUnsupported(f"init {self.hello.program} has a file worker of version {reply.version}")
-        worker.setblocking(False)
-        return worker
 
     async def _take_socket(
         self, encode: Callable[[int], bytes], request: wire.MessageType, *, listens: bool

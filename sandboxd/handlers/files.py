@@ -13,6 +13,7 @@ from sandboxd.failures import InvalidArgument
 from sandboxd.handlers.table import Handler
 from sandboxd.manager import Manager
 from sandboxd.server import Context
+from sandboxd.transfer import Transfers
 
 OPENED = "files/opened"
 LISTED = "files/listed"
@@ -26,6 +27,7 @@ class FileHandlers:
     def __init__(self, manager: Manager) -> None:
         self._manager = manager
         self._copies = anyio.CapacityLimiter(files.COPIES_MAX)
+        self._transfers = Transfers()
 
     def table(self) -> dict[str, Handler]:
         """By method."""
@@ -39,6 +41,8 @@ class FileHandlers:
             "files/rename": self.rename,
             "files/remove": self.remove,
             "files/watch": self.watch,
+            "files/upload": self.upload,
+            "files/download": self.download,
         }
 
     async def _files(self, params: protocol.PathParams) -> FilesChannel:
@@ -100,6 +104,14 @@ class FileHandlers:
         """Remove."""
         await files.remove(await self._files(params), params)
         return protocol.Acknowledged()
+
+    async def upload(self, params: protocol.FileUploadParams, context: Context) -> protocol.FileTransfer:
+        """Put a tree or a file into it."""
+        return await self._transfers.upload(self._manager.get(params.sandbox), params, context)
+
+    async def download(self, params: protocol.FileDownloadParams, context: Context) -> protocol.FileTransfer:
+        """Get a tree or a file from it."""
+        return await self._transfers.download(self._manager.get(params.sandbox), params, context)
 
     async def watch(self, params: protocol.FileWatchParams, context: Context) -> protocol.FileWatchEnd:
         """Tell changes until the caller has enough of them, or they cannot be told any more."""

@@ -326,7 +326,7 @@ def test_progress_names_its_request(peer: Peer) -> None:
     assert peer.receive() == {
         "jsonrpc": "2.0",
         "method": "$/progress",
-        "params": {"token": "b", "message": "pulling", "done": 1, "total": 2},
+        "params": {"token": "b", "message": "pulling", "done": 1, "total": 2, "entries": None},
     }
     assert peer.receive()["id"] == "b"
 

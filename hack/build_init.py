@@ -30,6 +30,7 @@ MOUNTER_FOLDER = ROOT / "runtimes" / "mounter"
 PROGRAMS = {
     BINARY: SOURCES,
     FOLDER / "sandbox-provoke": (FOLDER / "provoke.c",),
+    FOLDER / "sandbox-shell": (FOLDER / "shell.c",),
     MOUNTER_FOLDER / "sandbox-mounter": (MOUNTER_FOLDER / "mounter.c",),
 }
 

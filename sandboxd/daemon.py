@@ -45,6 +45,7 @@ from sandboxd.handlers.daemon import DaemonHandlers
 from sandboxd.handlers.dispatch import Dispatcher
 from sandboxd.handlers.files import FileHandlers
 from sandboxd.handlers.sandboxes import SandboxHandlers
+from sandboxd.handlers.shells import ShellHandlers
 from sandboxd.image_builder import ImageBuilder
 from sandboxd.journal import Journal
 from sandboxd.limits import Host
@@ -183,6 +184,7 @@ async def run(listener: Listener, env: Mapping[str, str], *, ready_fd: int | Non
                 SandboxHandlers(manager),
                 CommandHandlers(manager, ground.engines),
                 FileHandlers(manager),
+                ShellHandlers(manager),
                 daemon,
             )
             dispatcher = Dispatcher(family.table() for family in families)

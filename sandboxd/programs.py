@@ -7,18 +7,22 @@ import os
 import shutil
 import tempfile
 
-from runtimes.init.binary import init_binary_path, provoke_binary_path
+from runtimes.init.binary import init_binary_path, provoke_binary_path, shell_binary_path
 
 
 def install_programs(state_dir: str) -> str:
-    """Copy sandbox-init and sandbox-provoke to a directory named for their content; return it.
+    """Copy sandbox-init and its companions to a directory named for their content; return it.
 
     Sandboxes go on using the programs that they were made with, whatever is upgraded or removed meanwhile.
 
     Raises:
         InitBinaryMissing: they were never built.
     """
-    sources = {"sandbox-init": init_binary_path(), "sandbox-provoke": provoke_binary_path()}
+    sources = {
+        "sandbox-init": init_binary_path(),
+        "sandbox-provoke": provoke_binary_path(),
+        "sandbox-shell": shell_binary_path(),
+    }
     digest = hashlib.sha256()
     for path in sources.values():
         with open(path, "rb") as file:

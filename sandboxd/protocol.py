@@ -25,6 +25,9 @@ FRAME_BYTES_MAX = 4 * 1024 * 1024
 LOG_BYTES_MAX = 1024 * 1024
 """Most output, or input, in one message: base64 makes four bytes of three."""
 
+SHELL_TEXT_CHARS_MAX = 128 * 1024
+"""Of one text for a shell. A longer one is a script: write it to a file."""
+
 DESCRIPTORS_PER_REQUEST_MAX = 3
 """stdin, stdout, stderr."""
 
@@ -514,6 +517,100 @@ class CommandList(Reply, frozen=True):
     commands: list[CommandInfo]
 
 
+# --- shells ---------------------------------------------------------------------------------------------
+
+
+class ShellOpenParams(Params, frozen=True):
+    """Open a shell that keeps its working directory, variables, functions and aliases from one run to the next.
+
+    It survives a restart of the daemon. What is running in it then is lost.
+    """
+
+    sandbox: SandboxRef
+    shell: Annotated[str, Meta(min_length=1, max_length=4096)] = "auto"
+    """A name or path inside: ``bash``, or one that reads what a POSIX shell does. ``auto``: bash, else sh."""
+    env: dict[str, str] = {}
+    cwd: Text | None = None
+    """Absolute, or relative to /workspace. Default: /workspace, or / where there is none."""
+
+
+ShellId = Annotated[str, Meta(pattern=r"^[0-9a-f]{12}\Z", description="Twelve hexadecimal digits.")]
+
+
+class ShellRef(Params, frozen=True):
+    """Name one shell."""
+
+    sandbox: SandboxRef
+    shell_id: ShellId
+
+
+class ShellRunParams(Params, frozen=True):
+    """Let a shell evaluate some text, as if it were sourced. One text at a time: another is refused meanwhile.
+
+    Its stdin is empty, and its output is kept like that of a command with ``stdio = "spool"``. The reply comes when
+    the shell is ready again, whatever the text left in the background. When the connection closes, it is interrupted.
+    """
+
+    sandbox: SandboxRef
+    shell_id: ShellId
+    text: Annotated[str, Meta(max_length=SHELL_TEXT_CHARS_MAX)]
+    timeout: Quantity | None = None
+    """Seconds, or text such as ``90s``: then it is interrupted, as by ``shells/interrupt``."""
+    follow: bool = False
+    """Send ``commands/output`` while it runs, and all of it before the reply."""
+
+
+class ShellListParams(Params, frozen=True):
+    """List the shells of one sandbox."""
+
+    sandbox: SandboxRef
+
+
+class ShellInfo(Reply, frozen=True):
+    """One shell."""
+
+    sandbox: str
+    shell_id: str
+    shell: str
+    """As it was asked for."""
+    state: Literal["idle", "busy"]
+    cwd: str | None
+    """After the last run; null: none has ended yet under this daemon."""
+    opened_at_ms: int
+    command_id: str | None
+    """Of the text that it evaluates now."""
+
+
+class ShellList(Reply, frozen=True):
+    """The shells of one sandbox, the oldest first."""
+
+    shells: list[ShellInfo]
+
+
+class ShellEnd(CommandEnd, frozen=True):
+    """How a text ended. ``cpu_ms`` and ``memory_bytes_peak`` are null: they are the shell's, not one text's."""
+
+    shell_id: str
+    ended: bool
+    """The shell has ended with it: by ``exit``, ``exec`` or ``set -e``. There is nothing left to run in."""
+    interrupted: bool
+    """By a timeout, by ``shells/interrupt``, or because the caller went away."""
+    restarted: bool
+    """It did not come back, or was killed, and a new shell is in its place, without functions, aliases, options and
+    variables that were not exported."""
+    restored: bool
+    """If restarted: the new one has the working directory and the exported variables of after the last run."""
+    cwd: str | None
+
+
+class ShellInterrupted(Reply, frozen=True):
+    """What became of an interrupt."""
+
+    interrupted: bool
+    """False: nothing was running."""
+    restarted: bool
+
+
 # --- files ----------------------------------------------------------------------------------------------
 
 
@@ -977,6 +1074,13 @@ METHODS: tuple[Method, ...] = (
     Method("commands/close_stdin", CommandRef, Acknowledged, "Close a command's stdin: it reads end of file."),
     Method("commands/resize", CommandResizeParams, Acknowledged, "Change the size of a command's terminal."),
     Method("commands/list", CommandListParams, CommandList, "Commands that run, linger, or ended lately."),
+    Method("shells/open", ShellOpenParams, ShellInfo, "Open a shell that keeps its state from run to run."),
+    Method(
+        "shells/run", ShellRunParams, ShellEnd, "Let a shell evaluate some text, and wait until it is ready again."
+    ),
+    Method("shells/interrupt", ShellRef, ShellInterrupted, "End what a shell runs: INT, TERM, KILL, or a new shell."),
+    Method("shells/list", ShellListParams, ShellList, "The shells of a sandbox."),
+    Method("shells/close", ShellRef, Acknowledged, "End a shell and all that it left running."),
     Method("files/read", FileReadParams, FileContent, "Read a part of a regular file."),
     Method("files/write", FileWriteParams, FileInfo, "Replace a file's content: whole or not at all.", 1),
     Method("files/list", FileListParams, FileList, "What is below a directory."),

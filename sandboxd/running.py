@@ -177,7 +177,7 @@ async def start(
         if keep or spooled:
             sandbox.drop_command(request.command_id)
         if isinstance(error, SpawnFailed):
-            raise _not_started(error, params, request) from None
+            raise not_started(error, request) from None
         raise
 
 
@@ -376,12 +376,14 @@ def _check_harmless(descriptor: int) -> None:
         )
 
 
-def _not_started(error: SpawnFailed, params: CommandParams, request: SpawnRequest) -> Exception:
+def not_started(error: SpawnFailed, request: SpawnRequest) -> Exception:
+    """The failure that says why init could not start a command."""
+    program = request.argv[0].decode()
     name = errno.errorcode.get(error.errno, str(error.errno))
     said = f"{name}: {os.strerror(error.errno)}"
     match error.stage:
         case Stage.EXEC:
-            return CommandNotStarted(f"cannot execute {params.argv[0]!r}", detail=said)
+            return CommandNotStarted(f"cannot execute {program!r}", detail=said)
         case Stage.CHDIR:
             return CommandNotStarted(f"cannot enter {request.cwd.decode()!r}", detail=f"working directory: {said}")
         case Stage.FORK | Stage.KEEPER if error.errno in (errno.EAGAIN, errno.ENOMEM):
@@ -393,4 +395,4 @@ def _not_started(error: SpawnFailed, params: CommandParams, request: SpawnReques
         case Stage.ADMIT if error.errno == errno.ENOSPC:
             return CapacityExceeded("cannot run more commands in this sandbox at once", detail=said)
         case _:
-            return CommandNotStarted(f"cannot start {params.argv[0]!r}", detail=f"{error.stage.name.lower()}: {said}")
+            return CommandNotStarted(f"cannot start {program!r}", detail=f"{error.stage.name.lower()}: {said}")

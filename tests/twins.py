@@ -8,10 +8,19 @@ from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 from sandboxd.client import AsyncCommandHandle, AsyncFiles, AsyncSandbox
-from sandboxd.client.aio import AsyncCommands, AsyncPty
+from sandboxd.client.aio import AsyncCommands, AsyncPty, AsyncShell, AsyncShells
 from sandboxd.client.aio_files import AsyncFileStream
 
-_WRAPPED = (AsyncSandbox, AsyncCommandHandle, AsyncCommands, AsyncPty, AsyncFiles, AsyncFileStream)
+_WRAPPED = (
+    AsyncSandbox,
+    AsyncCommandHandle,
+    AsyncCommands,
+    AsyncPty,
+    AsyncFiles,
+    AsyncFileStream,
+    AsyncShell,
+    AsyncShells,
+)
 
 
 class Twin:

@@ -1,4 +1,4 @@
-"""Where the compiled `sandbox-init` and `sandbox-provoke` are."""
+"""Where the compiled `sandbox-init`, `sandbox-provoke` and `sandbox-shell` are."""
 
 from __future__ import annotations
 
@@ -32,6 +32,15 @@ def provoke_binary_path() -> str:
         InitBinaryMissing: likewise.
     """
     return _path_of("sandbox-provoke")
+
+
+def shell_binary_path() -> str:
+    """The absolute path of the program that keeps a shell.
+
+    Raises:
+        InitBinaryMissing: likewise.
+    """
+    return _path_of("sandbox-shell")
 
 
 def _path_of(name: str) -> str:

@@ -24,6 +24,7 @@ FAMILIES = {
     "create": "sandboxes",
     "exec": "commands",
     "shell": "commands",
+    "session": "shells",
     "ps": "background",
     "logs": "background",
     "attach": "background",

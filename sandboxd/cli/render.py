@@ -112,6 +112,17 @@ def sandbox_list(sandboxes: Sequence[dict[str, Any]], now_ms: int) -> str:
     )
 
 
+def shell_list(shells: Sequence[dict[str, Any]], now_ms: int) -> str:
+    """One line per shell."""
+    return table(
+        ("SHELL", "PROGRAM", "STATE", "AGE", "DIRECTORY"),
+        [
+            (row["shell_id"], row["shell"], row["state"], age(row["opened_at_ms"], now_ms), _known(row["cwd"]))
+            for row in shells
+        ],
+    )
+
+
 def sandbox(info: dict[str, Any], now_ms: int) -> str:
     """Everything about one sandbox."""
     workspace = info["workspace"]

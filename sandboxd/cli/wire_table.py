@@ -25,6 +25,11 @@ PARAMS: dict[str, str] = {
     "commands/close_stdin": "CommandRef",
     "commands/resize": "CommandResizeParams",
     "commands/list": "CommandListParams",
+    "shells/open": "ShellOpenParams",
+    "shells/run": "ShellRunParams",
+    "shells/interrupt": "ShellRef",
+    "shells/list": "ShellListParams",
+    "shells/close": "ShellRef",
     "files/read": "FileReadParams",
     "files/write": "FileWriteParams",
     "files/list": "FileListParams",
@@ -241,6 +246,26 @@ FIELDS: dict[str, dict[str, object]] = {
     "SandboxVerifyParams": {
         "sandbox": REQUIRED,
         "provoke": False,
+    },
+    "ShellListParams": {
+        "sandbox": REQUIRED,
+    },
+    "ShellOpenParams": {
+        "sandbox": REQUIRED,
+        "shell": "auto",
+        "env": {},
+        "cwd": None,
+    },
+    "ShellRef": {
+        "sandbox": REQUIRED,
+        "shell_id": REQUIRED,
+    },
+    "ShellRunParams": {
+        "sandbox": REQUIRED,
+        "shell_id": REQUIRED,
+        "text": REQUIRED,
+        "timeout": None,
+        "follow": False,
     },
     "WorkspaceParams": {
         "path": REQUIRED,

@@ -10,7 +10,7 @@ from sandboxd.client.connection import FRAME_BYTES_MAX, Connection, Message, Not
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from sandboxd.client.aio import AsyncCommandHandle, AsyncSandbox
+    from sandboxd.client.aio import AsyncCommandHandle, AsyncSandbox, AsyncShell
     from sandboxd.client.aio_files import AsyncFiles, AsyncWatchHandle
     from sandboxd.client.errors import (
         AuthenticationException,
@@ -42,11 +42,13 @@ if TYPE_CHECKING:
         SandboxMetrics,
         SandboxQuery,
         SandboxVerification,
+        ShellInfo,
+        ShellResult,
     )
-    from sandboxd.client.sandbox import CommandHandle, Sandbox
+    from sandboxd.client.sandbox import CommandHandle, Sandbox, Shell
 
 _ROOMS = {
-    "aio": ("AsyncCommandHandle", "AsyncSandbox"),
+    "aio": ("AsyncCommandHandle", "AsyncSandbox", "AsyncShell"),
     "aio_files": ("AsyncFiles", "AsyncWatchHandle"),
     "errors": (
         "AuthenticationException",
@@ -78,8 +80,10 @@ _ROOMS = {
         "SandboxMetrics",
         "SandboxQuery",
         "SandboxVerification",
+        "ShellInfo",
+        "ShellResult",
     ),
-    "sandbox": ("CommandHandle", "Sandbox"),
+    "sandbox": ("CommandHandle", "Sandbox", "Shell"),
 }
 
 __all__ = [
@@ -87,6 +91,7 @@ __all__ = [
     "AsyncCommandHandle",
     "AsyncFiles",
     "AsyncSandbox",
+    "AsyncShell",
     "AsyncWatchHandle",
     "AuthenticationException",
     "CommandExitException",
@@ -116,6 +121,9 @@ __all__ = [
     "SandboxMetrics",
     "SandboxQuery",
     "SandboxVerification",
+    "Shell",
+    "ShellInfo",
+    "ShellResult",
     "TimeoutException",
     "WatchHandle",
     "WriteEntry",

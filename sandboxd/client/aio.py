@@ -29,6 +29,8 @@ from sandboxd.client.model import (
     SandboxMetrics,
     SandboxQuery,
     SandboxVerification,
+    ShellInfo,
+    ShellResult,
     check_background,
     command_params,
     command_result,
@@ -45,6 +47,8 @@ from sandboxd.client.model import (
     run_params,
     sandbox_info,
     sandbox_metrics,
+    shell_info,
+    shell_params,
     verification,
 )
 from sandboxd.client.sandbox import InstanceOrClass
@@ -398,6 +402,100 @@ class AsyncPty(_Processes):
         await call("commands/resize", params, request_timeout)
 
 
+class AsyncShell:
+    """A shell that keeps its directory, variables, functions and aliases. An ``async with`` closes it at its end."""
+
+    def __init__(self, sandbox_id: str, shell_id: str) -> None:
+        self._sandbox_id = sandbox_id
+        self._ref = {"sandbox": sandbox_id, "shell_id": shell_id}
+
+    @property
+    def shell_id(self) -> str:
+        """What names it to ``shells.connect`` and ``sandboxctl``."""
+        return self._ref["shell_id"]
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with anyio.CancelScope(shield=True):
+            await self.close()
+
+    async def run(
+        self,
+        text: str,
+        on_stdout: TextCallback | None = None,
+        on_stderr: TextCallback | None = None,
+        timeout: float | None = None,
+    ) -> ShellResult:
+        """Let it evaluate some text, and wait until it is ready again. Cancelling interrupts it.
+
+        Args:
+            text: As if it were sourced. Its stdin is empty.
+            on_stdout: Called with each portion of text; may be async.
+            on_stderr: The same.
+            timeout: Seconds; then it is interrupted, and replaced if it does not come back. 0: none. Default: 60.
+
+        Raises:
+            CommandExitException: The text did not exit with 0.
+            TimeoutException: It did not end in time; ``result`` says whether the shell is another one now.
+            NotFoundException: The shell has ended.
+        """
+        following = Following()
+        params = shell_params(self._sandbox_id, self.shell_id, text, timeout)
+        with translated():
+            connection = await connect()
+            with connection:
+                following.request_id = connection.send("shells/run", params)
+                while not following.ended():
+                    await receive(connection, following)
+                    while following.chunks:
+                        await deliver_text(following.chunks.popleft(), on_stdout, on_stderr)
+        return following.shell_result()
+
+    async def interrupt(self, request_timeout: float | None = None) -> bool:
+        """End what it evaluates. False: nothing."""
+        return bool((await call("shells/interrupt", self._ref, request_timeout))["interrupted"])
+
+    async def close(self, request_timeout: float | None = None) -> bool:
+        """End it and all that it left running. False: it had ended."""
+        try:
+            await call("shells/close", self._ref, request_timeout)
+        except NotFoundException:
+            return False
+        return True
+
+
+class AsyncShells:
+    """The shells of a sandbox."""
+
+    def __init__(self, sandbox_id: str) -> None:
+        self._sandbox_id = sandbox_id
+
+    async def open(
+        self,
+        shell: str | None = None,
+        envs: Env | None = None,
+        cwd: str | None = None,
+        request_timeout: float | None = None,
+    ) -> AsyncShell:
+        """Open one: bash, or sh where the image has no bash, or ``shell``."""
+        params = given(sandbox=self._sandbox_id, shell=shell, env=envs, cwd=cwd)
+        reply = await call("shells/open", params, request_timeout)
+        return AsyncShell(self._sandbox_id, reply["shell_id"])
+
+    def connect(self, shell_id: str) -> AsyncShell:
+        """One that is open, by its id."""
+        return AsyncShell(self._sandbox_id, shell_id)
+
+    async def list(self, request_timeout: float | None = None) -> Sequence[ShellInfo]:
+        """Those that are open."""
+        reply = await call("shells/list", {"sandbox": self._sandbox_id}, request_timeout)
+        return [shell_info(row) for row in reply["shells"]]
+
+
 class AsyncSandbox:
     """A sandbox, for async code: made by ``create``, found by ``connect``. An ``async with`` kills it at its end."""
 
@@ -410,6 +508,8 @@ class AsyncSandbox:
         """Read, write and watch its files."""
         self.pty = AsyncPty(sandbox_id)
         """Terminals in it."""
+        self.shells = AsyncShells(sandbox_id)
+        """Shells that keep their state."""
 
     @classmethod
     async def create(

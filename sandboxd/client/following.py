@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sandboxd.client.connection import result_of
 from sandboxd.client.errors import CommandExitException, TimeoutException
-from sandboxd.client.model import CommandResult, command_result
+from sandboxd.client.model import CommandResult, ShellResult, command_result, shell_result
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -89,6 +89,19 @@ class Following:
         if self._end is None:
             raise AssertionError("the command has not ended")
         return checked(command_result(self._end, self.written("stdout"), self.written("stderr")))
+
+    def shell_result(self) -> ShellResult:
+        """How a text ended that a shell evaluated. Only once it has.
+
+        Raises:
+            CommandExitException: Not with 0.
+            TimeoutException: It took too long.
+        """
+        if self._end is None:
+            raise AssertionError("the text has not ended")
+        result = shell_result(self._end, self.written("stdout"), self.written("stderr"))
+        checked(result)
+        return result
 
     def written(self, stream: str) -> bytes:
         """What it wrote so far."""

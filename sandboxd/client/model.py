@@ -198,6 +198,31 @@ class CommandResult:
     stderr_bytes: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class ShellResult(CommandResult):
+    """How a text ended that a shell evaluated, and what became of the shell."""
+
+    shell_ended: bool
+    """The text has ended the shell: by ``exit``, ``exec`` or ``set -e``."""
+    interrupted: bool
+    restarted: bool
+    """The shell was lost, and a new one is in its place, without functions, aliases and unexported variables."""
+    restored: bool
+    """The new one has the working directory and the exported variables of after the run before."""
+    cwd: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ShellInfo:
+    """One shell of a sandbox."""
+
+    shell_id: str
+    shell: str
+    state: str
+    """``idle`` or ``busy``."""
+    cwd: str | None
+
+
 # --- requests
 
 
@@ -446,4 +471,28 @@ def command_result(end: Mapping[str, Any], stdout: bytes, stderr: bytes) -> Comm
         truncated=end["truncated"],
         stdout_bytes=stdout,
         stderr_bytes=stderr,
+    )
+
+
+def shell_params(sandbox_id: str, shell_id: str, text: str, timeout: float | None) -> dict[str, Any]:
+    """Params of ``shells/run``."""
+    limit = COMMAND_TIMEOUT_S if timeout is None else timeout
+    return given(sandbox=sandbox_id, shell_id=shell_id, text=text, timeout=limit or None, follow=True)
+
+
+def shell_info(reply: Mapping[str, Any]) -> ShellInfo:
+    """Read a ``ShellInfo`` of the protocol."""
+    return ShellInfo(shell_id=reply["shell_id"], shell=reply["shell"], state=reply["state"], cwd=reply["cwd"])
+
+
+def shell_result(end: Mapping[str, Any], stdout: bytes, stderr: bytes) -> ShellResult:
+    """Read a ``ShellEnd``, and put what the text wrote beside it."""
+    plain = command_result(end, stdout, stderr)
+    return ShellResult(
+        **{name: getattr(plain, name) for name in CommandResult.__slots__},
+        shell_ended=end["ended"],
+        interrupted=end["interrupted"],
+        restarted=end["restarted"],
+        restored=end["restored"],
+        cwd=end["cwd"],
     )

@@ -31,6 +31,8 @@ from sandboxd.client.model import (
     SandboxMetrics,
     SandboxQuery,
     SandboxVerification,
+    ShellInfo,
+    ShellResult,
     check_background,
     command_params,
     command_result,
@@ -47,6 +49,8 @@ from sandboxd.client.model import (
     run_params,
     sandbox_info,
     sandbox_metrics,
+    shell_info,
+    shell_params,
     verification,
 )
 from sandboxd.client.starting import connect_or_start
@@ -432,6 +436,97 @@ class Pty(_Processes):
         call("commands/resize", params, request_timeout)
 
 
+class Shell:
+    """A shell that keeps its working directory, variables, functions and aliases. A ``with`` closes it at its end."""
+
+    def __init__(self, sandbox_id: str, shell_id: str) -> None:
+        self._sandbox_id = sandbox_id
+        self._ref = {"sandbox": sandbox_id, "shell_id": shell_id}
+
+    @property
+    def shell_id(self) -> str:
+        """What names it to ``shells.connect`` and ``sandboxctl``."""
+        return self._ref["shell_id"]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def run(
+        self,
+        text: str,
+        on_stdout: TextCallback | None = None,
+        on_stderr: TextCallback | None = None,
+        timeout: float | None = None,
+    ) -> ShellResult:
+        """Let it evaluate some text, and wait until it is ready again.
+
+        Args:
+            text: As if it were sourced. Its stdin is empty.
+            on_stdout: Called with each portion of text.
+            on_stderr: The same.
+            timeout: Seconds; then it is interrupted, and replaced if it does not come back. 0: none. Default: 60.
+
+        Raises:
+            CommandExitException: The text did not exit with 0.
+            TimeoutException: It did not end in time; ``result`` says whether the shell is another one now.
+            NotFoundException: The shell has ended.
+        """
+        following = Following()
+        with translated(), connect_or_start(os.environ) as connection:
+            following.request_id = connection.send(
+                "shells/run", shell_params(self._sandbox_id, self.shell_id, text, timeout)
+            )
+            while not following.ended():
+                receive(connection, following)
+                while following.chunks:
+                    deliver_text(following.chunks.popleft(), on_stdout, on_stderr)
+        return following.shell_result()
+
+    def interrupt(self, request_timeout: float | None = None) -> bool:
+        """End what it evaluates, from another thread. False: nothing."""
+        return bool(call("shells/interrupt", self._ref, request_timeout)["interrupted"])
+
+    def close(self, request_timeout: float | None = None) -> bool:
+        """End it and all that it left running. False: it had ended."""
+        try:
+            call("shells/close", self._ref, request_timeout)
+        except NotFoundException:
+            return False
+        return True
+
+
+class Shells:
+    """The shells of a sandbox."""
+
+    def __init__(self, sandbox_id: str) -> None:
+        self._sandbox_id = sandbox_id
+
+    def open(
+        self,
+        shell: str | None = None,
+        envs: Env | None = None,
+        cwd: str | None = None,
+        request_timeout: float | None = None,
+    ) -> Shell:
+        """Open one: bash, or sh where the image has no bash, or ``shell``."""
+        params = given(sandbox=self._sandbox_id, shell=shell, env=envs, cwd=cwd)
+        return Shell(self._sandbox_id, call("shells/open", params, request_timeout)["shell_id"])
+
+    def connect(self, shell_id: str) -> Shell:
+        """One that is open, by its id."""
+        return Shell(self._sandbox_id, shell_id)
+
+    def list(self, request_timeout: float | None = None) -> Sequence[ShellInfo]:
+        """Those that are open."""
+        reply = call("shells/list", {"sandbox": self._sandbox_id}, request_timeout)
+        return [shell_info(row) for row in reply["shells"]]
+
+
 class Sandbox:
     """A sandbox. Making the object makes the sandbox; a ``with`` kills it at its end.
 
@@ -489,6 +584,8 @@ class Sandbox:
         """Read, write and watch its files."""
         self.pty = Pty(sandbox_id)
         """Terminals in it."""
+        self.shells = Shells(sandbox_id)
+        """Shells that keep their state."""
 
     @property
     def sandbox_id(self) -> str:

@@ -16,7 +16,7 @@ from sandboxd.handlers.table import Handler
 from sandboxd.server import Context
 from sandboxd.translation import failure_from
 
-_WAITING = frozenset({"commands/run", "commands/wait", "commands/connect", "files/watch"})
+_WAITING = frozenset({"commands/run", "commands/wait", "commands/connect", "files/watch", "shells/run"})
 """Methods that may last as long as a command or a caller's interest: a drain does not wait for them."""
 
 

@@ -238,7 +238,7 @@ def test_the_programs_of_the_host_cannot_be_changed(daemon: Daemon, cell: Box, u
     assert ran.end["exit_code"] != 0
     assert len(ran.stderr.splitlines()) == 3
     (programs,) = (daemon.state / "bin").iterdir()
-    assert sorted(os.listdir(programs)) == ["sandbox-init", "sandbox-provoke"]
+    assert sorted(os.listdir(programs)) == ["sandbox-init", "sandbox-provoke", "sandbox-shell"]
 
 
 def test_nothing_of_the_daemons_environment_is_inside(daemon: Daemon, cell: Box) -> None:

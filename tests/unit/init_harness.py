@@ -28,6 +28,7 @@ from runtimes.init.wire import Exited, Gone, PtySize, Rlimit, SpawnRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 20.0  # of a condition that should come true within milliseconds; sanitizers and 2 cores are slow
+FOLDER_OF_INIT = ROOT / "runtimes" / "init"
 STORM_SOURCE = Path(__file__).with_name("init_storm.c")
 
 

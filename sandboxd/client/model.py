@@ -196,6 +196,9 @@ class CommandResult:
     """Not all of what it wrote was kept."""
     stdout_bytes: bytes
     stderr_bytes: bytes
+    stdout_bytes_total: int | None
+    """How many it wrote, kept or not; None where nobody counted."""
+    stderr_bytes_total: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -471,6 +474,8 @@ def command_result(end: Mapping[str, Any], stdout: bytes, stderr: bytes) -> Comm
         truncated=end["truncated"],
         stdout_bytes=stdout,
         stderr_bytes=stderr,
+        stdout_bytes_total=end["stdout_bytes"],
+        stderr_bytes_total=end["stderr_bytes"],
     )
 
 

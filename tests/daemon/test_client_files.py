@@ -372,8 +372,11 @@ def test_events_come_to_a_callback_until_the_watch_is_stopped(daemon: FilesDaemo
                 await seen.wait()
         assert event("create", "first") in happened
         told = len(happened)
-        await files.write("third", "x")
-        await anyio.lowlevel.checkpoint()
+        seen = anyio.Event()
+        async with await files.watch_dir(".", lambda _: seen.set()):
+            await files.write("third", "x")
+            with anyio.fail_after(PATIENCE_S):
+                await seen.wait()
         assert len(happened) == told
 
     anyio.run(main)

@@ -145,10 +145,14 @@ def test_an_end_by_a_signal_is_an_exit_code_and_a_reason() -> None:
     """128 and its number, as a shell has it; the reason says what the number cannot."""
     following = Following()
     end = {"exit_code": None, "signal": 9, "status": "oom", "oom_kills": 1, "wall_ms": 1.0, "truncated": False}
-    following.take({"id": 0, "result": {**end, "cpu_ms": 1.0, "memory_bytes_peak": None}})
+    counts = {"stdout_bytes": 10, "stderr_bytes": None}
+    following.take({"id": 0, "result": {**end, **counts, "cpu_ms": 1.0, "memory_bytes_peak": None}})
     with pytest.raises(CommandExitException, match="out of memory") as raised:
         following.result()
     assert (raised.value.exit_code, raised.value.error) == (137, "out of memory")
+    result = raised.value.result
+    assert (result.status, result.oom_kills, result.cpu_ms, result.wall_ms) == ("oom", 1, 1.0, 1.0)
+    assert (result.stdout_bytes_total, result.stderr_bytes_total, result.truncated) == (10, None, False)
 
 
 START = """

@@ -874,6 +874,7 @@ class FileChange(Reply, frozen=True):
     """Of what was ``renamed``."""
     old_path_bytes: bytes | None
     is_dir: bool
+    """False of what is watched itself, when it goes."""
 
 
 class FileChanges(Reply, frozen=True):

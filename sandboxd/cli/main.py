@@ -30,6 +30,7 @@ FAMILIES = {
     "attach": "background",
     "wait": "background",
     "kill": "background",
+    "files": "files",
     "ls": "sandboxes",
     "inspect": "sandboxes",
     "stats": "usage",

@@ -5,6 +5,8 @@ Unknown values are a dash: never a zero, never an empty column.
 
 from __future__ import annotations
 
+import stat
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -49,6 +51,11 @@ def age(since_ms: int | None, now_ms: int) -> str:
         if seconds >= unit:
             return f"{seconds // unit}{name}"
     return "now"
+
+
+def shown(text: str) -> str:
+    """Text from inside a sandbox: quoted where a terminal would make something else of it."""
+    return text if text and text.isprintable() else repr(text)
 
 
 def yes_no(flag: bool) -> str:
@@ -159,7 +166,7 @@ def command_list(commands: Sequence[dict[str, Any]], now_ms: int, columns: int |
                 row["state"],
                 age(row["started_at_ms"], now_ms),
                 _end(row["end"]),
-                " ".join(word if word.isprintable() and word else repr(word) for word in row["argv"]),
+                " ".join(shown(word) for word in row["argv"]),
             )
             for row in commands
         ],
@@ -252,6 +259,34 @@ def config(entries: Sequence[dict[str, Any]]) -> str:
         ("SETTING", "VALUE", "ORIGIN", ""),
         [(entry["key"], entry["value"], entry["origin"], entry["description"]) for entry in entries],
     )
+
+
+_TYPE_LETTERS = {"file": "-", "dir": "d", "symlink": "l", "fifo": "p", "socket": "s", "char": "c", "block": "b"}
+
+
+def files(rows: Sequence[dict[str, Any]], now_ms: int) -> str:
+    """One line per file."""
+    return table(
+        ("MODE", "OWNER", "SIZE", "AGE", "PATH"),
+        [
+            (
+                _TYPE_LETTERS.get(row["type"], "?") + stat.filemode(row["mode"])[1:],
+                f"{row['uid']}:{row['gid']}",
+                size(row["size_bytes"]) if row["type"] == "file" else UNKNOWN,
+                age(row["mtime_ns"] // 1_000_000, now_ms),
+                shown(row["path"]) + ("" if row["target"] is None else f" -> {shown(row['target'])}"),
+            )
+            for row in rows
+        ],
+    )
+
+
+def change(row: dict[str, Any]) -> str:
+    """One line for one change of a file."""
+    if row["kind"] == "overflow":
+        return "overflow     changes were lost: look again"
+    path = shown(row["path"] or ".")
+    return f"{row['kind']:<10}{GAP}" + (path if row["old_path"] is None else f"{shown(row['old_path'])} -> {path}")
 
 
 def images(rows: Sequence[dict[str, Any]], now_ms: int) -> str:

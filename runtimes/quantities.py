@@ -160,6 +160,9 @@ def parse_cpu_list(text: str) -> tuple[int, ...] | None:
     return tuple(sorted(cpus))
 
 
+_NO_DURATION: Final = frozenset({"none", "never", "0", "0s", "0.0"})
+
+
 def parse_duration_ms(text: str, *, ms_max: int = DURATION_MS_MAX, ms_min: int = 1, option: str = "--timeout") -> int:
     """Milliseconds in ``500ms``, ``1s``, ``2m``, ``1.5h`` or a plain number of seconds.
 
@@ -170,6 +173,15 @@ def parse_duration_ms(text: str, *, ms_max: int = DURATION_MS_MAX, ms_min: int =
     allowed = f"a duration from {low} to {high}, such as 500ms, 30s, 2m or 1h"
     units = _DURATION_UNITS_MS
     return _scaled(text, units, bounds=(ms_min, ms_max), option=option, allowed=allowed, fold=False)
+
+
+def parse_optional_duration_ms(text: str, *, option: str) -> int | None:
+    """The same, where ``none`` and zero mean that there is no end: None.
+
+    Raises:
+        QuantityError: not a duration, or out of bounds.
+    """
+    return None if text in _NO_DURATION else parse_duration_ms(text, option=option)
 
 
 def format_bytes(count_bytes: int) -> str:

@@ -118,6 +118,7 @@ class Command:
         self.timed_out = False
         self.killed = False
         self.released = False
+        self.announced = False
         self.end: CommandEnd | None = None
         self.outlet: Outlet | None = None
         self.ended = ended or anyio.Event()
@@ -166,9 +167,18 @@ class CommandTable:
         self._unthrottled = unthrottled
         self._on_ended = on_ended
         self._on_forgotten = on_forgotten
+        self.on_told: Callable[[str, Command], None] = _nobody_listens
+        """Told of commands that were announced: ``command_started`` and ``command_ended``."""
         self._channel: InitChannel | None = None
         self._live: dict[int, Command] = {}
         self._ended: OrderedDict[int, Command] = OrderedDict()
+
+    def announce(self, command: Command) -> None:
+        """Have it told that a user's command has started, and later how it ended; our own are nobody's business."""
+        command.announced = True
+        self.on_told("command_started", command)
+        if command.end is not None:
+            self.on_told("command_ended", command)
 
     def attach(self, channel: InitChannel) -> None:
         """Use this channel from now on."""
@@ -275,6 +285,7 @@ class CommandTable:
             outlet.start(self._background, command.gone)
         command.started_monotonic_s -= max(0.0, time.time() - record.started_at_ms / 1000)
         command.pid = pid
+        command.announced = True
         self._live[command.id] = command
         if remaining_s is not None:
             self._background.start(self._enforce_timeout, command, remaining_s, record.grace_s)
@@ -443,6 +454,8 @@ class CommandTable:
             timings_ms={},
         )
         command.ended.set()
+        if command.announced:
+            self.on_told("command_ended", command)
 
     def _retire(self, command: Command) -> None:
         self._live.pop(command.id, None)
@@ -480,6 +493,10 @@ class CommandTable:
                 "cannot reach the sandbox", detail="its init does not answer", hint="sandboxctl inspect SANDBOX"
             )
         return self._channel
+
+
+def _nobody_listens(kind: str, command: Command) -> None:
+    """Nobody wants to know."""
 
 
 def remaining_s(deadline_at_ms: int | None) -> float | None:

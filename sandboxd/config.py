@@ -18,9 +18,16 @@ from msgspec import Meta, Struct
 
 from runtimes.argv import host_path, image_reference
 from runtimes.errors import Unsupported
-from runtimes.quantities import CPU_NUMBER_MAX, PIDS_MIN, QuantityError, parse_cpus, parse_memory
+from runtimes.quantities import (
+    CPU_NUMBER_MAX,
+    PIDS_MIN,
+    QuantityError,
+    parse_cpus,
+    parse_memory,
+    parse_optional_duration_ms,
+)
 from sandboxd.failures import InvalidArgument
-from sandboxd.protocol import ConfigEntry, EngineChoice, LimitsPolicy, NetworkMode
+from sandboxd.protocol import ConfigEntry, EngineChoice, LimitsPolicy, NetworkMode, OnTimeout
 
 DEFAULT_IMAGE = "localhost/sandboxd/default:latest"
 
@@ -54,6 +61,15 @@ class Defaults(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     nofile: Annotated[int, Meta(ge=NOFILE_MIN, le=COUNT_MAX, description="Open files per process.")] = 4096
     output: Annotated[str, Meta(description="How much of each stream of a spooled command is kept.")] = "64m"
     network: Annotated[NetworkMode, Meta(description="none: loopback only. full: the engine's network.")] = "none"
+    lifetime: Annotated[
+        str, Meta(description="How long a sandbox lasts, such as 12h; none: until it is removed.")
+    ] = "none"
+    idle_timeout: Annotated[
+        str, Meta(description="How long nothing may happen in a sandbox, such as 1h; none: as long as it likes.")
+    ] = "none"
+    on_timeout: Annotated[
+        OnTimeout, Meta(description="What happens then: kill removes the sandbox, pause keeps its memory.")
+    ] = "kill"
     limits_policy: Annotated[
         LimitsPolicy, Meta(description="strict refuses what the host cannot enforce; degraded goes on and says so.")
     ] = "strict"
@@ -198,6 +214,8 @@ _CHECKS: Mapping[str, Callable[[Any], object]] = {
     "defaults.cpus": partial(parse_cpus, cpu_count=CPU_NUMBER_MAX),
     "defaults.shm": partial(parse_memory, bytes_max=SIZE_BYTES_MAX, bytes_min=SMALL_TMPFS_BYTES_MIN),
     "defaults.tmp": partial(parse_memory, bytes_max=SIZE_BYTES_MAX, bytes_min=SMALL_TMPFS_BYTES_MIN),
+    "defaults.lifetime": partial(parse_optional_duration_ms, option="defaults.lifetime"),
+    "defaults.idle_timeout": partial(parse_optional_duration_ms, option="defaults.idle_timeout"),
     "defaults.output": partial(parse_memory, bytes_max=OUTPUT_BYTES_MAX, bytes_min=OUTPUT_BYTES_MIN),
     "paths.allow": _refuse_relative,
 }

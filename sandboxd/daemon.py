@@ -39,15 +39,18 @@ from sandboxd import __version__
 from sandboxd.background import Background
 from sandboxd.config import Config, load_config
 from sandboxd.engines import EngineRoom
+from sandboxd.events import EventLog
 from sandboxd.failures import Conflict, Exit, Failure, Unauthorized
 from sandboxd.handlers.commands import CommandHandlers
 from sandboxd.handlers.daemon import DaemonHandlers
 from sandboxd.handlers.dispatch import Dispatcher
+from sandboxd.handlers.events import EventHandlers
 from sandboxd.handlers.files import FileHandlers
 from sandboxd.handlers.sandboxes import SandboxHandlers
 from sandboxd.handlers.shells import ShellHandlers
 from sandboxd.image_builder import ImageBuilder
 from sandboxd.journal import Journal
+from sandboxd.lifetimes import Lifetimes
 from sandboxd.limits import Host
 from sandboxd.listener import AlreadyRunning, Listener, open_listener
 from sandboxd.manager import Caller, Manager, Places
@@ -162,7 +165,9 @@ async def run(listener: Listener, env: Mapping[str, str], *, ready_fd: int | Non
         stop = anyio.Event()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_watch_signals, stop)
-            manager = ground.manager(Background(tasks))
+            background = Background(tasks)
+            manager = ground.manager(background)
+            lifetimes = Lifetimes(manager, background)
             recovery = ground.recovery(manager)
             survey = Survey(
                 engines=ground.engines,
@@ -181,18 +186,20 @@ async def run(listener: Listener, env: Mapping[str, str], *, ready_fd: int | Non
                 shut_down=stop.set,
             )
             families = (
-                SandboxHandlers(manager),
+                SandboxHandlers(manager, lifetimes),
+                EventHandlers(ground.events, manager),
                 CommandHandlers(manager, ground.engines),
                 FileHandlers(manager),
                 ShellHandlers(manager),
                 daemon,
             )
-            dispatcher = Dispatcher(family.table() for family in families)
+            dispatcher = Dispatcher((family.table() for family in families), lifetimes.used_by)
             await ground.engines.refresh()
             await clients.wait_for_clients(owner_label_argument(ground.owner), deadline_s=LEFT_CLIENTS_DEADLINE_S)
             await recovery.recover()
             async with _serving(listener, dispatcher):
                 tasks.start_soon(recovery.sweep_periodically)
+                tasks.start_soon(lifetimes.run)
                 logger.info("listening on %s", listener.path)
                 if ready_fd is not None:
                     _tell(ready_fd, "ready")
@@ -210,6 +217,7 @@ class _Ground:
 
     owner: str
     engines: EngineRoom
+    events: EventLog
     userns_fd: int | None
     manager: Callable[[Background], Manager]
     recovery: Callable[[Manager], Recovery]
@@ -239,6 +247,7 @@ def _prepare(
         functools.partial(_build_engine, env=env),
         config.daemon.engine_calls_max,
     )
+    events = EventLog(journal.reserve_event_numbers)
     places = Places(
         boxes_dir=boxes_dir,
         bin_dir=install_programs(state),
@@ -249,6 +258,7 @@ def _prepare(
     return _Ground(
         owner=journal.owner(),
         engines=engines,
+        events=events,
         userns_fd=userns_fd,
         manager=functools.partial(
             Manager,
@@ -260,6 +270,7 @@ def _prepare(
             engines=engines,
             userns_fd=userns_fd,
             inotify=held.enter_context(Inotify()),
+            tell=events.publish,
         ),
         recovery=functools.partial(Recovery, engines=engines, journal=journal, places=places),
     )

@@ -25,7 +25,13 @@ from sandboxd.protocol import CommandEnd
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+_MIGRATIONS: dict[int, tuple[str, ...]] = {
+    # Records have a lifetime, and may be paused, which an older daemon would take for a damaged record and remove.
+    1: (),
+}
+"""What makes the schema of this version one of the next."""
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -48,6 +54,18 @@ class WorkspaceRecord(msgspec.Struct, frozen=True, kw_only=True):
     read_only: bool
     mounted: str
     """How ownership is made right: ``same-uid``, ``keep-id``, ``idmapped`` or ``as-is``."""
+
+
+class LifetimeRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """How long a sandbox may last, and what happens then."""
+
+    lifetime_ms: int | None = None
+    """What it was given, at its making or later; None: for ever."""
+    expires_at_ms: int | None = None
+    """The time of day at which that is over; None: it is not counted now."""
+    idle_timeout_ms: int | None = None
+    on_timeout: str = "kill"
+    """``kill`` or ``pause``."""
 
 
 class SandboxRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,6 +92,7 @@ class SandboxRecord(msgspec.Struct, frozen=True, kw_only=True):
     warnings: tuple[str, ...] = ()
     bin_dir: str = ""
     """Where the programs are that were mounted into it."""
+    lifetime: LifetimeRecord = LifetimeRecord()
 
 
 class CommandRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,6 +136,12 @@ class Journal:
                     for statement in _SCHEMA.split(";\n"):
                         database.execute(statement)
                     database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            elif version < SCHEMA_VERSION:
+                with _transaction(database):
+                    for older in range(version, SCHEMA_VERSION):
+                        for statement in _MIGRATIONS[older]:
+                            database.execute(statement)
+                    database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         except (sqlite3.Error, OSError) as error:
             raise Failure(
                 f"cannot open the journal {path}", detail=str(error), hint=f"mv {path} {path}.damaged"
@@ -141,6 +166,17 @@ class Journal:
         owner = uuid.uuid4().hex
         self._execute("INSERT INTO meta (key, value) VALUES ('owner', ?)", (owner,))
         return owner
+
+    def reserve_event_numbers(self, count: int) -> int:
+        """Take ``count`` numbers that no daemon ever took before; return the first."""
+        rows = self._rows("SELECT value FROM meta WHERE key = 'event_numbers'")
+        first = int(rows[0][0]) if rows else 1
+        self._execute(
+            "INSERT INTO meta (key, value) VALUES ('event_numbers', ?) "
+            "ON CONFLICT (key) DO UPDATE SET value = excluded.value",
+            (str(first + count),),
+        )
+        return first
 
     def put(self, record: SandboxRecord) -> None:
         """Write a sandbox down, new or changed."""

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import anyio
 import anyio.lowlevel
@@ -45,7 +45,7 @@ from runtimes.model import (
     User,
 )
 from runtimes.quantities import format_bytes
-from sandboxd import reconcile
+from sandboxd import expiry, reconcile
 from sandboxd.background import Background
 from sandboxd.config import Config
 from sandboxd.engines import EngineRoom
@@ -57,12 +57,13 @@ from sandboxd.failures import (
     LimitNotEnforceable,
     NotFound,
     SandboxGone,
+    Unsupported,
 )
-from sandboxd.journal import Journal, SandboxRecord, WorkspaceRecord
+from sandboxd.journal import Journal, LifetimeRecord, SandboxRecord, WorkspaceRecord
 from sandboxd.lifecycle import Event, State, next_state
 from sandboxd.limits import Host, merged, output_bytes_max, resolve, resolve_update
 from sandboxd.protocol import SandboxCreateParams, SandboxUpdateParams
-from sandboxd.sandbox import INSIDE_BIN, INSIDE_RUN, TMPFS_TARGETS, Sandbox, container_id_of
+from sandboxd.sandbox import INSIDE_BIN, INSIDE_RUN, TMPFS_TARGETS, Sandbox, Tell, container_id_of
 from sandboxd.spool import SpoolDirectory
 from sandboxd.staging import Staging
 from sandboxd.timings import Timings, now_ms
@@ -120,6 +121,7 @@ class Manager:
         engines: EngineRoom,
         userns_fd: int | None,
         inotify: Inotify,
+        tell: Tell | None = None,
     ) -> None:
         self._config = config
         self._inotify = inotify
@@ -135,6 +137,9 @@ class Manager:
         self._idmap_works = userns_fd is not None
         self._staging = Staging(may_mount=caller.user.uid == 0, userns_fd=userns_fd)
         self._sandboxes: dict[str, Sandbox] = {}
+        self._tell = tell
+        self.on_change: Callable[[], None] = _nothing
+        """Called whenever a sandbox, or its time, has changed."""
         self._removing: set[str] = set()
         """The sandboxes that a task in the background removes."""
 
@@ -197,6 +202,7 @@ class Manager:
             Failure: anything else; nothing is left.
         """
         resolved = resolve(params.limits, self._config.defaults, self._host, nofile_hard_max=None)
+        lifetime = self._lifetime(params)
         self._check_room(params.name)
         with contextlib.ExitStack() as opened:
             workspace = None
@@ -207,6 +213,7 @@ class Manager:
             resolved = resolve(
                 params.limits, self._config.defaults, self._host, nofile_hard_max=engine.info.nofile_hard_max
             )
+            require_pausable(engine, lifetime.on_timeout)
             policy = params.limits_policy or self._config.defaults.limits_policy
             self._check_enforceable(resolved.limits, engine.info, policy)
             identity = identify(
@@ -240,6 +247,7 @@ class Manager:
                 created_at_ms=now_ms(),
                 warnings=_warnings(identity, engine.info),
                 bin_dir=self._places.bin_dir,
+                lifetime=lifetime,
             )
             # Again, for others may have come in between; from here to the registration nothing waits.
             self._check_room(params.name)
@@ -312,6 +320,22 @@ class Manager:
             sandbox.disconnect()
         else:
             self.forget(sandbox)
+
+    def _lifetime(self, params: SandboxCreateParams) -> LifetimeRecord:
+        """How long a new sandbox may last: as the request says, or else the configuration.
+
+        Raises:
+            InvalidArgument: it is no duration.
+        """
+        defaults = self._config.defaults
+        return expiry.begun(
+            expiry.duration_ms(defaults.lifetime if params.lifetime is None else params.lifetime, "--lifetime"),
+            expiry.duration_ms(
+                defaults.idle_timeout if params.idle_timeout is None else params.idle_timeout, "--idle-timeout"
+            ),
+            params.on_timeout or defaults.on_timeout,
+            now_ms(),
+        )
 
     def _check_room(self, name: str | None) -> None:
         present = self.present()
@@ -388,8 +412,14 @@ class Manager:
             ),
             on_init_lost=self._on_init_lost,
         )
+        if self._tell is not None:
+            sandbox.on_told = self._tell
+        sandbox.on_changed = self._changed
         self._sandboxes[record.id] = sandbox
         return sandbox
+
+    def _changed(self) -> None:
+        self.on_change()
 
     def forget(self, sandbox: Sandbox) -> None:
         """Have it no more: its container is known to be gone.
@@ -403,6 +433,8 @@ class Manager:
         self._journal.delete(sandbox.record.id)
         self._sandboxes.pop(sandbox.record.id, None)
         sandbox.gone.set()
+        sandbox.tell("removed")
+        self.on_change()
         sandbox.on_forgotten()
 
     # --- the container --------------------------------------------------------------------------------
@@ -805,6 +837,25 @@ class Manager:
                 detail=f"{usage.pids} are in use",
                 hint=f"sandboxctl stats {sandbox.record.id}",
             )
+
+
+def require_pausable(engine: Engine, on_timeout: str) -> None:
+    """Refuse to promise a pause that the engine cannot keep.
+
+    Raises:
+        Unsupported: it cannot.
+    """
+    able = engine.info.capabilities
+    if on_timeout == "pause" and (able is None or not able.pause):
+        raise Unsupported(
+            f"cannot pause a sandbox of {engine.name} when its time is over",
+            detail="its containers have no control group that could be frozen here",
+            hint="--on-timeout kill",
+        )
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""
 
 
 def _gone(sandbox: Sandbox) -> SandboxGone:

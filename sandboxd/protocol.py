@@ -46,6 +46,7 @@ Quantity = Annotated[int | float | str, Meta(description="A number, or text with
 EngineChoice = Literal["podman", "docker"]
 LimitsPolicy = Literal["strict", "degraded"]
 NetworkMode = Literal["none", "full"]
+OnTimeout = Literal["kill", "pause"]
 SandboxState = Literal[
     "creating", "running", "paused", "stopping", "stopped", "starting", "removing", "broken", "lost"
 ]
@@ -128,12 +129,36 @@ class SandboxCreateParams(Params, frozen=True):
     metadata: dict[str, str] = {}
     ephemeral: bool = False
     """Remove the sandbox when the connection that made it closes."""
+    lifetime: Quantity | None = None
+    """Seconds, or text such as ``30m``, from now on; ``none``: until it is removed. Default: the daemon's."""
+    idle_timeout: Quantity | None = None
+    """The same, of time in which no request uses it, nobody waits for a command in it, and it needs no CPU time."""
+    on_timeout: OnTimeout | None = None
+    """``kill`` removes it; ``pause`` keeps its memory until somebody resumes it."""
 
 
 class SandboxParams(Params, frozen=True):
     """Name one sandbox."""
 
     sandbox: SandboxRef
+
+
+class SandboxTimeoutParams(Params, frozen=True):
+    """Change how long a sandbox may last; what is absent stays as it is."""
+
+    sandbox: SandboxRef
+    lifetime: Quantity | None = None
+    """From now on: seconds, or text such as ``30m``; ``none``: until it is removed."""
+    idle_timeout: Quantity | None = None
+    on_timeout: OnTimeout | None = None
+
+
+class SandboxConnectParams(Params, frozen=True):
+    """Have a sandbox that can be used: one that is paused goes on."""
+
+    sandbox: SandboxRef
+    lifetime: Quantity | None = None
+    """It lasts for at least this long from now on."""
 
 
 class SandboxKillParams(Params, frozen=True):
@@ -227,6 +252,23 @@ class SandboxInfo(Reply, frozen=True):
     warnings: list[str]
     timings_ms: dict[str, float]
     """What each step of this request cost."""
+    lifetime_ms: int | None = None
+    """What it was given; null: for ever."""
+    expires_at_ms: int | None = None
+    """Milliseconds since the epoch; null: never, or not while it is paused."""
+    idle_timeout_ms: int | None = None
+    on_timeout: OnTimeout = "kill"
+
+
+class SandboxLifetime(Reply, frozen=True):
+    """How long a sandbox lasts."""
+
+    id: str
+    lifetime_ms: int | None
+    expires_at_ms: int | None
+    """Milliseconds since the epoch; null: never, or not while it is paused."""
+    idle_timeout_ms: int | None
+    on_timeout: OnTimeout
 
 
 class SandboxSummary(Reply, frozen=True):
@@ -241,6 +283,8 @@ class SandboxSummary(Reply, frozen=True):
     created_at_ms: int
     commands_running: int
     verified: bool
+    expires_at_ms: int | None = None
+    """Milliseconds since the epoch; null: never."""
 
 
 class SandboxList(Reply, frozen=True):
@@ -320,6 +364,79 @@ class SandboxVerification(Reply, frozen=True):
     provocations: list[Provocation]
     verified: bool
     timings_ms: dict[str, float]
+
+
+# --- events ---------------------------------------------------------------------------------------------
+
+EventKind = Literal[
+    "created",
+    "started",
+    "adopted",
+    "recovered",
+    "paused",
+    "resumed",
+    "stopping",
+    "stopped",
+    "broken",
+    "lost",
+    "expiring",
+    "expired",
+    "timeout_changed",
+    "removing",
+    "removed",
+    "oom",
+    "command_started",
+    "command_ended",
+]
+
+
+class EventsParams(Params, frozen=True):
+    """Be told what happens to sandboxes, in ``events/event`` and ``events/lost``."""
+
+    since: Annotated[int, Meta(ge=0)] | None = None
+    """The number of the last event that is known: those after it come first, as far as they are kept, and one that
+    no event has yet means from now on. Default: all that is kept."""
+    follow: bool = True
+    """Go on until the request is cancelled. Off: reply once all that is kept was sent."""
+    sandbox: SandboxRef | None = None
+    """Only those of this one; it may be gone already, if it is given by its id."""
+    kinds: Annotated[list[EventKind], Meta(max_length=64)] = []
+    """Only these. Empty: all."""
+
+
+class EventInfo(Reply, frozen=True):
+    """Params of ``events/event``: something happened to a sandbox."""
+
+    seq: int
+    """Rises from event to event, over restarts of the daemon as well, not always by one."""
+    at_ms: int
+    """Milliseconds since the epoch."""
+    kind: EventKind
+    sandbox: str
+    name: str | None
+    data: dict[str, str | int | None]
+    """What else there is to say: ``reason``; ``cause``, ``action`` and ``ends_in_ms`` of what expires;
+    ``command_id``, ``argv``, ``status``, ``exit_code`` and ``oom_kills`` of commands."""
+
+
+class EventsLost(Reply, frozen=True):
+    """Params of ``events/lost``: events with these numbers are not kept any longer, whatever they were."""
+
+    first_seq: int
+    last_seq: int
+
+
+class EventsBegun(Reply, frozen=True):
+    """Params of ``events/begun``, which comes first: from here on nothing is missed unsaid."""
+
+    next_seq: int
+
+
+class EventsEnd(Reply, frozen=True):
+    """All that is kept was sent."""
+
+    last_seq: int
+    """To go on from."""
 
 
 # --- commands -------------------------------------------------------------------------------------------
@@ -1059,6 +1176,11 @@ METHODS: tuple[Method, ...] = (
     Method("sandbox/update", SandboxUpdateParams, SandboxInfo, "Change limits while it runs and prove them again."),
     Method("sandbox/stop", SandboxStopParams, SandboxInfo, "Stop; it can be started again."),
     Method("sandbox/start", SandboxParams, SandboxInfo, "Start a stopped sandbox and prove its limits again."),
+    Method(
+        "sandbox/connect", SandboxConnectParams, SandboxInfo, "Have a sandbox that can be used: resumed if need be."
+    ),
+    Method("sandbox/set_timeout", SandboxTimeoutParams, SandboxLifetime, "Change how long it lasts, from now on."),
+    Method("sandbox/touch", SandboxParams, SandboxLifetime, "Say that it is still needed: it is not idle."),
     Method("sandbox/pause", SandboxParams, SandboxInfo, "Freeze all that runs in it; it keeps its memory."),
     Method("sandbox/resume", SandboxParams, SandboxInfo, "Let a paused sandbox go on."),
     Method("sandbox/kill", SandboxKillParams, SandboxGone, "End everything in it and remove it without a trace."),
@@ -1093,6 +1215,7 @@ METHODS: tuple[Method, ...] = (
     Method("files/watch", FileWatchParams, FileWatchEnd, "Tell what changes below a path, until cancelled."),
     Method("files/upload", FileUploadParams, FileTransfer, "Put a tree or a file into it, over a descriptor.", 1),
     Method("files/download", FileDownloadParams, FileTransfer, "Get a tree or a file from it, over a descriptor.", 1),
+    Method("events/subscribe", EventsParams, EventsEnd, "Be told what happens to sandboxes, from a number on."),
     Method("image/list", ImageListParams, ImageList, "Images that the engines hold."),
     Method("image/build", ImageBuildParams, ImageBuilt, "Make the default image, without a registry if need be."),
     Method("daemon/info", NoParams, DaemonInfo, "The daemon and the engines that it drives."),

@@ -166,13 +166,16 @@ async def start(
         sandbox.note_command(_record(request.command_id, params, times, streams))
     try:
         if spooled:
-            return await _start_spooled(sandbox, params, request, times, keep=keep), None
-        for descriptor in descriptors:
-            _check_harmless(descriptor)
-        with _standard_descriptors(params, descriptors) as passed:
-            return await sandbox.commands.start(
-                request, passed, background=keep, timeout_s=times.timeout_s, grace_s=times.grace_s
-            )
+            command, master = await _start_spooled(sandbox, params, request, times, keep=keep), None
+        else:
+            for descriptor in descriptors:
+                _check_harmless(descriptor)
+            with _standard_descriptors(params, descriptors) as passed:
+                command, master = await sandbox.commands.start(
+                    request, passed, background=keep, timeout_s=times.timeout_s, grace_s=times.grace_s
+                )
+        sandbox.commands.announce(command)
+        return command, master
     except BaseException as error:
         if keep or spooled:
             sandbox.drop_command(request.command_id)

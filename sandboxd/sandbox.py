@@ -36,14 +36,17 @@ from runtimes.init.peer import is_container_init, is_namespace_init, kill_proces
 from runtimes.init.wire import CommandEntry, CommandState, Exited, Gone, InitError
 from runtimes.model import CPU_MILLIS_PER_CPU, Limits
 from runtimes.mountinfo import deviations
+from sandboxd import expiry
 from sandboxd.background import Background
-from sandboxd.commands import CommandTable, remaining_s
+from sandboxd.commands import Command, CommandTable, format_command_id, remaining_s
+from sandboxd.events import kind_of
 from sandboxd.failures import Conflict, Failure, NotFound, SandboxGone
 from sandboxd.journal import CommandRecord, Journal, SandboxRecord
 from sandboxd.lifecycle import Event, State, next_state
 from sandboxd.outlet import reopened
 from sandboxd.protocol import CommandEnd
 from sandboxd.spool import SpoolDirectory
+from sandboxd.timings import now_ms
 from sandboxd.workspace import TARGET, Stage
 
 logger = logging.getLogger(__name__)
@@ -76,6 +79,10 @@ TMPFS_TARGETS = ("/tmp", HOME)  # noqa: S108  (inside the sandbox)
 """What is writable inside, besides the workspace: sized by ``tmp``."""
 
 
+Tell = Callable[[str, str, str | None, dict[str, str | int | None]], None]
+"""Told of an event: its kind, the sandbox's id and name, and what else there is to say."""
+
+
 class Sandbox:
     """One sandbox. Its lifecycle methods are called under ``lock``."""
 
@@ -98,8 +105,10 @@ class Sandbox:
         self.commands = CommandTable(
             background, self.oom_kills, self.unthrottled, self._end_command, self._forget_command
         )
+        self.commands.on_told = self._tell_of_command
         self.spools = spools
         self.background = background
+        self.on_told: Tell = _nobody_listens
         self.on_changed: Callable[[], None] = _nothing
         """Called whenever its record has changed."""
         self.on_forgotten: Callable[[], None] = _nothing
@@ -122,11 +131,30 @@ class Sandbox:
         Raises:
             Conflict: it cannot happen in this state.
         """
+        before = self.record.state
         self.put(
-            state=next_state(self.record.state, event),
+            state=next_state(before, event),
             state_reason=reason,
+            lifetime=expiry.after(self.record.lifetime, before, event, now_ms()),
             **({} if container_id is None else {"container_id": container_id}),
         )
+        kind = kind_of(before, event)
+        if kind is not None:
+            self.tell(kind, reason=reason)
+
+    def tell(self, kind: str, **data: str | int | None) -> None:
+        """Have whoever listens told what happened to it."""
+        self.on_told(kind, self.record.id, self.record.name, data)
+
+    def _tell_of_command(self, kind: str, command: Command) -> None:
+        data: dict[str, str | int | None] = {"command_id": format_command_id(command.id)}
+        if kind == "command_started":
+            self.tell(kind, **data, argv=" ".join(command.argv))
+        elif command.end is not None:
+            end = command.end
+            self.tell(kind, **data, status=end.status, exit_code=end.exit_code, oom_kills=end.oom_kills)
+            if end.oom_kills:
+                self.tell("oom", **data, oom_kills=end.oom_kills)
 
     def put(self, **changes: object) -> None:
         """Change fields of the record, and write it down."""
@@ -468,6 +496,15 @@ class Sandbox:
             raise CgroupUnreadable("cannot find the sandbox's control group", detail=f"it is {self.record.state}")
         return self._cgroup
 
+    def cpu_us(self) -> int | None:
+        """The CPU time that it has used; None when it cannot be read."""
+        if self._cgroup is None:
+            return None
+        try:
+            return self._cgroup.read_usage(pressure=False).cpu_us
+        except CgroupUnreadable:
+            return None
+
     def oom_kills(self) -> int | None:
         """The control group's counter; None when it cannot be read."""
         if self._cgroup is None:
@@ -534,6 +571,10 @@ def erase_box(directory: str) -> None:
         mounts.remove_tree(os.path.join(directory, "io"))
     with contextlib.suppress(FileNotFoundError):
         os.rmdir(directory)
+
+
+def _nobody_listens(kind: str, sandbox: str, name: str | None, data: dict[str, str | int | None]) -> None:
+    """Nobody wants to know."""
 
 
 def _nothing() -> None:

@@ -1,12 +1,21 @@
-"""``pause resume``: how long sandboxes last, and what they do meanwhile."""
+"""``timeout touch pause resume events``: how long sandboxes last, and what happens to them."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+import time
 
-from sandboxd.cli import verb
+from sandboxd.cli import render, verb
 from sandboxd.cli.sandboxes import each
+from sandboxd.cli.session import USAGE, call, connect, request, say, show, show_json
 from sandboxd.cli.verb import Verb
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from sandboxd.client import Message
 
 
 def _add_several(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +31,83 @@ def _resume(arguments: argparse.Namespace) -> int:
     return each(arguments, "sandbox/resume", {})
 
 
+def _touch(arguments: argparse.Namespace) -> int:
+    return each(arguments, "sandbox/touch", {})
+
+
+def _add_timeout(parser: argparse.ArgumentParser) -> None:
+    verb.add_idle(parser)
+    verb.add_sandbox(parser)
+    parser.add_argument(
+        "lifetime", metavar="TIME", nargs="?", help="how long it lasts from now on, such as 10m; none: no limit"
+    )
+    verb.add_json(parser)
+
+
+def _timeout(arguments: argparse.Namespace) -> int:
+    if arguments.lifetime is arguments.idle_timeout is arguments.on_timeout is None:
+        say("how long?")
+        sys.stderr.write("hint: sandboxctl timeout --help\n")
+        return USAGE
+    reply = request(
+        "sandbox/set_timeout",
+        sandbox=arguments.sandbox,
+        lifetime=arguments.lifetime,
+        idle_timeout=arguments.idle_timeout,
+        on_timeout=arguments.on_timeout,
+    )
+    if arguments.json:
+        show_json(reply)
+    else:
+        show(render.lifetime(reply, int(time.time() * 1000)))
+    return 0
+
+
+def _add_events(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-f", "--follow", action="store_true", help="go on with what happens from now on")
+    parser.add_argument(
+        "--since", type=int, metavar="NUMBER", help="only what came after this one; default: all that is kept"
+    )
+    parser.add_argument(
+        "--kind", action="append", default=[], metavar="KIND", help="only these, such as removed; may be repeated"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
+    verb.add_sandbox(parser, optional=True)
+
+
+def _events(arguments: argparse.Namespace) -> int:
+    def take(message: Message) -> None:
+        _show_event(message.content["method"], message.content["params"], as_json=arguments.json)
+
+    with connect() as connection:
+        call(
+            connection,
+            "events/subscribe",
+            take,
+            since=arguments.since,
+            follow=arguments.follow,
+            sandbox=arguments.sandbox,
+            kinds=arguments.kind,
+        )
+    return 0
+
+
+def _show_event(method: str, params: dict[str, Any], *, as_json: bool) -> None:
+    if method not in {"events/event", "events/lost"}:
+        return
+    if as_json:
+        import json
+
+        show(json.dumps({"method": method, **params}, ensure_ascii=False))
+    else:
+        show(render.event(params) if method == "events/event" else render.events_lost(params))
+    sys.stdout.flush()
+
+
 VERBS = {
+    "timeout": Verb("change how long a sandbox lasts", _add_timeout, _timeout),
+    "touch": Verb("say that sandboxes are still needed: they are not idle", _add_several, _touch),
     "pause": Verb("freeze sandboxes; they keep their memory, and take no CPU time", _add_several, _pause),
     "resume": Verb("let paused sandboxes go on", _add_several, _resume),
+    "events": Verb("show what happened to sandboxes, and what happens", _add_events, _events),
 }

@@ -6,6 +6,7 @@ Unknown values are a dash: never a zero, never an empty column.
 from __future__ import annotations
 
 import stat
+import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -58,6 +59,46 @@ def shown(text: str) -> str:
     return text if text and text.isprintable() else repr(text)
 
 
+def until(at_ms: int | None, now_ms: int) -> str:
+    """How long until then, in the largest unit that fits."""
+    return UNKNOWN if at_ms is None else age(now_ms, max(at_ms, now_ms))
+
+
+def duration(milliseconds: int | None) -> str:
+    """A duration as it is written on the command line."""
+    if milliseconds is None:
+        return "none"
+    for unit_s, name in _AGES:
+        if milliseconds % (unit_s * 1000) == 0:
+            return f"{milliseconds // (unit_s * 1000)}{name}"
+    return f"{milliseconds / 1000:g}s"
+
+
+def lifetime(reply: dict[str, Any], now_ms: int) -> str:
+    """How long a sandbox lasts, and what happens then."""
+    ends = f"{reply['on_timeout']} in {until(reply['expires_at_ms'], now_ms)}" if reply["expires_at_ms"] else ""
+    idle = f"{reply['on_timeout']} when idle for {duration(reply['idle_timeout_ms'])}"
+    counted = reply["lifetime_ms"] is not None and not ends
+    texts = (
+        ends,
+        f"{reply['on_timeout']} {duration(reply['lifetime_ms'])} after it is resumed" if counted else "",
+        idle if reply["idle_timeout_ms"] is not None else "",
+    )
+    return ", ".join(text for text in texts if text) or "none"
+
+
+def event(event: dict[str, Any]) -> str:
+    """One line per event: its number, when, what, to which sandbox, and what else there is to say."""
+    at = time.strftime("%H:%M:%S", time.localtime(event["at_ms"] / 1000))
+    more = " ".join(f"{name}={shown(str(value))}" for name, value in event["data"].items() if value not in {None, ""})
+    return f"{event['seq']}{GAP}{at}{GAP}{event['kind']}{GAP}{event['name'] or event['sandbox']}{GAP}{more}".rstrip()
+
+
+def events_lost(lost: dict[str, Any]) -> str:
+    """One line for what is not known any more."""
+    return f"{lost['first_seq']}-{lost['last_seq']}{GAP}not kept any longer"
+
+
 def yes_no(flag: bool) -> str:
     """A flag in words."""
     return "yes" if flag else "no"
@@ -101,7 +142,7 @@ def _verdict(limit: dict[str, Any]) -> str:
 def sandbox_list(sandboxes: Sequence[dict[str, Any]], now_ms: int) -> str:
     """One line per sandbox."""
     return table(
-        ("ID", "NAME", "STATE", "ENGINE", "IMAGE", "WORKSPACE", "AGE", "COMMANDS", "VERIFIED"),
+        ("ID", "NAME", "STATE", "ENGINE", "IMAGE", "WORKSPACE", "AGE", "LEFT", "COMMANDS", "VERIFIED"),
         [
             (
                 row["id"],
@@ -111,6 +152,7 @@ def sandbox_list(sandboxes: Sequence[dict[str, Any]], now_ms: int) -> str:
                 row["image"],
                 _known(row["workspace"]),
                 age(row["created_at_ms"], now_ms),
+                until(row["expires_at_ms"], now_ms),
                 str(row["commands_running"]),
                 yes_no(row["verified"]),
             )
@@ -147,6 +189,7 @@ def sandbox(info: dict[str, Any], now_ms: int) -> str:
         ("env", _known(" ".join(sorted(info["env"])))),
         ("metadata", _known(" ".join(f"{name}={value}" for name, value in sorted(info["metadata"].items())))),
         ("age", age(info["created_at_ms"], now_ms)),
+        ("lifetime", lifetime(info, now_ms)),
         ("ephemeral", yes_no(info["ephemeral"])),
         ("commands", str(info["commands_running"])),
     ]

@@ -54,6 +54,9 @@ def add_create_arguments(parser: argparse.ArgumentParser) -> None:
         help="something to find it by",
     )
     verb.add_limits(parser, create=True)
+    group = parser.add_argument_group("lifetime")
+    group.add_argument("--lifetime", metavar="TIME", help="how long it lasts, such as 30m; none: until it is removed")
+    verb.add_idle(group)
 
 
 def create(connection: Connection, arguments: argparse.Namespace, *, ephemeral: bool) -> dict[str, Any]:
@@ -76,6 +79,9 @@ def create(connection: Connection, arguments: argparse.Namespace, *, ephemeral: 
             network=arguments.network,
             metadata=dict(arguments.metadata),
             ephemeral=ephemeral,
+            lifetime=arguments.lifetime,
+            idle_timeout=arguments.idle_timeout,
+            on_timeout=arguments.on_timeout,
         )
     except Interrupted as late:
         name = arguments.name or late.result["id"]

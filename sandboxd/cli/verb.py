@@ -78,11 +78,13 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the daemon's reply as JSON")
 
 
-def add_sandbox(parser: argparse.ArgumentParser) -> None:
+def add_sandbox(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
     """One sandbox."""
-    _complete_names(
-        parser.add_argument("sandbox", metavar="SANDBOX", help="id, unambiguous beginning of one, or name")
-    )
+    text = "id, unambiguous beginning of one, or name"
+    if optional:
+        _complete_names(parser.add_argument("sandbox", metavar="SANDBOX", nargs="?", help=text))
+    else:
+        _complete_names(parser.add_argument("sandbox", metavar="SANDBOX", help=text))
 
 
 def add_sandboxes(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
@@ -136,6 +138,16 @@ def limits_of(arguments: argparse.Namespace) -> dict[str, str]:
     """The limits that were given."""
     names = (names[-1].lstrip("-") for names, _, _ in (*LIMITS, *LIMITS_OF_CREATE))
     return {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
+
+
+def add_idle(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """``--idle-timeout`` and ``--on-timeout``."""
+    parser.add_argument(
+        "--idle-timeout", metavar="TIME", help="how long nothing may happen in it, such as 10m; none: no limit"
+    )
+    parser.add_argument(
+        "--on-timeout", choices=("kill", "pause"), help="what happens then: kill removes it, pause keeps its memory"
+    )
 
 
 def add_env(parser: argparse.ArgumentParser) -> None:

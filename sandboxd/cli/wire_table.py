@@ -9,6 +9,9 @@ PARAMS: dict[str, str] = {
     "sandbox/update": "SandboxUpdateParams",
     "sandbox/stop": "SandboxStopParams",
     "sandbox/start": "SandboxParams",
+    "sandbox/connect": "SandboxConnectParams",
+    "sandbox/set_timeout": "SandboxTimeoutParams",
+    "sandbox/touch": "SandboxParams",
     "sandbox/pause": "SandboxParams",
     "sandbox/resume": "SandboxParams",
     "sandbox/kill": "SandboxKillParams",
@@ -41,6 +44,7 @@ PARAMS: dict[str, str] = {
     "files/watch": "FileWatchParams",
     "files/upload": "FileUploadParams",
     "files/download": "FileDownloadParams",
+    "events/subscribe": "EventsParams",
     "image/list": "ImageListParams",
     "image/build": "ImageBuildParams",
     "daemon/info": "NoParams",
@@ -102,6 +106,12 @@ FIELDS: dict[str, dict[str, object]] = {
         "command_id": REQUIRED,
         "signal": REQUIRED,
         "scope": "group",
+    },
+    "EventsParams": {
+        "since": None,
+        "follow": True,
+        "sandbox": None,
+        "kinds": [],
     },
     "FileDownloadParams": {
         "sandbox": REQUIRED,
@@ -209,6 +219,10 @@ FIELDS: dict[str, dict[str, object]] = {
         "rows": REQUIRED,
         "cols": REQUIRED,
     },
+    "SandboxConnectParams": {
+        "sandbox": REQUIRED,
+        "lifetime": None,
+    },
     "SandboxCreateParams": {
         "name": None,
         "engine": None,
@@ -220,6 +234,9 @@ FIELDS: dict[str, dict[str, object]] = {
         "network": None,
         "metadata": {},
         "ephemeral": False,
+        "lifetime": None,
+        "idle_timeout": None,
+        "on_timeout": None,
     },
     "SandboxKillParams": {
         "sandbox": REQUIRED,
@@ -237,6 +254,12 @@ FIELDS: dict[str, dict[str, object]] = {
     "SandboxStopParams": {
         "sandbox": REQUIRED,
         "grace": 2,
+    },
+    "SandboxTimeoutParams": {
+        "sandbox": REQUIRED,
+        "lifetime": None,
+        "idle_timeout": None,
+        "on_timeout": None,
     },
     "SandboxUpdateParams": {
         "sandbox": REQUIRED,

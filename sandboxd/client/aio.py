@@ -524,14 +524,23 @@ class AsyncSandbox:
         return cls((await call("sandbox/create", params, options.get("request_timeout")))["id"])
 
     @classmethod
-    async def connect(cls, sandbox_id: str, request_timeout: float | None = None) -> Self:
-        """A sandbox that is there, by its id, an unambiguous prefix of it, or its name.
+    async def connect(
+        cls, sandbox_id: str, timeout: float | str | None = None, request_timeout: float | None = None
+    ) -> Self:
+        """A sandbox that is there, by its id, an unambiguous prefix of it, or its name; a paused one goes on.
+
+        Args:
+            sandbox_id: What names it.
+            timeout: Seconds that it lasts from now on, unless it lasts longer anyway.
+            request_timeout: Seconds for the daemon to answer.
 
         Raises:
             NotFoundException: There is none.
         """
-        reply = await call("sandbox/metrics", {"sandboxes": [sandbox_id]}, request_timeout)
-        return cls(reply["sandboxes"][0]["id"])
+        reply = await call("sandbox/connect", given(sandbox=sandbox_id, lifetime=timeout), request_timeout)
+        return cls(reply["id"])
+
+    resume = connect
 
     @staticmethod
     async def list(query: SandboxQuery | None = None, request_timeout: float | None = None) -> list[ListedSandbox]:
@@ -573,6 +582,22 @@ class AsyncSandbox:
         except NotFoundException:
             return False
         return bool(reply["sandboxes"][0]["state"] == "running")
+
+    async def set_timeout(self, timeout: float | str, request_timeout: float | None = None) -> None:
+        """Let it last so many seconds from now on, whatever it was given before; ``"none"``: until it is killed."""
+        await call("sandbox/set_timeout", {**self._ref, "lifetime": timeout}, request_timeout)
+
+    async def touch(self, request_timeout: float | None = None) -> None:
+        """Say that it is still needed: it is not idle."""
+        await call("sandbox/touch", self._ref, request_timeout)
+
+    async def pause(self, request_timeout: float | None = None) -> None:
+        """Freeze it: it keeps its memory, and takes no CPU time until ``connect`` or ``resume``.
+
+        Raises:
+            SandboxException: It does not run, or its engine cannot.
+        """
+        await call("sandbox/pause", self._ref, request_timeout)
 
     async def get_metrics(self, request_timeout: float | None = None) -> Sequence[SandboxMetrics]:
         """Its usage now, as the only element of a list."""

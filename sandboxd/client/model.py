@@ -58,6 +58,12 @@ class CreateOptions(LimitOptions, total=False):
     network: Literal["none", "full"]
     allow_internet_access: bool
     """``network``, as others call it."""
+    timeout: Quantity
+    """How long it lasts, in seconds; ``"none"``: until it is killed."""
+    idle_timeout: Quantity
+    """How long nothing may happen in it, in seconds."""
+    on_timeout: Literal["kill", "pause"]
+    """What happens then."""
     request_timeout: float
 
 
@@ -111,6 +117,11 @@ class SandboxInfo:
     verified: bool
     warnings: list[str]
     timings_ms: dict[str, float]
+    end_at: datetime | None
+    """When its lifetime is over; None: never, or not while it is paused."""
+    idle_timeout: float | None
+    """Seconds."""
+    on_timeout: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +137,7 @@ class ListedSandbox:
     workspace: str | None
     commands_running: int
     verified: bool
+    end_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +282,9 @@ def create_params(
         name=options.get("name"),
         engine=options.get("engine"),
         network=network,
+        lifetime=options.get("timeout"),
+        idle_timeout=options.get("idle_timeout"),
+        on_timeout=options.get("on_timeout"),
         workspace=None
         if workspace is None
         else {"path": os.path.abspath(workspace), "mode": "ro" if options.get("read_only") else "rw"},
@@ -347,6 +362,12 @@ def started_at(reply: Mapping[str, Any]) -> datetime:
     return datetime.fromtimestamp(reply["created_at_ms"] / 1000, UTC)
 
 
+def end_at(reply: Mapping[str, Any]) -> datetime | None:
+    """When the lifetime of a sandbox is over."""
+    expires_at_ms = reply["expires_at_ms"]
+    return None if expires_at_ms is None else datetime.fromtimestamp(expires_at_ms / 1000, UTC)
+
+
 def limit_reports(reply: Mapping[str, Any]) -> list[LimitReport]:
     """The limits in a reply."""
     names = LimitReport.__slots__
@@ -372,6 +393,9 @@ def sandbox_info(reply: Mapping[str, Any]) -> SandboxInfo:
         verified=reply["verified"],
         warnings=reply["warnings"],
         timings_ms=reply["timings_ms"],
+        end_at=end_at(reply),
+        idle_timeout=None if reply["idle_timeout_ms"] is None else reply["idle_timeout_ms"] / 1000,
+        on_timeout=reply["on_timeout"],
     )
 
 
@@ -389,6 +413,7 @@ def listed_sandboxes(reply: Mapping[str, Any], query: SandboxQuery | None) -> li
             workspace=row["workspace"],
             commands_running=row["commands_running"],
             verified=row["verified"],
+            end_at=end_at(row),
         )
         for row in reply["sandboxes"]
         if states is None or row["state"] in states

@@ -559,16 +559,25 @@ class Sandbox:
         return cls(template, metadata, envs, **options)
 
     @classmethod
-    def connect(cls, sandbox_id: str, request_timeout: float | None = None) -> Self:
-        """A sandbox that is there, by its id, an unambiguous prefix of it, or its name.
+    def connect(
+        cls, sandbox_id: str, timeout: float | str | None = None, request_timeout: float | None = None
+    ) -> Self:
+        """A sandbox that is there, by its id, an unambiguous prefix of it, or its name; a paused one goes on.
+
+        Args:
+            sandbox_id: What names it.
+            timeout: Seconds that it lasts from now on, unless it lasts longer anyway.
+            request_timeout: Seconds for the daemon to answer.
 
         Raises:
             NotFoundException: There is none.
         """
-        reply = call("sandbox/metrics", {"sandboxes": [sandbox_id]}, request_timeout)
+        reply = call("sandbox/connect", given(sandbox=sandbox_id, lifetime=timeout), request_timeout)
         self = cls.__new__(cls)
-        self._adopt(reply["sandboxes"][0]["id"])
+        self._adopt(reply["id"])
         return self
+
+    resume = connect
 
     @staticmethod
     def list(query: SandboxQuery | None = None, request_timeout: float | None = None) -> list[ListedSandbox]:
@@ -621,6 +630,22 @@ class Sandbox:
         except NotFoundException:
             return False
         return bool(row["state"] == "running")
+
+    def set_timeout(self, timeout: float | str, request_timeout: float | None = None) -> None:
+        """Let it last so many seconds from now on, whatever it was given before; ``"none"``: until it is killed."""
+        call("sandbox/set_timeout", {**self._ref, "lifetime": timeout}, request_timeout)
+
+    def touch(self, request_timeout: float | None = None) -> None:
+        """Say that it is still needed: it is not idle."""
+        call("sandbox/touch", self._ref, request_timeout)
+
+    def pause(self, request_timeout: float | None = None) -> None:
+        """Freeze it: it keeps its memory, and takes no CPU time until ``connect`` or ``resume``.
+
+        Raises:
+            SandboxException: It does not run, or its engine cannot.
+        """
+        call("sandbox/pause", self._ref, request_timeout)
 
     def get_metrics(self, request_timeout: float | None = None) -> Sequence[SandboxMetrics]:
         """Its usage now, as the only element of a list."""

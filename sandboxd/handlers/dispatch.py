@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 
 import anyio
 import msgspec
@@ -16,7 +17,9 @@ from sandboxd.handlers.table import Handler
 from sandboxd.server import Context
 from sandboxd.translation import failure_from
 
-_WAITING = frozenset({"commands/run", "commands/wait", "commands/connect", "files/watch", "shells/run"})
+_WAITING = frozenset(
+    {"commands/run", "commands/wait", "commands/connect", "files/watch", "shells/run", "events/subscribe"}
+)
 """Methods that may last as long as a command or a caller's interest: a drain does not wait for them."""
 
 
@@ -25,9 +28,15 @@ class Dispatcher:
 
     Args:
         families: Their tables; no method is in two of them.
+        used_by: Entered while a request is carried out, by its method and params.
     """
 
-    def __init__(self, families: Iterable[Mapping[str, Handler]]) -> None:
+    def __init__(
+        self,
+        families: Iterable[Mapping[str, Handler]],
+        used_by: Callable[[str, protocol.Params], AbstractContextManager[None]],
+    ) -> None:
+        self._used_by = used_by
         self._handlers = {method: handler for family in families for method, handler in family.items()}
         self._draining = False
         self._active = 0
@@ -45,7 +54,8 @@ class Dispatcher:
         counted = method not in _WAITING
         self._active += counted
         try:
-            return await self._handlers[method](params, context)
+            with self._used_by(method, params):
+                return await self._handlers[method](params, context)
         except FileRefused as error:
             raise files.failure_from_refusal(error) from error
         except (RuntimeFailure, InitError) as error:

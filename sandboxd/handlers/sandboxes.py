@@ -5,10 +5,11 @@ from __future__ import annotations
 from runtimes.cgroup.readings import Pressure as PressureReading
 from runtimes.cgroup.readings import Usage
 from runtimes.errors import CgroupUnreadable
-from sandboxd import limits, protocol, running
+from sandboxd import expiry, limits, protocol, running
 from sandboxd.failures import InvalidArgument
 from sandboxd.handlers.table import Handler
 from sandboxd.lifecycle import State
+from sandboxd.lifetimes import Lifetimes
 from sandboxd.manager import Manager
 from sandboxd.provoking import provoke
 from sandboxd.sandbox import Sandbox
@@ -21,8 +22,9 @@ METADATA_CHARS_MAX = 64 * 1024
 class SandboxHandlers:
     """Making sandboxes, looking at them, changing and removing them."""
 
-    def __init__(self, manager: Manager) -> None:
+    def __init__(self, manager: Manager, lifetimes: Lifetimes) -> None:
         self._manager = manager
+        self._lifetimes = lifetimes
 
     def table(self) -> dict[str, Handler]:
         """By method."""
@@ -33,6 +35,9 @@ class SandboxHandlers:
             "sandbox/update": self.update,
             "sandbox/stop": self.stop,
             "sandbox/start": self.start,
+            "sandbox/connect": self.connect,
+            "sandbox/set_timeout": self.set_timeout,
+            "sandbox/touch": self.touch,
             "sandbox/pause": self.pause,
             "sandbox/resume": self.resume,
             "sandbox/kill": self.kill,
@@ -93,6 +98,28 @@ class SandboxHandlers:
         await self._manager.start(sandbox, timings)
         return _info(sandbox, timings)
 
+    async def connect(self, params: protocol.SandboxConnectParams, _: Context) -> protocol.SandboxInfo:
+        """Resume if need be, and give it time."""
+        timings = Timings()
+        sandbox = self._manager.get(params.sandbox)
+        if sandbox.record.state is State.PAUSED:
+            await self._manager.resume(sandbox, timings)
+        if params.lifetime is not None:
+            self._lifetimes.extend(sandbox, expiry.duration_ms(params.lifetime, "--lifetime"))
+        return _info(sandbox, timings)
+
+    async def set_timeout(self, params: protocol.SandboxTimeoutParams, _: Context) -> protocol.SandboxLifetime:
+        """From now on."""
+        sandbox = self._manager.get(params.sandbox)
+        self._lifetimes.change(sandbox, params)
+        return _lifetime(sandbox)
+
+    async def touch(self, params: protocol.SandboxParams, _: Context) -> protocol.SandboxLifetime:
+        """It is still needed."""
+        sandbox = self._manager.get(params.sandbox)
+        self._lifetimes.touch(sandbox)
+        return _lifetime(sandbox)
+
     async def pause(self, params: protocol.SandboxParams, _: Context) -> protocol.SandboxInfo:
         """Freeze."""
         timings = Timings()
@@ -148,6 +175,17 @@ def _all_verified(sandbox: Sandbox) -> bool:
     return bool(sandbox.proofs) and all(proof.verified for proof in sandbox.proofs)
 
 
+def _lifetime(sandbox: Sandbox) -> protocol.SandboxLifetime:
+    lifetime = sandbox.record.lifetime
+    return protocol.SandboxLifetime(
+        id=sandbox.record.id,
+        lifetime_ms=lifetime.lifetime_ms,
+        expires_at_ms=lifetime.expires_at_ms,
+        idle_timeout_ms=lifetime.idle_timeout_ms,
+        on_timeout=lifetime.on_timeout,  # type: ignore[arg-type]
+    )
+
+
 def _summary(sandbox: Sandbox) -> protocol.SandboxSummary:
     record = sandbox.record
     return protocol.SandboxSummary(
@@ -160,6 +198,7 @@ def _summary(sandbox: Sandbox) -> protocol.SandboxSummary:
         created_at_ms=record.created_at_ms,
         commands_running=sandbox.commands.running_count,
         verified=_all_verified(sandbox),
+        expires_at_ms=record.lifetime.expires_at_ms,
     )
 
 
@@ -193,6 +232,10 @@ def _info(sandbox: Sandbox, timings: Timings) -> protocol.SandboxInfo:
         launch="cold",
         warnings=list(record.warnings),
         timings_ms=timings.as_dict(),
+        lifetime_ms=record.lifetime.lifetime_ms,
+        expires_at_ms=record.lifetime.expires_at_ms,
+        idle_timeout_ms=record.lifetime.idle_timeout_ms,
+        on_timeout=record.lifetime.on_timeout,  # type: ignore[arg-type]
     )
 
 

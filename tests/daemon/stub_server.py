@@ -150,6 +150,25 @@ class Stub:
 
     sandbox_start = sandbox_update = sandbox_stop = sandbox_pause = sandbox_resume = sandbox_get
 
+    async def sandbox_connect(self, params: p.SandboxConnectParams, context: Context) -> p.SandboxInfo:
+        return self._find(params.sandbox)
+
+    async def sandbox_set_timeout(self, params: p.SandboxTimeoutParams, context: Context) -> p.SandboxLifetime:
+        return p.SandboxLifetime(
+            id=self._find(params.sandbox).id,
+            lifetime_ms=600_000,
+            expires_at_ms=int(time.time() * 1000) + 600_000,
+            idle_timeout_ms=None,
+            on_timeout=params.on_timeout or "kill",
+        )
+
+    async def events_subscribe(self, params: p.EventsParams, context: Context) -> p.EventsEnd:
+        context.notify("events/begun", p.EventsBegun(next_seq=1))
+        context.notify("events/lost", p.EventsLost(first_seq=1, last_seq=6))
+        event = p.EventInfo(seq=7, at_ms=0, kind="removed", sandbox="sb-gone", name="box", data={"reason": "old"})
+        context.notify("events/event", event)
+        return p.EventsEnd(last_seq=7)
+
     async def sandbox_list(self, params: p.SandboxListParams, context: Context) -> p.SandboxList:
         rows = [
             p.SandboxSummary(

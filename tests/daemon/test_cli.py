@@ -615,3 +615,30 @@ def test_exec_imports_no_more_than_it_needs(ctl: Ctl, box: str, flags: tuple[str
     ours = imported((*CTL, "exec", *flags, box, "true"), ctl.env) - anyway
     assert "sandboxd.cli.execution" in ours
     assert not (WRAPPERS | {"sandboxd.cli.standins", "sandboxd.cli.spooled"}) & ours
+
+
+# --- lifetimes and events
+
+
+def test_a_lifetime_is_shown_as_it_was_given(ctl: Ctl, box: str) -> None:
+    done = ctl("timeout", box, "10m", "--on-timeout", "pause")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(r"pause in (9|10)m\n", done.stdout)
+    [reply] = replies(ctl("timeout", "--json", box, "10m").stdout)
+    assert (reply["lifetime_ms"], reply["on_timeout"]) == (600_000, "kill")
+
+
+def test_a_timeout_of_nothing_is_a_question(ctl: Ctl, box: str) -> None:
+    done = ctl("timeout", box)
+    assert (done.returncode, done.stderr) == (2, "sandboxctl: how long?\nhint: sandboxctl timeout --help\n")
+
+
+def test_events_are_a_line_each_and_say_what_is_missing(ctl: Ctl) -> None:
+    done = ctl("events")
+    assert done.returncode == 0
+    lost, event = done.stdout.splitlines()
+    assert lost == "1-6   not kept any longer"
+    assert re.fullmatch(r"7   \d\d:\d\d:\d\d   removed   box   reason=old", event)
+    lost, event = (json.loads(line) for line in ctl("events", "--json").stdout.splitlines())
+    assert (lost["method"], lost["last_seq"]) == ("events/lost", 6)
+    assert (event["method"], event["kind"], event["sandbox"]) == ("events/event", "removed", "sb-gone")

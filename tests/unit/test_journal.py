@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from sandboxd.failures import Failure
-from sandboxd.journal import SCHEMA_VERSION, CommandRecord, Journal
+from sandboxd.journal import SCHEMA_VERSION, CommandRecord, Journal, LifetimeRecord
 from sandboxd.lifecycle import State
 from tests.unit.records import record
 
@@ -107,4 +107,34 @@ def test_a_journal_of_the_first_schema_loads(tmp_path: Path) -> None:
     assert box.limits.memory_bytes_max == 67108864
     assert [command.argv for command in journal.commands(box.id)] == [("sleep", "1000")]
     assert journal.owner() == "0123456789abcdef0123456789abcdef"
+    journal.close()
+    database = sqlite3.connect(path)
+    assert database.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,), "it is one of ours now"
+    database.close()
+    assert box.lifetime == LifetimeRecord()
+
+
+def test_a_journal_of_the_second_schema_loads(tmp_path: Path) -> None:
+    """With a lifetime, and paused."""
+    path = tmp_path / "journal"
+    database = sqlite3.connect(path)
+    database.executescript((Path(__file__).parent.parent / "golden" / "journal-schema-2.sql").read_text())
+    database.close()
+    journal = Journal.open(str(path))
+    (box,) = journal.sandboxes()
+    assert (box.id, box.state, box.state_reason) == ("sb-golden2345", State.PAUSED, "its lifetime of 30m is over")
+    assert box.lifetime == LifetimeRecord(lifetime_ms=1_800_000, idle_timeout_ms=600_000, on_timeout="pause")
+    assert [command.argv for command in journal.commands(box.id)] == [("sleep", "1000")]
+    assert journal.reserve_event_numbers(10) == 200_001
+    journal.close()
+
+
+def test_numbers_of_events_never_come_again(tmp_path: Path) -> None:
+    """Not even after a daemon that was killed before it had used them."""
+    path = str(tmp_path / "journal")
+    journal = Journal.open(path)
+    assert [journal.reserve_event_numbers(100), journal.reserve_event_numbers(100)] == [1, 101]
+    again = Journal.open(path)
+    assert again.reserve_event_numbers(5) == 201
+    again.close()
     journal.close()

@@ -82,6 +82,8 @@ def test_the_inspected_environment_is_names_only() -> None:
         **dict.fromkeys(
             ("id", "name", "state", "state_reason", "engine", "image", "container_id", "pid", "user", "network"), "x"
         ),
+        **dict.fromkeys(("lifetime_ms", "expires_at_ms", "idle_timeout_ms")),
+        "on_timeout": "kill",
         "created_at_ms": 1,
         "commands_running": 0,
     }

@@ -1,0 +1,58 @@
+"""``events/*``."""
+
+from __future__ import annotations
+
+from sandboxd import protocol
+from sandboxd.events import EventLog
+from sandboxd.failures import NotFound
+from sandboxd.handlers.table import Handler
+from sandboxd.manager import Manager
+from sandboxd.protocol import EventInfo, EventsLost
+from sandboxd.server import Context
+
+EVENT, LOST, BEGUN = "events/event", "events/lost", "events/begun"
+
+
+class EventHandlers:
+    """Telling what happens."""
+
+    def __init__(self, log: EventLog, manager: Manager) -> None:
+        self._log = log
+        self._manager = manager
+
+    def table(self) -> dict[str, Handler]:
+        """By method."""
+        return {"events/subscribe": self.subscribe}
+
+    async def subscribe(self, params: protocol.EventsParams, context: Context) -> protocol.EventsEnd:
+        """Send events as fast as the peer takes them, and say which it missed."""
+        sandbox = None if params.sandbox is None else self._id_of(params.sandbox)
+        since = self._log.oldest_seq - 1 if params.since is None else params.since
+        cursor = min(since + 1, self._log.next_seq)
+        context.notify(BEGUN, protocol.EventsBegun(next_seq=cursor))
+        while True:
+            items, cursor = self._log.take(cursor)
+            for item in items:
+                match item:
+                    case EventsLost():
+                        await context.deliver(LOST, item)
+                    case EventInfo() if _wanted(item, params, sandbox):
+                        await context.deliver(EVENT, item)
+                    case EventInfo():
+                        pass
+            if items:
+                continue
+            if not params.follow:
+                return protocol.EventsEnd(last_seq=cursor - 1)
+            await self._log.more(cursor)
+
+    def _id_of(self, reference: str) -> str:
+        """The sandbox's id; what is none that is known is taken for the id of one that is gone."""
+        try:
+            return self._manager.get(reference, leaving=True).record.id
+        except NotFound:
+            return reference
+
+
+def _wanted(event: EventInfo, params: protocol.EventsParams, sandbox: str | None) -> bool:
+    return sandbox in {None, event.sandbox} and (not params.kinds or event.kind in params.kinds)

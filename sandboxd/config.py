@@ -93,12 +93,30 @@ class Daemon(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = 3
 
 
+class Capacity(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How much of this host is promised to sandboxes, all of them together."""
+
+    memory_overcommit: Annotated[
+        float, Meta(ge=0, le=10_000, description="How many times the host's memory may be promised; 0: no bound.")
+    ] = 32.0
+    cpu_overcommit: Annotated[
+        float, Meta(ge=0, le=10_000, description="How many times the host's CPUs may be promised; 0: no bound.")
+    ] = 0.0
+    pids_overcommit: Annotated[
+        float, Meta(ge=0, le=10_000, description="How many times the host's pids may be promised; 0: no bound.")
+    ] = 4.0
+    memory_reserve: Annotated[
+        str, Meta(description="No new sandbox while less of the host's memory than this is available.")
+    ] = "128m"
+
+
 class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All settings."""
 
     defaults: Defaults = Defaults()
     paths: Paths = Paths()
     daemon: Daemon = Daemon()
+    capacity: Capacity = Capacity()
 
 
 def load_config(text: str, *, origin: str, env: Mapping[str, str]) -> tuple[Config, list[ConfigEntry]]:
@@ -217,6 +235,7 @@ _CHECKS: Mapping[str, Callable[[Any], object]] = {
     "defaults.lifetime": partial(parse_optional_duration_ms, option="defaults.lifetime"),
     "defaults.idle_timeout": partial(parse_optional_duration_ms, option="defaults.idle_timeout"),
     "defaults.output": partial(parse_memory, bytes_max=OUTPUT_BYTES_MAX, bytes_min=OUTPUT_BYTES_MIN),
+    "capacity.memory_reserve": partial(parse_memory, bytes_max=SIZE_BYTES_MAX, bytes_min=1),
     "paths.allow": _refuse_relative,
 }
 """What a type cannot say. Raise QuantityError or Unsupported. What is more than this host has is cut later."""

@@ -37,6 +37,7 @@ from runtimes.podman import PodmanEngine
 from runtimes.userns import open_swapped_userns
 from sandboxd import __version__
 from sandboxd.background import Background
+from sandboxd.capacity import Capacity
 from sandboxd.config import Config, load_config
 from sandboxd.engines import EngineRoom
 from sandboxd.events import EventLog
@@ -186,7 +187,7 @@ async def run(listener: Listener, env: Mapping[str, str], *, ready_fd: int | Non
                 shut_down=stop.set,
             )
             families = (
-                SandboxHandlers(manager, lifetimes),
+                SandboxHandlers(manager, lifetimes, Capacity(manager, config, ground.host)),
                 EventHandlers(ground.events, manager),
                 CommandHandlers(manager, ground.engines),
                 FileHandlers(manager),
@@ -218,6 +219,7 @@ class _Ground:
     owner: str
     engines: EngineRoom
     events: EventLog
+    host: Host
     userns_fd: int | None
     manager: Callable[[Background], Manager]
     recovery: Callable[[Manager], Recovery]
@@ -247,6 +249,7 @@ def _prepare(
         functools.partial(_build_engine, env=env),
         config.daemon.engine_calls_max,
     )
+    host = _host()
     events = EventLog(journal.reserve_event_numbers)
     places = Places(
         boxes_dir=boxes_dir,
@@ -259,11 +262,12 @@ def _prepare(
         owner=journal.owner(),
         engines=engines,
         events=events,
+        host=host,
         userns_fd=userns_fd,
         manager=functools.partial(
             Manager,
             config=config,
-            host=_host(),
+            host=host,
             caller=_caller(env),
             places=places,
             journal=journal,

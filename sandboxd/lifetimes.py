@@ -76,7 +76,7 @@ class Lifetimes:
         self._watches: dict[str, _Watch] = {}
         self._changed = anyio.Event()
         self._clock_offset_ms = _clock_offset_ms()
-        manager.on_change = self.look_again
+        manager.watchers.append(self.look_again)
 
     def look_again(self) -> None:
         """Something changed: a sandbox, or its time."""

@@ -138,8 +138,8 @@ class Manager:
         self._staging = Staging(may_mount=caller.user.uid == 0, userns_fd=userns_fd)
         self._sandboxes: dict[str, Sandbox] = {}
         self._tell = tell
-        self.on_change: Callable[[], None] = _nothing
-        """Called whenever a sandbox, or its time, has changed."""
+        self.watchers: list[Callable[[], None]] = []
+        """Called whenever a sandbox has changed."""
         self._removing: set[str] = set()
         """The sandboxes that a task in the background removes."""
 
@@ -190,6 +190,22 @@ class Manager:
         raise NotFound(f"cannot find sandbox {reference!r}", hint="sandboxctl ls")
 
     # --- create ---------------------------------------------------------------------------------------
+
+    def limits_of(self, params: SandboxCreateParams) -> Limits:
+        """The limits that a sandbox gets of this request.
+
+        Raises:
+            InvalidArgument: one of them is nonsense, or more than the host has.
+        """
+        return resolve(params.limits, self._config.defaults, self._host, nofile_hard_max=None).limits
+
+    def limits_after(self, sandbox: Sandbox, params: SandboxUpdateParams) -> Limits:
+        """The limits that a sandbox has after this request.
+
+        Raises:
+            InvalidArgument: nonsense, or a limit that is fixed at creation.
+        """
+        return merged(sandbox.record.limits, resolve_update(params.limits, self._host))
 
     async def create(self, params: SandboxCreateParams, timings: Timings) -> Sandbox:
         """Make a sandbox, and prove its limits.
@@ -419,7 +435,8 @@ class Manager:
         return sandbox
 
     def _changed(self) -> None:
-        self.on_change()
+        for watcher in self.watchers:
+            watcher()
 
     def forget(self, sandbox: Sandbox) -> None:
         """Have it no more: its container is known to be gone.
@@ -434,7 +451,7 @@ class Manager:
         self._sandboxes.pop(sandbox.record.id, None)
         sandbox.gone.set()
         sandbox.tell("removed")
-        self.on_change()
+        self._changed()
         sandbox.on_forgotten()
 
     # --- the container --------------------------------------------------------------------------------
@@ -852,10 +869,6 @@ def require_pausable(engine: Engine, on_timeout: str) -> None:
             detail="its containers have no control group that could be frozen here",
             hint="--on-timeout kill",
         )
-
-
-def _nothing() -> None:
-    """Nobody wants to know."""
 
 
 def _gone(sandbox: Sandbox) -> SandboxGone:

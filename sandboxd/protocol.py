@@ -135,6 +135,9 @@ class SandboxCreateParams(Params, frozen=True):
     """The same, of time in which no request uses it, nobody waits for a command in it, and it needs no CPU time."""
     on_timeout: OnTimeout | None = None
     """``kill`` removes it; ``pause`` keeps its memory until somebody resumes it."""
+    wait_capacity: Quantity | None = None
+    """Seconds, or text such as ``30s``: how long to wait in the queue where this host has no room. ``$/progress``
+    says the place. Default: not at all, which is ``capacity_exceeded``."""
 
 
 class SandboxParams(Params, frozen=True):

@@ -18,6 +18,7 @@ from runtimes.errors import EngineTimeout
 from runtimes.init.channel import SpawnFailed
 from runtimes.init.wire import PtySize, SpawnRequest, Stage
 from runtimes.quantities import QuantityError
+from sandboxd.admission import cpu_environment
 from sandboxd.commands import Command, deadline_at_ms, format_command_id, shown_argv
 from sandboxd.failures import CapacityExceeded, CommandNotStarted, Conflict, InvalidArgument, Unsupported
 from sandboxd.journal import CommandRecord
@@ -98,13 +99,21 @@ def check_env(env: Mapping[str, str]) -> None:
         raise InvalidArgument(f"cannot set more than {ENV_CHARS_MAX} characters of variables")
 
 
-def environment(sandbox_env: Mapping[str, str], command_env: Mapping[str, str], *, pty: bool) -> list[bytes]:
-    """The variables that a command gets on top of the image's own.
+def environment(
+    sandbox_env: Mapping[str, str], command_env: Mapping[str, str], *, pty: bool, cpus: Mapping[str, str]
+) -> list[bytes]:
+    """The variables that a command gets on top of the image's own; what the caller says wins over all others.
+
+    Args:
+        sandbox_env: Of the whole sandbox.
+        command_env: Of this command.
+        pty: It has a terminal.
+        cpus: What tells tools how many CPUs there are for them.
 
     Raises:
         InvalidArgument: a name that cannot be one.
     """
-    merged = {**_BASE_ENV, **({"TERM": _TERM} if pty else {}), **sandbox_env, **command_env}
+    merged = {**_BASE_ENV, **cpus, **({"TERM": _TERM} if pty else {}), **sandbox_env, **command_env}
     return [f"{check_name(name)}={value}".encode() for name, value in merged.items()]
 
 
@@ -131,7 +140,12 @@ def spawn_request(sandbox: Sandbox, params: CommandParams) -> SpawnRequest:
     return SpawnRequest(
         command_id=sandbox.commands.new_id(),
         argv=[argument.encode() for argument in params.argv],
-        env=environment(record.env, params.env, pty=params.pty is not None),
+        env=environment(
+            record.env,
+            params.env,
+            pty=params.pty is not None,
+            cpus=cpu_environment(record.limits, len(os.sched_getaffinity(0))),
+        ),
         inherit_env=True,
         cwd=working_dir(params.cwd, has_workspace=record.workspace is not None).encode(),
         pty=None if params.pty is None else PtySize(params.pty.rows, params.pty.cols),
@@ -289,7 +303,7 @@ async def run_as_other_user(
     if params.pty is not None:
         raise Unsupported("cannot give another user a terminal", hint="leave out -t or --user")
     times = times_of(params)
-    env = {**sandbox.record.env, **params.env}
+    env = {**cpu_environment(sandbox.record.limits, len(os.sched_getaffinity(0))), **sandbox.record.env, **params.env}
     check_env(env)
     exit_code: int | None = None
     with _standard_descriptors(params, descriptors) as passed, contextlib.suppress(EngineTimeout):

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from sandboxd.client import Message
+
 
 def add_create_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``create`` and ``run`` have in common."""
@@ -57,6 +59,11 @@ def add_create_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("lifetime")
     group.add_argument("--lifetime", metavar="TIME", help="how long it lasts, such as 30m; none: until it is removed")
     verb.add_idle(group)
+    parser.add_argument(
+        "--wait-capacity",
+        metavar="TIME",
+        help="how long to wait where this host has no room for it, such as 30s; default: not at all",
+    )
 
 
 def create(connection: Connection, arguments: argparse.Namespace, *, ephemeral: bool) -> dict[str, Any]:
@@ -69,6 +76,7 @@ def create(connection: Connection, arguments: argparse.Namespace, *, ephemeral: 
         sandbox = call(
             connection,
             "sandbox/create",
+            _say_place,
             name=arguments.name,
             engine=arguments.engine,
             image=arguments.image,
@@ -82,6 +90,7 @@ def create(connection: Connection, arguments: argparse.Namespace, *, ephemeral: 
             lifetime=arguments.lifetime,
             idle_timeout=arguments.idle_timeout,
             on_timeout=arguments.on_timeout,
+            wait_capacity=arguments.wait_capacity,
         )
     except Interrupted as late:
         name = arguments.name or late.result["id"]
@@ -91,6 +100,12 @@ def create(connection: Connection, arguments: argparse.Namespace, *, ephemeral: 
     for warning in sandbox["warnings"]:
         say(f"warning: {warning}")
     return sandbox
+
+
+def _say_place(message: Message) -> None:
+    params = message.content["params"]
+    if message.content["method"] == "$/progress" and sys.stderr.isatty():
+        say(f"{params['message']}: place {params['done']} of {params['total']}")
 
 
 def check_create_arguments(arguments: argparse.Namespace) -> None:

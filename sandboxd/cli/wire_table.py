@@ -237,6 +237,7 @@ FIELDS: dict[str, dict[str, object]] = {
         "lifetime": None,
         "idle_timeout": None,
         "on_timeout": None,
+        "wait_capacity": None,
     },
     "SandboxKillParams": {
         "sandbox": REQUIRED,

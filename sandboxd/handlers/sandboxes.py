@@ -5,7 +5,8 @@ from __future__ import annotations
 from runtimes.cgroup.readings import Pressure as PressureReading
 from runtimes.cgroup.readings import Usage
 from runtimes.errors import CgroupUnreadable
-from sandboxd import expiry, limits, protocol, running
+from sandboxd import admission, expiry, limits, protocol, running
+from sandboxd.capacity import Capacity
 from sandboxd.failures import InvalidArgument
 from sandboxd.handlers.table import Handler
 from sandboxd.lifecycle import State
@@ -18,12 +19,15 @@ from sandboxd.timings import Timings
 
 METADATA_CHARS_MAX = 64 * 1024
 
+_WAIT = "--wait-capacity"
+
 
 class SandboxHandlers:
     """Making sandboxes, looking at them, changing and removing them."""
 
-    def __init__(self, manager: Manager, lifetimes: Lifetimes) -> None:
+    def __init__(self, manager: Manager, lifetimes: Lifetimes, capacity: Capacity) -> None:
         self._manager = manager
+        self._capacity = capacity
         self._lifetimes = lifetimes
 
     def table(self) -> dict[str, Handler]:
@@ -51,7 +55,13 @@ class SandboxHandlers:
         if sum(len(key) + len(value) for key, value in params.metadata.items()) > METADATA_CHARS_MAX:
             raise InvalidArgument(f"cannot keep more than {METADATA_CHARS_MAX} characters of metadata")
         timings = Timings()
-        sandbox = await self._manager.create(params, timings)
+        async with self._capacity.admitted(
+            admission.share_of(self._manager.limits_of(params)),
+            wait_s=None if params.wait_capacity is None else running.seconds(params.wait_capacity, option=_WAIT),
+            progress=context.progress,
+        ):
+            timings.mark("admit")
+            sandbox = await self._manager.create(params, timings)
         if params.ephemeral:
             sandbox.on_forgotten = context.on_close(lambda: self._manager.remove_soon(sandbox))
         return _info(sandbox, timings)
@@ -76,11 +86,13 @@ class SandboxHandlers:
             ]
         )
 
-    async def update(self, params: protocol.SandboxUpdateParams, _: Context) -> protocol.SandboxInfo:
+    async def update(self, params: protocol.SandboxUpdateParams, context: Context) -> protocol.SandboxInfo:
         """Change limits and prove them."""
         timings = Timings()
         sandbox = self._manager.get(params.sandbox)
-        await self._manager.update(sandbox, params, timings)
+        grown = admission.growth(sandbox.record.limits, self._manager.limits_after(sandbox, params))
+        async with self._capacity.admitted(grown, wait_s=None, progress=context.progress):
+            await self._manager.update(sandbox, params, timings)
         return _info(sandbox, timings)
 
     async def stop(self, params: protocol.SandboxStopParams, _: Context) -> protocol.SandboxInfo:
@@ -91,11 +103,14 @@ class SandboxHandlers:
         timings.mark("engine")
         return _info(sandbox, timings)
 
-    async def start(self, params: protocol.SandboxParams, _: Context) -> protocol.SandboxInfo:
+    async def start(self, params: protocol.SandboxParams, context: Context) -> protocol.SandboxInfo:
         """Start again."""
         timings = Timings()
         sandbox = self._manager.get(params.sandbox)
-        await self._manager.start(sandbox, timings)
+        stopped = sandbox.record.state is State.STOPPED
+        share = admission.share_of(sandbox.record.limits) if stopped else admission.Share()
+        async with self._capacity.admitted(share, wait_s=None, progress=context.progress):
+            await self._manager.start(sandbox, timings)
         return _info(sandbox, timings)
 
     async def connect(self, params: protocol.SandboxConnectParams, _: Context) -> protocol.SandboxInfo:

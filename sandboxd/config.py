@@ -105,6 +105,10 @@ class Capacity(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     pids_overcommit: Annotated[
         float, Meta(ge=0, le=10_000, description="How many times the host's pids may be promised; 0: no bound.")
     ] = 4.0
+    pack_cpus: Annotated[
+        bool,
+        Meta(description="Bind sandboxes with a whole number of CPUs to as many, those with the fewest others."),
+    ] = False
     memory_reserve: Annotated[
         str, Meta(description="No new sandbox while less of the host's memory than this is available.")
     ] = "128m"

@@ -93,6 +93,8 @@ class SandboxRecord(msgspec.Struct, frozen=True, kw_only=True):
     bin_dir: str = ""
     """Where the programs are that were mounted into it."""
     lifetime: LifetimeRecord = LifetimeRecord()
+    cpus_packed: bool = False
+    """Which CPUs it is bound to was chosen here, and follows its quota."""
 
 
 class CommandRecord(msgspec.Struct, frozen=True, kw_only=True):

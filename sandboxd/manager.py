@@ -45,7 +45,7 @@ from runtimes.model import (
     User,
 )
 from runtimes.quantities import format_bytes
-from sandboxd import expiry, reconcile
+from sandboxd import admission, expiry, reconcile
 from sandboxd.background import Background
 from sandboxd.config import Config
 from sandboxd.engines import EngineRoom
@@ -229,9 +229,10 @@ class Manager:
             resolved = resolve(
                 params.limits, self._config.defaults, self._host, nofile_hard_max=engine.info.nofile_hard_max
             )
+            limits = self._packed(resolved.limits, engine.info)
             require_pausable(engine, lifetime.on_timeout)
             policy = params.limits_policy or self._config.defaults.limits_policy
-            self._check_enforceable(resolved.limits, engine.info, policy)
+            self._check_enforceable(limits, engine.info, policy)
             identity = identify(
                 engine.info,
                 None if workspace is None else workspace.owner,
@@ -254,7 +255,7 @@ class Manager:
                     path=workspace.path, read_only=params.workspace.mode == "ro", mounted=identity.mounted
                 ),
                 network=Network(params.network or self._config.defaults.network),
-                limits=resolved.limits,
+                limits=limits,
                 tmp_bytes_max=resolved.tmp_bytes_max,
                 limits_policy=policy,
                 env=params.env,
@@ -264,6 +265,7 @@ class Manager:
                 warnings=_warnings(identity, engine.info),
                 bin_dir=self._places.bin_dir,
                 lifetime=lifetime,
+                cpus_packed=limits is not resolved.limits,
             )
             # Again, for others may have come in between; from here to the registration nothing waits.
             self._check_room(params.name)
@@ -336,6 +338,31 @@ class Manager:
             sandbox.disconnect()
         else:
             self.forget(sandbox)
+
+    def _packed(self, limits: Limits, info: EngineInfo) -> Limits:
+        """The limits of a new sandbox, bound to some CPUs if that is configured, can be done and says something."""
+        able = info.capabilities
+        if not self._config.capacity.pack_cpus or able is None or not able.cpuset_limit:
+            return limits
+        cpus = admission.pack(self._host.cpus_online, self._cpus_taken(), admission.whole_cpus(limits) or 0)
+        return limits if cpus is None else msgspec.structs.replace(limits, cpuset_cpus=cpus)
+
+    def _repacked(self, sandbox: Sandbox, changed: Limits) -> Limits:
+        """A change of limits of a sandbox that was bound to some CPUs here: they follow its quota."""
+        if not sandbox.record.cpus_packed or changed.cpu_millis is None or changed.cpuset_cpus is not None:
+            return changed
+        online = self._host.cpus_online
+        cpus = admission.pack(online, self._cpus_taken(besides=sandbox), admission.whole_cpus(changed) or 0)
+        return msgspec.structs.replace(changed, cpuset_cpus=cpus or online)
+
+    def _cpus_taken(self, besides: Sandbox | None = None) -> list[tuple[int, ...]]:
+        return [
+            sandbox.record.limits.cpuset_cpus
+            for sandbox in self.present()
+            if sandbox is not besides
+            and sandbox.record.limits.cpuset_cpus
+            and sandbox.record.state not in (State.STOPPED, State.LOST)
+        ]
 
     def _lifetime(self, params: SandboxCreateParams) -> LifetimeRecord:
         """How long a new sandbox may last: as the request says, or else the configuration.
@@ -805,11 +832,15 @@ class Manager:
                         hint=f"sandboxctl {verb} {sandbox.record.id}",
                     )
                 engine = self.engine_of(sandbox)
+                chosen = changed.cpuset_cpus is not None
+                changed = self._repacked(sandbox, changed)
                 policy = params.limits_policy or sandbox.record.limits_policy
                 self._check_enforceable(changed, engine.info, policy)
                 self._check_use(sandbox, changed)
                 before = sandbox.record.limits
                 await self._apply(sandbox, engine, merged(before, changed), changed, policy)
+                if chosen and sandbox.record.cpus_packed:
+                    sandbox.put(cpus_packed=False)
                 timings.mark("apply")
 
     async def _apply(self, sandbox: Sandbox, engine: Engine, limits: Limits, changed: Limits, policy: str) -> None:

@@ -12,10 +12,10 @@ import pytest
 
 from runtimes.errors import EngineRefused, EngineTimeout, EngineUnavailable, ImageNotFound, RuntimeFailure
 from runtimes.inotify import Inotify
-from runtimes.model import ContainerSpec, EngineInfo, User
+from runtimes.model import ContainerSpec, EngineInfo, Limits, User
 from sandboxd import reconcile, running
 from sandboxd.background import Background
-from sandboxd.config import Config, Daemon
+from sandboxd.config import Capacity, Config, Daemon
 from sandboxd.engines import EngineRoom
 from sandboxd.failures import CapacityExceeded, Conflict, InvalidArgument, NotFound, SandboxGone
 from sandboxd.journal import Journal, SandboxRecord
@@ -468,3 +468,25 @@ async def test_a_reference_is_an_id_or_its_beginning_or_a_name(world: World) -> 
                 manager.get(reference)
         with pytest.raises(Conflict):
             await manager.create(SandboxCreateParams(name="first"), Timings())
+
+
+async def test_sandboxes_with_whole_cpus_are_spread_over_them_if_configured(world: World) -> None:
+    """What the engine is told is what is written down; whoever says which CPUs gets those."""
+    async with world.managed(Config(capacity=Capacity(pack_cpus=True))) as manager:
+        taken = record(id="sb-taken11111", limits=Limits(cpuset_cpus=(0,)))
+        manager.register(taken)
+        packed = manager._packed(Limits(cpu_millis=1000), world.engine.info)
+        assert packed.cpuset_cpus == (1,)
+        for own in (Limits(cpu_millis=1500), Limits(cpu_millis=1000, cpuset_cpus=(0,)), Limits(cpu_millis=2000)):
+            assert manager._packed(own, world.engine.info) is own
+        with pytest.raises(SandboxGone):
+            await manager.create(SandboxCreateParams(limits=LimitsParams(cpus=1)), Timings())
+        assert world.engine.specs[-1].limits.cpuset_cpus == (1,)
+        box = manager.register(record(id="sb-packed1111", limits=packed, cpus_packed=True))
+        assert manager._repacked(box, Limits(cpu_millis=2000)).cpuset_cpus == (0, 1), "all, when it may use all"
+        assert manager._repacked(box, Limits(cpu_millis=1000)).cpuset_cpus == (1,)
+        assert manager._repacked(box, Limits(pids_max=9)).cpuset_cpus is None
+    async with world.managed() as manager:
+        own = Limits(cpu_millis=1000)
+        assert manager._packed(own, world.engine.info) is own
+        assert manager._repacked(manager.register(taken), own) is own

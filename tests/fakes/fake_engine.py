@@ -80,6 +80,8 @@ class FakeEngine:
     ) -> None:
         self.calls: list[str] = []
         """The methods that were called, in order."""
+        self.specs: list[ContainerSpec] = []
+        """What was to be created, in order."""
         self._info = EngineInfo(
             name=name,
             usable=True,
@@ -124,6 +126,7 @@ class FakeEngine:
         await self._enter("ping")
 
     async def create(self, spec: ContainerSpec) -> str:
+        self.specs.append(spec)
         await self._enter("create")
         run_argv(_GRAMMAR, spec)
         self._refuse_unenforceable(spec.limits)

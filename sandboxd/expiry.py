@@ -66,7 +66,7 @@ def judge(standing: Standing) -> Verdict:
     if not ends:
         return Verdict()
     ends_in_ms, cause, whole_ms = min(ends)
-    lead_ms = min(WARNING_MS_MAX, whole_ms // 2)
+    lead_ms = max(min(WARNING_MS_MAX, whole_ms // 2), 1)
     warn = ends_in_ms <= lead_ms
     look_in_ms = min(ends_in_ms if warn else ends_in_ms - lead_ms, LOOK_MS_MAX)
     if standing.idle_timeout_ms is not None:

@@ -224,7 +224,16 @@ class WorkspaceInfo(Reply, frozen=True):
     """How ownership is made right: ``same-uid``, ``keep-id``, ``idmapped`` or ``as-is``."""
 
 
-class SandboxInfo(Reply, frozen=True):
+class Problem(Reply, frozen=True):
+    """Something that is wrong with a sandbox, and makes commands fail."""
+
+    kind: Literal["init_gone", "disk_full", "pids_exhausted", "memory_at_limit"]
+    detail: str
+    hint: str
+    """What to do about it."""
+
+
+class SandboxInfo(Reply, frozen=True, kw_only=True):
     """Everything about one sandbox."""
 
     id: str
@@ -253,6 +262,8 @@ class SandboxInfo(Reply, frozen=True):
     launch: str
     """``cold``: made for this request."""
     warnings: list[str]
+    problems: list[Problem] = []
+    """What is wrong with it now."""
     timings_ms: dict[str, float]
     """What each step of this request cost."""
     lifetime_ms: int | None = None
@@ -288,6 +299,8 @@ class SandboxSummary(Reply, frozen=True):
     verified: bool
     expires_at_ms: int | None = None
     """Milliseconds since the epoch; null: never."""
+    problems: list[Problem] = []
+    """What its state and its counters tell. Whether a disk is full is only looked at for one: ``sandbox/get``."""
 
 
 class SandboxList(Reply, frozen=True):
@@ -599,7 +612,7 @@ class CommandLogs(Reply, frozen=True):
     ended: bool
 
 
-class CommandEnd(Reply, frozen=True):
+class CommandEnd(Reply, frozen=True, kw_only=True):
     """How a command ended. A non-zero exit is an outcome, never an error."""
 
     command_id: str
@@ -617,6 +630,8 @@ class CommandEnd(Reply, frozen=True):
     stderr_bytes: int | None
     truncated: bool
     timings_ms: dict[str, float]
+    problems: list[Problem] = []
+    """Of a command that failed: what is wrong with its sandbox."""
 
 
 class CommandInfo(Reply, frozen=True):
@@ -707,7 +722,7 @@ class ShellList(Reply, frozen=True):
     shells: list[ShellInfo]
 
 
-class ShellEnd(CommandEnd, frozen=True):
+class ShellEnd(CommandEnd, frozen=True, kw_only=True):
     """How a text ended. ``cpu_ms`` and ``memory_bytes_peak`` are null: they are the shell's, not one text's."""
 
     shell_id: str

@@ -18,7 +18,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from hashlib import sha256
 
 import anyio
@@ -122,6 +122,8 @@ class Sandbox:
         self._cgroup: CgroupHandle | None = None
         self._pidfd: int | None = None
         self._sample: tuple[float, int] | None = None
+        self.forks_refused: int | None = None
+        """For the pids limit, as of the last start or end of a command; None: unknown."""
 
     # --- the record -----------------------------------------------------------------------------------
 
@@ -359,6 +361,23 @@ class Sandbox:
             )
         return self._channel
 
+    @contextlib.asynccontextmanager
+    async def files_for_a_moment(self) -> AsyncIterator[FilesChannel]:
+        """The same, by the worker that is there, or by one that goes again: a look must leave nothing running.
+
+        Raises:
+            Conflict: its init does not answer.
+            InitError: there is no worker to be had.
+        """
+        if self._files is not None or self._channel is None:
+            yield await self.files()
+            return
+        files = await self._channel.open_files(b"/")
+        try:
+            yield files
+        finally:
+            files.close()
+
     async def adopt_commands(self) -> None:
         """Take over the background commands of a former daemon, and end what nobody waits for any more."""
         channel = self._channel
@@ -506,13 +525,15 @@ class Sandbox:
             return None
 
     def oom_kills(self) -> int | None:
-        """The control group's counter; None when it cannot be read."""
+        """The control group's counter; None when it cannot be read. Keeps ``forks_refused`` of the same reading."""
         if self._cgroup is None:
             return None
         try:
-            return self._cgroup.read_usage(pressure=False).oom_kills
+            usage = self._cgroup.read_usage(pressure=False)
         except CgroupUnreadable:
             return None
+        self.forks_refused = usage.pids_refused
+        return usage.oom_kills
 
     def cpu_percent(self, cpu_us: int | None) -> float | None:
         """The share of one CPU since the last sample that is old enough, else since the sandbox was made."""

@@ -132,6 +132,9 @@ def exit_code_of_end(end: dict[str, Any], sandbox: str, timeout: str | None = No
         say(f"the command was ended by signal {end['signal']} ({CRASHES[end['signal']]})")
     if status == "oom":
         sys.stderr.write(f"hint: sandboxctl update -m SIZE {sandbox}\n")
+    for problem in end.get("problems", ()):
+        say(f"{problem['kind']}: {problem['detail']}")
+        sys.stderr.write(f"hint: {problem['hint']}\n")
     if status == "timeout":
         return TIMED_OUT
     if end["exit_code"] is not None:

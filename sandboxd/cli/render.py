@@ -142,7 +142,7 @@ def _verdict(limit: dict[str, Any]) -> str:
 def sandbox_list(sandboxes: Sequence[dict[str, Any]], now_ms: int) -> str:
     """One line per sandbox."""
     return table(
-        ("ID", "NAME", "STATE", "ENGINE", "IMAGE", "WORKSPACE", "AGE", "LEFT", "COMMANDS", "VERIFIED"),
+        ("ID", "NAME", "STATE", "ENGINE", "IMAGE", "WORKSPACE", "AGE", "LEFT", "COMMANDS", "VERIFIED", "PROBLEMS"),
         [
             (
                 row["id"],
@@ -155,6 +155,7 @@ def sandbox_list(sandboxes: Sequence[dict[str, Any]], now_ms: int) -> str:
                 until(row["expires_at_ms"], now_ms),
                 str(row["commands_running"]),
                 yes_no(row["verified"]),
+                _known(" ".join(problem["kind"] for problem in row.get("problems", ()))),
             )
             for row in sandboxes
         ],
@@ -193,6 +194,7 @@ def sandbox(info: dict[str, Any], now_ms: int) -> str:
         ("ephemeral", yes_no(info["ephemeral"])),
         ("commands", str(info["commands_running"])),
     ]
+    facts += [("problem", f"{problem['kind']}: {problem['detail']}") for problem in info.get("problems", ())]
     width = max(len(name) for name, _ in facts)
     text = "".join(f"{name.ljust(width)}{GAP}{value}\n" for name, value in facts)
     return f"{text}\n{limits_table(info['limits'])}"

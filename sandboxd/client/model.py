@@ -97,6 +97,16 @@ class LimitReport:
 
 
 @dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that is wrong with a sandbox, and makes commands fail."""
+
+    kind: str
+    """``init_gone``, ``disk_full``, ``pids_exhausted`` or ``memory_at_limit``."""
+    detail: str
+    hint: str
+
+
+@dataclass(frozen=True, slots=True)
 class SandboxInfo:
     """Everything about one sandbox."""
 
@@ -116,6 +126,7 @@ class SandboxInfo:
     limits: list[LimitReport]
     verified: bool
     warnings: list[str]
+    problems: list[Problem]
     timings_ms: dict[str, float]
     end_at: datetime | None
     """When its lifetime is over; None: never, or not while it is paused."""
@@ -138,6 +149,7 @@ class ListedSandbox:
     commands_running: int
     verified: bool
     end_at: datetime | None
+    problems: list[Problem]
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +223,8 @@ class CommandResult:
     stdout_bytes_total: int | None
     """How many it wrote, kept or not; None where nobody counted."""
     stderr_bytes_total: int | None
+    problems: list[Problem]
+    """Of a command that failed: what is wrong with its sandbox."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,6 +388,11 @@ def limit_reports(reply: Mapping[str, Any]) -> list[LimitReport]:
     return [LimitReport(**{name: limit[name] for name in names}) for limit in reply["limits"]]
 
 
+def problems_of(reply: Mapping[str, Any]) -> list[Problem]:
+    """What is wrong with a sandbox, as a reply about it or its command says; an older daemon says nothing."""
+    return [Problem(**problem) for problem in reply.get("problems", ())]
+
+
 def sandbox_info(reply: Mapping[str, Any]) -> SandboxInfo:
     """Read a ``SandboxInfo`` of the protocol."""
     return SandboxInfo(
@@ -392,6 +411,7 @@ def sandbox_info(reply: Mapping[str, Any]) -> SandboxInfo:
         limits=limit_reports(reply),
         verified=reply["verified"],
         warnings=reply["warnings"],
+        problems=problems_of(reply),
         timings_ms=reply["timings_ms"],
         end_at=end_at(reply),
         idle_timeout=None if reply["idle_timeout_ms"] is None else reply["idle_timeout_ms"] / 1000,
@@ -414,6 +434,7 @@ def listed_sandboxes(reply: Mapping[str, Any], query: SandboxQuery | None) -> li
             commands_running=row["commands_running"],
             verified=row["verified"],
             end_at=end_at(row),
+            problems=problems_of(row),
         )
         for row in reply["sandboxes"]
         if states is None or row["state"] in states
@@ -501,6 +522,7 @@ def command_result(end: Mapping[str, Any], stdout: bytes, stderr: bytes) -> Comm
         stderr_bytes=stderr,
         stdout_bytes_total=end["stdout_bytes"],
         stderr_bytes_total=end["stderr_bytes"],
+        problems=problems_of(end),
     )
 
 

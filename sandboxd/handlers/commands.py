@@ -10,10 +10,10 @@ import msgspec
 
 from runtimes.init.wire import Scope
 from runtimes.model import EngineName
-from sandboxd import protocol, running
+from sandboxd import health, protocol, running
 from sandboxd.commands import Command, format_command_id
 from sandboxd.engines import EngineRoom
-from sandboxd.failures import InvalidArgument, Unsupported
+from sandboxd.failures import CapacityExceeded, Conflict, InvalidArgument, Unsupported
 from sandboxd.handlers.table import Handler
 from sandboxd.manager import Manager
 from sandboxd.outlet import Outlet, OutputName
@@ -63,9 +63,10 @@ class CommandHandlers:
                     engine, sandbox, params, descriptors, timings, user=params.user
                 )
             keep = params.on_disconnect == "keep"
-            command, pty_fd = await running.start(sandbox, params, descriptors, keep=keep)
+            command, pty_fd = await _start(sandbox, params, descriptors, keep=keep)
         finally:
             _close(descriptors)
+        refused_before = sandbox.forks_refused
         timings.mark("spawn")
         masters = () if pty_fd is None else (pty_fd,)
         context.notify(STARTED, _started(sandbox, command.id, command.pid, timings), masters)
@@ -81,6 +82,7 @@ class CommandHandlers:
             if not keep:
                 sandbox.commands.release(command)
         timings.mark("command")
+        end = await health.explained(sandbox, end, refused_before=refused_before)
         return msgspec.structs.replace(end, timings_ms=timings.as_dict())
 
     async def start(self, params: protocol.CommandParams, context: Context) -> protocol.CommandStarted:
@@ -99,7 +101,7 @@ class CommandHandlers:
         sandbox = self._manager.get(params.sandbox)
         descriptors = context.take_descriptors()
         try:
-            command, _ = await running.start(sandbox, params, descriptors, keep=True)
+            command, _ = await _start(sandbox, params, descriptors, keep=True)
         finally:
             _close(descriptors)
         timings.mark("spawn")
@@ -107,8 +109,9 @@ class CommandHandlers:
 
     async def wait(self, params: protocol.CommandRef, _: Context) -> protocol.CommandEnd:
         """Wait for an end."""
-        commands = self._manager.get(params.sandbox).commands
-        return await commands.wait(commands.get(int(params.command_id, 16)))
+        sandbox = self._manager.get(params.sandbox)
+        end = await sandbox.commands.wait(sandbox.commands.get(int(params.command_id, 16)))
+        return await health.explained(sandbox, end)
 
     async def signal(self, params: protocol.CommandSignalParams, _: Context) -> protocol.Acknowledged:
         """Send a signal."""
@@ -136,7 +139,7 @@ class CommandHandlers:
         async with anyio.create_task_group() as following:
             following.start_soon(follow, sandbox, command, context, offsets)
             end = await sandbox.commands.wait(command)
-        return end  # noqa: RET504  (a task group may swallow, says the type checker)
+        return await health.explained(sandbox, end)
 
     async def logs(self, params: protocol.CommandLogsParams, _: Context) -> protocol.CommandLogs:
         """Read kept output."""
@@ -179,6 +182,16 @@ class CommandHandlers:
     async def list(self, params: protocol.CommandListParams, _: Context) -> protocol.CommandList:
         """The rows."""
         return protocol.CommandList(commands=self._manager.get(params.sandbox).commands.infos())
+
+
+async def _start(
+    sandbox: Sandbox, params: protocol.CommandParams, descriptors: tuple[int, ...], *, keep: bool
+) -> tuple[Command, int | None]:
+    try:
+        return await running.start(sandbox, params, descriptors, keep=keep)
+    except (CapacityExceeded, Conflict) as error:
+        health.add_to(error, health.counted(sandbox))
+        raise
 
 
 async def follow(sandbox: Sandbox, command: Command, context: Context, offsets: Mapping[str, int]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from runtimes.cgroup.readings import Pressure as PressureReading
 from runtimes.cgroup.readings import Usage
 from runtimes.errors import CgroupUnreadable
-from sandboxd import admission, expiry, limits, protocol, running
+from sandboxd import admission, expiry, health, limits, protocol, running
 from sandboxd.capacity import Capacity
 from sandboxd.failures import InvalidArgument
 from sandboxd.handlers.table import Handler
@@ -74,7 +76,9 @@ class SandboxHandlers:
         timings.mark("engine")
         self._manager.prove(sandbox, None if facts is None else facts.limits)
         timings.mark("verify")
-        return _info(sandbox, timings)
+        problems = await health.look(sandbox)
+        timings.mark("health")
+        return msgspec.structs.replace(_info(sandbox, timings), problems=problems)
 
     async def list(self, params: protocol.SandboxListParams, _: Context) -> protocol.SandboxList:
         """The rows."""
@@ -214,6 +218,7 @@ def _summary(sandbox: Sandbox) -> protocol.SandboxSummary:
         commands_running=sandbox.commands.running_count,
         verified=_all_verified(sandbox),
         expires_at_ms=record.lifetime.expires_at_ms,
+        problems=health.counted(sandbox),
     )
 
 

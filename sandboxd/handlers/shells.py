@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sandboxd import protocol
+from sandboxd import health, protocol
 from sandboxd.commands import Command, format_command_id
 from sandboxd.handlers.commands import STARTED, follow
 from sandboxd.handlers.table import Handler
@@ -53,7 +53,8 @@ class ShellHandlers:
             if params.follow:
                 await follow(shell.sandbox, command, context, {})
 
-        return await self._shells.run(shell, params, follow_it)
+        end = await self._shells.run(shell, params, follow_it)
+        return await health.explained(shell.sandbox, end)
 
     async def interrupt(self, params: protocol.ShellRef, _: Context) -> protocol.ShellInterrupted:
         """Get it back."""

@@ -55,7 +55,7 @@ class Capacity:
         self._available_bytes = available_bytes or _available_bytes
         self._reservations: list[Share] = []
         self._queue: list[_Waiting] = []
-        manager.watchers.append(self._wake)
+        manager.watchers.append(lambda _: self._wake())
 
     @property
     def waiting(self) -> int:

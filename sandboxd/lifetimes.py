@@ -76,10 +76,21 @@ class Lifetimes:
         self._watches: dict[str, _Watch] = {}
         self._changed = anyio.Event()
         self._clock_offset_ms = _clock_offset_ms()
+        self._limited: set[str] = set()
+        """The sandboxes that do not last for ever: all others cost nothing."""
         manager.watchers.append(self.look_again)
 
-    def look_again(self) -> None:
-        """Something changed: a sandbox, or its time."""
+    def look_again(self, sandbox: Sandbox) -> None:
+        """A sandbox, or its time, has changed."""
+        if sandbox.gone.is_set():
+            self._watches.pop(sandbox.record.id, None)
+            self._limited.discard(sandbox.record.id)
+            return
+        lifetime = sandbox.record.lifetime
+        if lifetime.expires_at_ms is not None or lifetime.idle_timeout_ms is not None:
+            self._limited.add(sandbox.record.id)
+        elif sandbox.record.id not in self._limited:
+            return
         self._changed.set()
 
     @contextlib.contextmanager
@@ -92,11 +103,13 @@ class Lifetimes:
         finally:
             watch.users -= 1
             watch.touched_s = time.monotonic()
+            if sandbox.gone.is_set():
+                self._watches.pop(sandbox.record.id, None)
 
     def touch(self, sandbox: Sandbox) -> None:
         """Somebody wants it to stay: it is not idle."""
         self._watch(sandbox).touched_s = time.monotonic()
-        self.look_again()
+        self.look_again(sandbox)
 
     def change(self, sandbox: Sandbox, params: SandboxTimeoutParams) -> None:
         """Give it another lifetime, from now on, or another idle timeout; what is not given stays.
@@ -161,6 +174,8 @@ class Lifetimes:
 
     async def run(self) -> None:
         """Watch, until cancelled. What was over before the start is ended at once."""
+        for sandbox in self._manager.present():
+            self.look_again(sandbox)
         while True:
             self._changed = anyio.Event()
             look_in_ms = self._look()
@@ -170,11 +185,14 @@ class Lifetimes:
     def _look(self) -> int | None:
         """Look at all of them; return in how many milliseconds to look again, None: when something changes."""
         self._follow_clock()
-        sandboxes = self._manager.present()
-        for known in self._watches.keys() - {sandbox.record.id for sandbox in sandboxes}:
-            del self._watches[known]
-        looks = [self._look_at(sandbox) for sandbox in sandboxes]
+        looks = [self._look_at(sandbox) for sandbox in self._limited_sandboxes()]
         return min((look for look in looks if look is not None), default=None)
+
+    def _limited_sandboxes(self) -> list[Sandbox]:
+        found = {sandbox_id: self._manager.find(sandbox_id) for sandbox_id in self._limited}
+        present = [sandbox for sandbox in found.values() if sandbox is not None and not sandbox.leaving]
+        self._limited = {sandbox.record.id for sandbox in present}
+        return present
 
     def _look_at(self, sandbox: Sandbox) -> int | None:
         record = sandbox.record
@@ -250,7 +268,7 @@ class Lifetimes:
             await anyio.sleep(RETRY_S)
         finally:
             watch.acting = False
-            self.look_again()
+            self.look_again(sandbox)
 
     def _follow_clock(self) -> None:
         """The time of day was set: what is written down as such has to be what it was meant to be."""
@@ -258,7 +276,7 @@ class Lifetimes:
         if abs(offset_ms - self._clock_offset_ms) < expiry.CLOCK_JUMP_MS_MIN:
             return
         logger.warning("the time of day was set by %d ms: deadlines move with it", offset_ms - self._clock_offset_ms)
-        for sandbox in self._manager.present():
+        for sandbox in self._limited_sandboxes():
             watch = self._watch(sandbox)
             if watch.deadline_s is None or watch.expires_at_ms != sandbox.record.lifetime.expires_at_ms:
                 continue

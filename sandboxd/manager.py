@@ -138,8 +138,8 @@ class Manager:
         self._staging = Staging(may_mount=caller.user.uid == 0, userns_fd=userns_fd)
         self._sandboxes: dict[str, Sandbox] = {}
         self._tell = tell
-        self.watchers: list[Callable[[], None]] = []
-        """Called whenever a sandbox has changed."""
+        self.watchers: list[Callable[[Sandbox], None]] = []
+        """Called with each sandbox whenever it has changed, or is gone; must be cheap."""
         self._removing: set[str] = set()
         """The sandboxes that a task in the background removes."""
 
@@ -457,13 +457,13 @@ class Manager:
         )
         if self._tell is not None:
             sandbox.on_told = self._tell
-        sandbox.on_changed = self._changed
+        sandbox.on_changed = functools.partial(self._changed, sandbox)
         self._sandboxes[record.id] = sandbox
         return sandbox
 
-    def _changed(self) -> None:
+    def _changed(self, sandbox: Sandbox) -> None:
         for watcher in self.watchers:
-            watcher()
+            watcher(sandbox)
 
     def forget(self, sandbox: Sandbox) -> None:
         """Have it no more: its container is known to be gone.
@@ -478,7 +478,7 @@ class Manager:
         self._sandboxes.pop(sandbox.record.id, None)
         sandbox.gone.set()
         sandbox.tell("removed")
-        self._changed()
+        self._changed(sandbox)
         sandbox.on_forgotten()
 
     # --- the container --------------------------------------------------------------------------------

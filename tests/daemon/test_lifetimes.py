@@ -52,7 +52,7 @@ class Watched:
         found = await self.world.container_of(record(state=state))
         box = self.world.manager.register(self.with_lifetime(found, **lifetime))
         box.on_told = lambda kind, _id, _name, data: self.told.append((kind, data))
-        self.watch.look_again()
+        self.watch.look_again(box)
         return box
 
     def with_lifetime(self, found: SandboxRecord, **lifetime: Any) -> SandboxRecord:
@@ -204,7 +204,7 @@ async def test_a_clock_that_is_set_neither_ends_nor_prolongs_anything(
         await until(lambda: house.watch.left_ms(box) is not None)
         for jump_ms in (24 * HOUR_MS, -48 * HOUR_MS):
             monkeypatch.setattr(lifetimes, "now_ms", lambda jump_ms=jump_ms: now_ms() + jump_ms)
-            house.watch.look_again()
+            house.watch.look_again(box)
             await until(
                 lambda jump_ms=jump_ms: (
                     abs((box.record.lifetime.expires_at_ms or 0) - now_ms() - jump_ms - HOUR_MS) < 60_000
@@ -223,3 +223,16 @@ async def test_a_sandbox_that_is_paused_by_hand_spends_no_time(world: World) -> 
         house.watch.change(box, SandboxTimeoutParams(sandbox=box.record.id, lifetime="1s"))
         assert box.record.lifetime.expires_at_ms is None
         assert box.record.lifetime.lifetime_ms == 1000
+
+
+async def test_nothing_is_kept_of_what_is_gone_and_what_lasts_for_ever_wakes_nobody(world: World) -> None:
+    """Hundreds of sandboxes without an end must not make each change of one of them slower."""
+    async with watched(world) as house:
+        box = await house.box()
+        assert not house.watch._changed.is_set()
+        with house.watch.used_by("commands/run", SandboxParams(sandbox=box.record.id)):
+            await world.manager.remove(box, Timings())
+        mortal = world.manager.register(record(id="sb-mortal1111", state=State.STOPPED))
+        house.watch.change(mortal, SandboxTimeoutParams(sandbox=mortal.record.id, lifetime="1ms"))
+        await mortal.gone.wait()
+        assert (house.watch._watches, house.watch._limited) == ({}, set())

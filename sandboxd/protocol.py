@@ -578,14 +578,19 @@ class CommandStarted(Reply, frozen=True):
 
 
 class CommandOutput(Reply, frozen=True):
-    """Params of ``commands/output``: bytes that a command wrote."""
+    """Params of ``commands/output``: bytes that a command wrote.
+
+    ``data`` is empty where there is only something to be told: that bytes before ``offset`` were dropped and none
+    follows them, or that the output ends at ``offset`` and not where it was followed from.
+    """
 
     sandbox: str
     command_id: str
     stream: Literal["stdout", "stderr"]
     """A terminal, and merged output, are ``stdout``."""
     offset: int
-    """Of the first byte of ``data``, counted from the command's start."""
+    """Of the first byte of ``data``, counted from the command's start. Less than what was followed so far, if the
+    command cut its output short."""
     data: bytes
     dropped_bytes: int
     """How many bytes before ``offset`` were written and not kept."""

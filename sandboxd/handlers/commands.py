@@ -206,24 +206,31 @@ async def _follow_one(
     sandbox: Sandbox, command: Command, outlet: Outlet, name: OutputName, offset: int, context: Context
 ) -> None:
     dropped_bytes = 0
+
+    async def tell(at: int, data: bytes = b"") -> None:
+        output = protocol.CommandOutput(
+            sandbox=sandbox.record.id,
+            command_id=format_command_id(command.id),
+            stream=name,
+            offset=at,
+            data=data,
+            dropped_bytes=dropped_bytes,
+        )
+        await context.deliver(OUTPUT, output)
+
     with outlet.spool(name).follow(offset, until_ended=outlet.finished) as items:
         async for item in items:
             match item:
                 case Dropped():
                     dropped_bytes += item.end - item.start
+                    continue
                 case Chunk():
-                    output = protocol.CommandOutput(
-                        sandbox=sandbox.record.id,
-                        command_id=format_command_id(command.id),
-                        stream=name,
-                        offset=item.offset,
-                        data=item.data,
-                        dropped_bytes=dropped_bytes,
-                    )
-                    dropped_bytes = 0
-                    await context.deliver(OUTPUT, output)
+                    await tell(item.offset, item.data)
                 case Truncated():
-                    pass
+                    await tell(item.after)
+            dropped_bytes = 0
+        if dropped_bytes:
+            await tell(items.offset)
 
 
 def _started(sandbox: Sandbox, command_id: int, pid: int | None, timings: Timings) -> protocol.CommandStarted:

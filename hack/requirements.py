@@ -2,6 +2,7 @@
 
 `requirements.py inputs`: all of pyproject.toml that bears on what is installed.
 `requirements.py dev`: the dev group of pyproject.toml, for pips that know no groups.
+`requirements.py chroma`: the extra of that name.
 `requirements.py constraints`: the versions of uv.lock, so that every checkout tests the same ones.
 """
 
@@ -27,6 +28,13 @@ def dev() -> list[str]:
     return [requirement for requirement in groups["dev"] if isinstance(requirement, str)]
 
 
+def chroma() -> list[str]:
+    extras: dict[str, list[str]] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    return extras["chroma"]
+
+
 def constraints() -> list[str]:
     versions: defaultdict[str, set[str]] = defaultdict(set)
     for package in tomllib.loads((ROOT / "uv.lock").read_text())["package"]:
@@ -37,4 +45,4 @@ def constraints() -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join({"inputs": inputs, "dev": dev, "constraints": constraints}[sys.argv[1]]()))
+    print("\n".join({"inputs": inputs, "dev": dev, "chroma": chroma, "constraints": constraints}[sys.argv[1]]()))

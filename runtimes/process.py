@@ -304,6 +304,82 @@ class _Client:
         )
 
 
+class Running:
+    """A program that runs until it ends or is ended: a service. Leader of its own session; ``close`` must follow.
+
+    What it prints, on both streams, comes out of ``output``.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], output: int) -> None:
+        self._process = process
+        self._pidfd = os.pidfd_open(process.pid)
+        self.pid = process.pid
+        self.output = output
+        """Non-blocking; closed by ``close``."""
+
+    async def wait(self) -> int:
+        """Return its exit status, or minus the number of the signal that ended it, once it has ended."""
+        while (status := self._process.poll()) is None:
+            await anyio.wait_readable(self._pidfd)
+        return status
+
+    def signal(self, number: signal.Signals) -> None:
+        """Signal it and what it forked; nothing if it has ended."""
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, number)
+
+    async def close(self, *, grace_s: float) -> None:
+        """End it, with TERM and after ``grace_s`` with KILL, and reap it."""
+        try:
+            with anyio.CancelScope(shield=True):
+                self.signal(signal.SIGTERM)
+                with anyio.move_on_after(grace_s):
+                    await self.wait()
+                self.signal(signal.SIGKILL)
+                with anyio.move_on_after(REAP_S_MAX):
+                    await self.wait()
+        finally:
+            os.close(self._pidfd)
+            os.close(self.output)
+
+
+def start(argv: Sequence[str], *, what: str, env: Mapping[str, str], passed: Sequence[int] = ()) -> Running:
+    """Start a program that nobody waits for. Its stdin is /dev/null, its working directory the root.
+
+    Args:
+        argv: Program and arguments.
+        what: For messages.
+        env: The whole environment.
+        passed: Descriptors that it keeps, under the same numbers.
+
+    Raises:
+        EngineUnavailable: the program is missing or cannot be started.
+        Unsupported: an argument holds a NUL, or the arguments are too long for the kernel.
+    """
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    try:
+        with _spawn_errors(what, argv[0]):
+            process = subprocess.Popen(
+                argv,
+                bufsize=0,
+                stdin=subprocess.DEVNULL,
+                stdout=writing,
+                stderr=writing,
+                cwd="/",
+                env=env,
+                start_new_session=True,
+                pass_fds=passed,
+            )
+        os.set_blocking(reading, False)
+        return Running(process, reading)
+    except BaseException:
+        os.close(reading)
+        raise
+    finally:
+        os.close(writing)
+
+
 def _spawn(
     what: str, argv: Sequence[str], env: Mapping[str, str], descriptors: tuple[int, int, int] | None
 ) -> subprocess.Popen[bytes]:

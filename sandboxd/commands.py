@@ -189,6 +189,10 @@ class CommandTable:
         """How many commands run or have left processes behind."""
         return len(self._live)
 
+    def running(self) -> list[Command]:
+        """Those that run or have left processes behind."""
+        return list(self._live.values())
+
     def infos(self) -> list[CommandInfo]:
         """All rows, the oldest first."""
         rows = [command.info() for command in (*self._ended.values(), *self._live.values())]

@@ -26,8 +26,9 @@ from runtimes.quantities import (
     parse_memory,
     parse_optional_duration_ms,
 )
+from sandboxd.egress_rules import address_of, authority
 from sandboxd.failures import InvalidArgument
-from sandboxd.protocol import ConfigEntry, EngineChoice, LimitsPolicy, NetworkMode, OnTimeout
+from sandboxd.protocol import ConfigEntry, EngineChoice, LimitsPolicy, OnTimeout, ServiceName
 
 DEFAULT_IMAGE = "localhost/sandboxd/default:latest"
 
@@ -60,7 +61,6 @@ class Defaults(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     tmp: Annotated[str, Meta(description="Size of /tmp and of the home directory; counts as memory.")] = "512m"
     nofile: Annotated[int, Meta(ge=NOFILE_MIN, le=COUNT_MAX, description="Open files per process.")] = 4096
     output: Annotated[str, Meta(description="How much of each stream of a spooled command is kept.")] = "64m"
-    network: Annotated[NetworkMode, Meta(description="none: loopback only. full: the engine's network.")] = "none"
     lifetime: Annotated[
         str, Meta(description="How long a sandbox lasts, such as 12h; none: until it is removed.")
     ] = "none"
@@ -70,6 +70,13 @@ class Defaults(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     on_timeout: Annotated[
         OnTimeout, Meta(description="What happens then: kill removes the sandbox, pause keeps its memory.")
     ] = "kill"
+    network: Annotated[
+        Literal["none", "full"], Meta(description="none: loopback only. full: the engine's network.")
+    ] = "none"
+    services: Annotated[
+        str,
+        Meta(description="What every sandbox finds on its loopback, such as chroma=private, separated by spaces."),
+    ] = ""
     limits_policy: Annotated[
         LimitsPolicy, Meta(description="strict refuses what the host cannot enforce; degraded goes on and says so.")
     ] = "strict"
@@ -114,6 +121,31 @@ class Capacity(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = "128m"
 
 
+class Chroma(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The ChromaDB that sandboxes share."""
+
+    python: Annotated[
+        str, Meta(description="Interpreter that has the package chromadb; empty: the daemon's own, with its extra.")
+    ] = ""
+    memory: Annotated[str, Meta(description="Of its own data; what it maps from files does not count.")] = "4g"
+    port: Annotated[int, Meta(ge=1, le=65535, description="Where sandboxes see it.")] = 8000
+
+
+class Service(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A service of the user's own, declared as ``[services.NAME]``."""
+
+    port: Annotated[int, Meta(ge=1, le=65535)]
+    """Where sandboxes see it."""
+    command: list[str] = []
+    """Run and watched by the daemon; ``{port}`` is the port on 127.0.0.1 that it is to listen on, ``{data}`` a
+    directory for its data. Empty: it is run by somebody else, at ``address``."""
+    address: str = ""
+    """``HOST:PORT`` with a loopback address, or the path of a Unix socket."""
+    health: str = ""
+    """A path that answers GET with 200 while all is well; empty: that it takes connections is enough."""
+    memory: str = "2g"
+
+
 class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All settings."""
 
@@ -121,6 +153,8 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     paths: Paths = Paths()
     daemon: Daemon = Daemon()
     capacity: Capacity = Capacity()
+    chroma: Chroma = Chroma()
+    services: dict[str, Service] = {}
 
 
 def load_config(text: str, *, origin: str, env: Mapping[str, str]) -> tuple[Config, list[ConfigEntry]]:
@@ -136,13 +170,16 @@ def load_config(text: str, *, origin: str, env: Mapping[str, str]) -> tuple[Conf
     Raises:
         InvalidArgument: the file or a variable does not hold what it may; names the setting and where it stands.
     """
-    given = _from_file(text, origin) | _from_environment(env)
+    read = _parsed(text, origin)
+    services = _services(read.pop("services", {}), origin)
+    given = _from_file(read, origin) | _from_environment(env)
     sections: dict[str, dict[str, Any]] = {section: {} for section in get_type_hints(Config)}
     for (section, key), kind in _SETTINGS.items():
         if (section, key) in given:
             sections[section][key] = _checked(f"{section}.{key}", kind, given[section, key])
-    config = msgspec.convert(sections, Config)
-    return config, _entries(config, {key: value.origin for key, value in given.items()})
+    config = msgspec.structs.replace(msgspec.convert(sections, Config), services=services)
+    entries = _entries(config, {key: value.origin for key, value in given.items()})
+    return config, entries + _service_entries(services, origin)
 
 
 class _Given(NamedTuple):
@@ -159,6 +196,7 @@ def _settings() -> dict[tuple[str, str], Any]:
     return {
         (section, key): hint
         for section, struct in get_type_hints(Config).items()
+        if section != "services"
         for key, hint in get_type_hints(struct, include_extras=True).items()
     }
 
@@ -166,12 +204,71 @@ def _settings() -> dict[tuple[str, str], Any]:
 _SETTINGS = _settings()
 
 
-def _from_file(text: str, origin: str) -> dict[tuple[str, str], _Given]:
-    hint = f"${{EDITOR:-vi}} {shlex.quote(origin)}"
+def _edit(origin: str) -> str:
+    return f"${{EDITOR:-vi}} {shlex.quote(origin)}"
+
+
+def _parsed(text: str, origin: str) -> dict[str, Any]:
     try:
-        sections = tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise InvalidArgument(f"cannot read {origin}", detail=f"it is not TOML: {error}", hint=hint) from None
+        raise InvalidArgument(
+            f"cannot read {origin}", detail=f"it is not TOML: {error}", hint=_edit(origin)
+        ) from None
+
+
+def _services(tables: object, origin: str) -> dict[str, Service]:
+    """The services that a user declares."""
+    try:
+        services = msgspec.convert(tables, dict[ServiceName, Service])
+        if "chroma" in services:
+            raise msgspec.ValidationError("chroma has a section of its own, [chroma]")
+        for name, service in services.items():
+            _check_service(name, service)
+    except (msgspec.ValidationError, QuantityError) as error:
+        raise InvalidArgument(f"cannot use the services in {origin}", detail=str(error), hint=_edit(origin)) from None
+    return services
+
+
+def _check_service(name: str, service: Service) -> None:
+    if bool(service.command) == bool(service.address):
+        raise msgspec.ValidationError(f"services.{name} needs a command or an address, and not both")
+    if service.health and not service.health.startswith("/"):
+        raise msgspec.ValidationError(f"services.{name}.health is no path")
+    if service.address:
+        loopback_address(service.address)
+    parse_memory(service.memory, bytes_max=SIZE_BYTES_MAX)
+
+
+def loopback_address(text: str) -> tuple[str, int] | str:
+    """Host and port, or the path of a Unix socket, of a service on this host.
+
+    Raises:
+        ValidationError: it is neither.
+    """
+    if text.startswith("/"):
+        return text
+    where = authority(text)
+    address = None if where is None else address_of(where[0])
+    if where is None or address is None or address.version == 6 or not address.is_loopback:
+        raise msgspec.ValidationError(f"{text!r} is neither 127.0.0.1:PORT nor the path of a Unix socket")
+    return where
+
+
+def _service_entries(services: Mapping[str, Service], origin: str) -> list[ConfigEntry]:
+    return [
+        ConfigEntry(
+            key=f"services.{name}",
+            value=shlex.join(service.command) or service.address,
+            origin=origin,
+            description=f"A service, seen at port {service.port} inside.",
+        )
+        for name, service in services.items()
+    ]
+
+
+def _from_file(sections: Mapping[str, Any], origin: str) -> dict[tuple[str, str], _Given]:
+    hint = _edit(origin)
     given = {}
     for section, entries in sections.items():
         if section not in Config.__struct_fields__ or not isinstance(entries, dict):
@@ -241,6 +338,7 @@ _CHECKS: Mapping[str, Callable[[Any], object]] = {
     "defaults.output": partial(parse_memory, bytes_max=OUTPUT_BYTES_MAX, bytes_min=OUTPUT_BYTES_MIN),
     "capacity.memory_reserve": partial(parse_memory, bytes_max=SIZE_BYTES_MAX, bytes_min=1),
     "paths.allow": _refuse_relative,
+    "chroma.memory": partial(parse_memory, bytes_max=SIZE_BYTES_MAX),
 }
 """What a type cannot say. Raise QuantityError or Unsupported. What is more than this host has is cut later."""
 

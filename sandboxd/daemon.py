@@ -36,6 +36,7 @@ from runtimes.model import EngineInfo, EngineName, User
 from runtimes.podman import PodmanEngine
 from runtimes.userns import open_swapped_userns
 from sandboxd import __version__
+from sandboxd.attaching import Attachments
 from sandboxd.background import Background
 from sandboxd.capacity import Capacity
 from sandboxd.config import Config, load_config
@@ -47,7 +48,9 @@ from sandboxd.handlers.daemon import DaemonHandlers
 from sandboxd.handlers.dispatch import Dispatcher
 from sandboxd.handlers.events import EventHandlers
 from sandboxd.handlers.files import FileHandlers
+from sandboxd.handlers.network import NetworkHandlers
 from sandboxd.handlers.sandboxes import SandboxHandlers
+from sandboxd.handlers.services import ServiceHandlers
 from sandboxd.handlers.shells import ShellHandlers
 from sandboxd.image_builder import ImageBuilder
 from sandboxd.journal import Journal
@@ -55,11 +58,13 @@ from sandboxd.lifetimes import Lifetimes
 from sandboxd.limits import Host
 from sandboxd.listener import AlreadyRunning, Listener, open_listener
 from sandboxd.manager import Caller, Manager, Places
+from sandboxd.network.outside import Outside
 from sandboxd.paths import is_private, socket_path, state_dir
 from sandboxd.programs import install_programs
 from sandboxd.protocol import PROTOCOL_VERSION, ConfigEntry, DaemonConfig, DaemonInfo
 from sandboxd.recovery import Recovery
 from sandboxd.server import serve
+from sandboxd.services.room import ServiceRoom
 from sandboxd.survey import Survey
 from sandboxd.timings import now_ms
 from sandboxd.translation import failure_from
@@ -167,7 +172,14 @@ async def run(listener: Listener, env: Mapping[str, str], *, ready_fd: int | Non
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_watch_signals, stop)
             background = Background(tasks)
-            manager = ground.manager(background)
+            services = ServiceRoom(
+                config,
+                os.path.join(state, "services"),
+                lambda: [sandbox.record.id for sandbox in manager.all()],
+            )
+            attachments = Attachments(background, services, Outside())
+            manager = ground.manager(background, services=services, attachments=attachments)
+            services.start(background)
             lifetimes = Lifetimes(manager, background)
             recovery = ground.recovery(manager)
             survey = Survey(
@@ -192,6 +204,8 @@ async def run(listener: Listener, env: Mapping[str, str], *, ready_fd: int | Non
                 CommandHandlers(manager, ground.engines),
                 FileHandlers(manager),
                 ShellHandlers(manager),
+                NetworkHandlers(manager, services, attachments),
+                ServiceHandlers(manager, services),
                 daemon,
             )
             dispatcher = Dispatcher((family.table() for family in families), lifetimes.used_by)
@@ -221,7 +235,7 @@ class _Ground:
     events: EventLog
     host: Host
     userns_fd: int | None
-    manager: Callable[[Background], Manager]
+    manager: Callable[..., Manager]
     recovery: Callable[[Manager], Recovery]
 
 

@@ -68,6 +68,20 @@ class LifetimeRecord(msgspec.Struct, frozen=True, kw_only=True):
     """``kill`` or ``pause``."""
 
 
+class EgressRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The rules of a sandbox whose network is ``allow``, as they were written."""
+
+    allow: tuple[str, ...] = ()
+    deny: tuple[str, ...] = ()
+
+
+class GrantRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A service that a sandbox was given."""
+
+    service: str
+    scopes: tuple[str, ...] = ()
+
+
 class SandboxRecord(msgspec.Struct, frozen=True, kw_only=True):
     """All that must be known of a sandbox to find, adopt, restart and remove it."""
 
@@ -95,6 +109,9 @@ class SandboxRecord(msgspec.Struct, frozen=True, kw_only=True):
     lifetime: LifetimeRecord = LifetimeRecord()
     cpus_packed: bool = False
     """Which CPUs it is bound to was chosen here, and follows its quota."""
+    egress: EgressRecord | None = None
+    """What its proxy lets through; None: it has none."""
+    services: tuple[GrantRecord, ...] = ()
 
 
 class CommandRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -46,6 +46,7 @@ from runtimes.model import (
 )
 from runtimes.quantities import format_bytes
 from sandboxd import admission, expiry, reconcile
+from sandboxd.attaching import Attachments, changed_egress, egress_of
 from sandboxd.background import Background
 from sandboxd.config import Config
 from sandboxd.engines import EngineRoom
@@ -62,8 +63,9 @@ from sandboxd.failures import (
 from sandboxd.journal import Journal, LifetimeRecord, SandboxRecord, WorkspaceRecord
 from sandboxd.lifecycle import Event, State, next_state
 from sandboxd.limits import Host, merged, output_bytes_max, resolve, resolve_update
-from sandboxd.protocol import SandboxCreateParams, SandboxUpdateParams
+from sandboxd.protocol import NetworkSetParams, SandboxCreateParams, SandboxUpdateParams
 from sandboxd.sandbox import INSIDE_BIN, INSIDE_RUN, TMPFS_TARGETS, Sandbox, Tell, container_id_of
+from sandboxd.services.room import ServiceRoom
 from sandboxd.spool import SpoolDirectory
 from sandboxd.staging import Staging
 from sandboxd.timings import Timings, now_ms
@@ -121,9 +123,13 @@ class Manager:
         engines: EngineRoom,
         userns_fd: int | None,
         inotify: Inotify,
+        services: ServiceRoom,
+        attachments: Attachments,
         tell: Tell | None = None,
     ) -> None:
         self._config = config
+        self._services = services
+        self._attachments = attachments
         self._inotify = inotify
         self._output_bytes_max = output_bytes_max(config.defaults)
         self._host = host
@@ -219,6 +225,7 @@ class Manager:
         """
         resolved = resolve(params.limits, self._config.defaults, self._host, nofile_hard_max=None)
         lifetime = self._lifetime(params)
+        egress = egress_of(params.network, params.allow, params.deny)
         self._check_room(params.name)
         with contextlib.ExitStack() as opened:
             workspace = None
@@ -239,8 +246,9 @@ class Manager:
                 caller=self._caller.user,
                 idmap_works=self._idmap_works,
             )
+            sandbox_id = self._new_id()
             record = SandboxRecord(
-                id=self._new_id(),
+                id=sandbox_id,
                 name=params.name,
                 state=State.CREATING,
                 state_reason="",
@@ -254,7 +262,11 @@ class Manager:
                 else WorkspaceRecord(
                     path=workspace.path, read_only=params.workspace.mode == "ro", mounted=identity.mounted
                 ),
-                network=Network(params.network or self._config.defaults.network),
+                network=Network.NONE
+                if egress is not None
+                else Network(params.network or self._config.defaults.network),
+                egress=egress,
+                services=self._services.grants(params.services, sandbox_id=sandbox_id),
                 limits=limits,
                 tmp_bytes_max=resolved.tmp_bytes_max,
                 limits_policy=policy,
@@ -296,12 +308,49 @@ class Manager:
                 self.prove(sandbox)
                 self._require_proof(sandbox)
                 timings.mark("verify")
+                await self._attach(sandbox)
+                timings.mark("network")
             except BaseException as error:
                 await self._discard(sandbox)
                 if isinstance(error, EngineUnavailable):
                     # What was known of it is no longer true: the next create shall choose by what is.
                     self._background.start(self._engines.refresh)
                 raise
+
+    async def _attach(self, sandbox: Sandbox) -> None:
+        """Put on its loopback what was asked for; what cannot be is a warning."""
+        problems = await self._attachments.attach(sandbox)
+        if problems:
+            sandbox.put(warnings=(*sandbox.record.warnings, *problems))
+
+    async def set_network(self, sandbox: Sandbox, params: NetworkSetParams) -> None:
+        """Change what a running sandbox may reach; it counts from its next request on.
+
+        Raises:
+            InvalidArgument, NotFound: rules or services that are none.
+            Unsupported: a change to or from the engine's own network.
+            Conflict: it does not run.
+        """
+        with anyio.CancelScope(shield=True):
+            async with sandbox.lock:
+                if sandbox.record.state is not State.RUNNING:
+                    raise Conflict(
+                        f"cannot change the network of a sandbox that is {sandbox.record.state.value}",
+                        hint=f"sandboxctl start {sandbox.record.id}",
+                    )
+                egress = changed_egress(
+                    sandbox,
+                    mode=params.mode,
+                    allow=params.allow,
+                    deny=params.deny,
+                    add_allow=params.add_allow,
+                    add_deny=params.add_deny,
+                )
+                services = sandbox.record.services
+                if params.services is not None:
+                    services = self._services.grants(params.services, sandbox_id=sandbox.record.id)
+                sandbox.put(egress=egress, services=services)
+                await self._attachments.attach(sandbox)
 
     async def _run(
         self, sandbox: Sandbox, engine: Engine, workspace: OpenedWorkspace | None, timings: Timings
@@ -473,6 +522,7 @@ class Manager:
         """
         sandbox.disconnect(killed=True)
         sandbox.erase()
+        self._attachments.forget(sandbox)
         self._background.start(sandbox.spools.erase)
         self._journal.delete(sandbox.record.id)
         self._sandboxes.pop(sandbox.record.id, None)
@@ -640,6 +690,8 @@ class Manager:
         timings.mark("verify")
         self._require_proof(sandbox)
         sandbox.change(Event.ADOPTED)
+        await self._attachments.attach(sandbox)
+        timings.mark("network")
 
     def _prove_again(self, sandbox: Sandbox) -> None:
         """Prove; where that fails, write the limits once more, and prove.
@@ -783,6 +835,7 @@ class Manager:
             self.note(sandbox, Event.UNREACHABLE, str(error))
             return
         sandbox.change(Event.ADOPTED, container_id=container_id)
+        await self._attachments.attach(sandbox)
 
     @staticmethod
     def note(sandbox: Sandbox, event: Event, reason: str) -> None:

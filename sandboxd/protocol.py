@@ -45,7 +45,17 @@ Text = Annotated[str, Meta(max_length=4096)]
 Quantity = Annotated[int | float | str, Meta(description="A number, or text with a unit.")]
 EngineChoice = Literal["podman", "docker"]
 LimitsPolicy = Literal["strict", "degraded"]
-NetworkMode = Literal["none", "full"]
+NetworkMode = Literal["none", "allow", "full"]
+Port = Annotated[int, Meta(ge=1, le=65535)]
+ServiceName = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9-]{0,30}\Z", description="1 to 31 of a-z 0-9 -.")]
+Rules = Annotated[
+    list[Annotated[str, Meta(max_length=512)]],
+    Meta(max_length=256, description="``[METHOD ]HOST[:PORT]``, such as ``*.example.org:443``, or a preset."),
+]
+ServiceGrants = Annotated[
+    list[Annotated[str, Meta(max_length=80)]],
+    Meta(max_length=16, description="``NAME`` or ``NAME=SCOPE``, such as ``chroma`` or ``chroma=private``."),
+]
 OnTimeout = Literal["kill", "pause"]
 SandboxState = Literal[
     "creating", "running", "paused", "stopping", "stopped", "starting", "removing", "broken", "lost"
@@ -126,6 +136,13 @@ class SandboxCreateParams(Params, frozen=True):
     limits_policy: LimitsPolicy | None = None
     env: dict[str, str] = {}
     network: NetworkMode | None = None
+    """``none``: loopback only. ``allow``: besides, a proxy on the loopback that obeys ``allow`` and ``deny``.
+    ``full``: the engine's own network. Default: the daemon's; ``allow`` where there are rules."""
+    allow: Rules = []
+    deny: Rules = []
+    """What they match is refused, whatever allows it."""
+    services: ServiceGrants | None = None
+    """What appears on the loopback inside. Default: the daemon's."""
     metadata: dict[str, str] = {}
     ephemeral: bool = False
     """Remove the sandbox when the connection that made it closes."""
@@ -248,7 +265,8 @@ class SandboxInfo(Reply, frozen=True, kw_only=True):
     user: str
     """``uid:gid`` inside."""
     workspace: WorkspaceInfo | None
-    network: str
+    network: NetworkMode
+    services: list[str]
     limits: list[LimitReport]
     limits_policy: str
     verified: bool
@@ -1033,6 +1051,141 @@ class FileWatchEnd(Reply, frozen=True):
     path: str
 
 
+# --- the network ----------------------------------------------------------------------------------------
+
+
+class NetworkSetParams(Params, frozen=True):
+    """Change what a running sandbox may reach; it counts from its next request on.
+
+    ``full`` is the engine's own network, which a sandbox has from its making or not at all.
+    """
+
+    sandbox: SandboxRef
+    mode: NetworkMode | None = None
+    """Default: ``allow`` where ``allow``, ``deny``, ``add_allow`` or ``add_deny`` says something, else as it was."""
+    allow: Rules | None = None
+    """All of them; absent: as they were."""
+    deny: Rules | None = None
+    add_allow: Rules = []
+    """On top of those."""
+    add_deny: Rules = []
+    services: ServiceGrants | None = None
+    """All of them; absent: as they were."""
+
+
+class Denied(Reply, frozen=True):
+    """A connection that a sandbox wanted and was refused."""
+
+    at_ms: int
+    method: str
+    host: str
+    port: int
+    reason: str
+    command: str | None
+    """Which command asked: its program, and its id where it is one of ours; null where that could not be seen."""
+
+
+class ServiceGranted(Reply, frozen=True):
+    """A service as one sandbox sees it."""
+
+    name: str
+    scopes: list[str]
+    port: int
+    """On the loopback inside."""
+    state: str
+    """Of the service: ``idle starting ready degraded stopped``; or ``absent``, where its port is taken inside."""
+    reason: str
+
+
+class NetworkInfo(Reply, frozen=True):
+    """What a sandbox may reach, and what it did with that since the daemon knows it."""
+
+    id: str
+    mode: NetworkMode
+    allow: list[str]
+    deny: list[str]
+    proxy: str | None
+    """URL of the proxy inside."""
+    services: list[ServiceGranted]
+    requests: int
+    connections: int
+    """Open now."""
+    sent_bytes: int
+    received_bytes: int
+    denied: int
+    denials: list[Denied]
+    """The last hundred."""
+    problems: list[str]
+    """What could not be put on the loopback inside, and why."""
+
+
+# --- services -------------------------------------------------------------------------------------------
+
+
+class ServiceParams(Params, frozen=True):
+    """Name one service."""
+
+    service: ServiceName
+
+
+class ServiceLogsParams(Params, frozen=True):
+    """Read what a service printed."""
+
+    service: ServiceName
+    length: Annotated[int, Meta(ge=1, le=LOG_BYTES_MAX)] = 64 * 1024
+
+
+class ServiceFileParams(Params, frozen=True):
+    """Name one service, and a file on the host."""
+
+    service: ServiceName
+    path: Text
+    """Absolute."""
+
+
+class ServiceInfo(Reply, frozen=True):
+    """A service that sandboxes may share."""
+
+    name: str
+    state: Literal["idle", "starting", "ready", "degraded", "stopped"]
+    """``idle``: nobody wanted it so far. ``degraded``: it should run, and does not; it is tried again."""
+    reason: str
+    hint: str
+    pid: int | None
+    address: str | None
+    """On the host."""
+    port: int
+    """On the loopback of sandboxes."""
+    restarts: int
+    since_ms: int
+    """Since when it is in this state."""
+    data_dir: str | None
+    sandboxes: list[str]
+    """Ids of those that it is given to."""
+
+
+class ServiceList(Reply, frozen=True):
+    """The services of this daemon."""
+
+    services: list[ServiceInfo]
+
+
+class ServiceLogs(Reply, frozen=True):
+    """The end of what a service printed."""
+
+    text: str
+
+
+class ServiceBackup(Reply, frozen=True):
+    """A copy of a service's data was made, or put back."""
+
+    name: str
+    path: str
+    size_bytes: int | None
+    former_data_dir: str | None
+    """After a restore: where the data is that was there before."""
+
+
 # --- images, daemon -------------------------------------------------------------------------------------
 
 
@@ -1239,6 +1392,13 @@ METHODS: tuple[Method, ...] = (
     Method("files/upload", FileUploadParams, FileTransfer, "Put a tree or a file into it, over a descriptor.", 1),
     Method("files/download", FileDownloadParams, FileTransfer, "Get a tree or a file from it, over a descriptor.", 1),
     Method("events/subscribe", EventsParams, EventsEnd, "Be told what happens to sandboxes, from a number on."),
+    Method("network/get", SandboxParams, NetworkInfo, "What a sandbox may reach, what it did, what was refused."),
+    Method("network/set", NetworkSetParams, NetworkInfo, "Change what a running sandbox may reach."),
+    Method("service/list", NoParams, ServiceList, "The services that sandboxes may share."),
+    Method("service/logs", ServiceLogsParams, ServiceLogs, "What a service printed."),
+    Method("service/restart", ServiceParams, ServiceInfo, "End a service and start it anew."),
+    Method("service/backup", ServiceFileParams, ServiceBackup, "Copy a service's data, as it is at one moment."),
+    Method("service/restore", ServiceFileParams, ServiceBackup, "Put a copy of a service's data back."),
     Method("image/list", ImageListParams, ImageList, "Images that the engines hold."),
     Method("image/build", ImageBuildParams, ImageBuilt, "Make the default image, without a registry if need be."),
     Method("daemon/info", NoParams, DaemonInfo, "The daemon and the engines that it drives."),

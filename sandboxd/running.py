@@ -23,6 +23,7 @@ from sandboxd.commands import Command, deadline_at_ms, format_command_id, shown_
 from sandboxd.failures import CapacityExceeded, CommandNotStarted, Conflict, InvalidArgument, Unsupported
 from sandboxd.journal import CommandRecord
 from sandboxd.lifecycle import State
+from sandboxd.network.egress import PROXY_ENV
 from sandboxd.outlet import Outlet, opening
 from sandboxd.protocol import CommandEnd, CommandParams
 from sandboxd.sandbox import HOME, INSIDE_BIN, Sandbox, container_id_of
@@ -141,7 +142,7 @@ def spawn_request(sandbox: Sandbox, params: CommandParams) -> SpawnRequest:
         command_id=sandbox.commands.new_id(),
         argv=[argument.encode() for argument in params.argv],
         env=environment(
-            record.env,
+            _own_env(sandbox),
             params.env,
             pty=params.pty is not None,
             cpus=cpu_environment(record.limits, len(os.sched_getaffinity(0))),
@@ -150,6 +151,11 @@ def spawn_request(sandbox: Sandbox, params: CommandParams) -> SpawnRequest:
         cwd=working_dir(params.cwd, has_workspace=record.workspace is not None).encode(),
         pty=None if params.pty is None else PtySize(params.pty.rows, params.pty.cols),
     )
+
+
+def _own_env(sandbox: Sandbox) -> dict[str, str]:
+    """What a sandbox gives to each of its commands; where it has a way out, the commands are told."""
+    return {**(PROXY_ENV if sandbox.record.egress is not None else {}), **sandbox.record.env}
 
 
 async def start(
@@ -303,7 +309,7 @@ async def run_as_other_user(
     if params.pty is not None:
         raise Unsupported("cannot give another user a terminal", hint="leave out -t or --user")
     times = times_of(params)
-    env = {**cpu_environment(sandbox.record.limits, len(os.sched_getaffinity(0))), **sandbox.record.env, **params.env}
+    env = {**cpu_environment(sandbox.record.limits, len(os.sched_getaffinity(0))), **_own_env(sandbox), **params.env}
     check_env(env)
     exit_code: int | None = None
     with _standard_descriptors(params, descriptors) as passed, contextlib.suppress(EngineTimeout):

@@ -113,6 +113,8 @@ class Sandbox:
         """Called whenever its record has changed."""
         self.on_forgotten: Callable[[], None] = _nothing
         """Called once nothing of it is left."""
+        self.on_released: Callable[[], None] = _nothing
+        """Called whenever it is let go of: what was opened through its init must be closed."""
         self.pid: int | None = None
         self._journal = journal
         self._on_init_lost = on_init_lost
@@ -304,6 +306,7 @@ class Sandbox:
     def release(self) -> None:
         """Let go of init and of the control group, because the daemon ends; what runs goes on."""
         self.commands.detach()
+        self.on_released()
         files, self._files = self._files, None
         if files is not None:
             files.close()
@@ -377,6 +380,33 @@ class Sandbox:
             yield files
         finally:
             files.close()
+
+    async def listen(self, port: int) -> socket.socket:
+        """A socket that listens on the loopback inside; see ``InitChannel.listen``.
+
+        Raises:
+            Conflict: its init does not answer.
+            InitError: there is no such socket to be had.
+        """
+        return await self._reachable("listen in").listen(port)
+
+    async def dial(self, port: int, *, ipv6: bool = False) -> socket.socket:
+        """A connection to a port of the loopback inside; see ``InitChannel.dial``.
+
+        Raises:
+            Conflict: its init does not answer.
+            InitError: nobody listens there.
+        """
+        return await self._reachable("connect to").dial(port, ipv6=ipv6)
+
+    def _reachable(self, what: str) -> InitChannel:
+        if self._channel is None:
+            raise Conflict(
+                f"cannot {what} sandbox {self.record.id}",
+                detail=f"it is {self.record.state}",
+                hint=f"sandboxctl inspect {self.record.id}",
+            )
+        return self._channel
 
     async def adopt_commands(self) -> None:
         """Take over the background commands of a former daemon, and end what nobody waits for any more."""

@@ -44,6 +44,8 @@ FAMILIES = {
     "resume": "lifetime",
     "rm": "sandboxes",
     "events": "lifetime",
+    "network": "network",
+    "service": "services",
     "image": "images",
     "doctor": "daemon",
     "daemon": "daemon",

@@ -187,6 +187,7 @@ def sandbox(info: dict[str, Any], now_ms: int) -> str:
         ("user", info["user"]),
         ("workspace", f"{workspace['path']} ({workspace['mode']}, {workspace['mounted']})" if workspace else UNKNOWN),
         ("network", info["network"]),
+        ("services", _known(" ".join(info["services"]))),
         ("env", _known(" ".join(sorted(info["env"])))),
         ("metadata", _known(" ".join(f"{name}={value}" for name, value in sorted(info["metadata"].items())))),
         ("age", age(info["created_at_ms"], now_ms)),

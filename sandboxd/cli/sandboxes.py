@@ -8,6 +8,7 @@ import sys
 import time
 
 from sandboxd.cli import render, verb, wire
+from sandboxd.cli.network import add_network_arguments
 from sandboxd.cli.session import (
     FAILURE,
     USAGE,
@@ -43,7 +44,12 @@ def add_create_arguments(parser: argparse.ArgumentParser) -> None:
         *("-w", "--workspace"), type=verb.not_empty, metavar="DIR", help="the project, seen inside at /workspace"
     )
     parser.add_argument("--ro", action="store_true", help="the workspace cannot be written to")
-    parser.add_argument("--network", choices=("none", "full"), help="default: the daemon's, which is none")
+    parser.add_argument(
+        "--network",
+        choices=("none", "allow", "full"),
+        help="default: the daemon's, which is none; allow, where there are rules",
+    )
+    add_network_arguments(parser)
     verb.add_env(parser)
     parser.add_argument(
         "--label",
@@ -85,6 +91,9 @@ def create(connection: Connection, arguments: argparse.Namespace, *, ephemeral: 
             limits_policy=arguments.degraded,
             env=env_of(arguments.env_file, arguments.env),
             network=arguments.network,
+            allow=arguments.allow,
+            deny=arguments.deny,
+            services=arguments.services,
             metadata=dict(arguments.metadata),
             ephemeral=ephemeral,
             lifetime=arguments.lifetime,

@@ -45,6 +45,13 @@ PARAMS: dict[str, str] = {
     "files/upload": "FileUploadParams",
     "files/download": "FileDownloadParams",
     "events/subscribe": "EventsParams",
+    "network/get": "SandboxParams",
+    "network/set": "NetworkSetParams",
+    "service/list": "NoParams",
+    "service/logs": "ServiceLogsParams",
+    "service/restart": "ServiceParams",
+    "service/backup": "ServiceFileParams",
+    "service/restore": "ServiceFileParams",
     "image/list": "ImageListParams",
     "image/build": "ImageBuildParams",
     "daemon/info": "NoParams",
@@ -214,6 +221,15 @@ FIELDS: dict[str, dict[str, object]] = {
         "tmp": None,
         "nofile": None,
     },
+    "NetworkSetParams": {
+        "sandbox": REQUIRED,
+        "mode": None,
+        "allow": None,
+        "deny": None,
+        "add_allow": [],
+        "add_deny": [],
+        "services": None,
+    },
     "NoParams": {},
     "PtySize": {
         "rows": REQUIRED,
@@ -232,6 +248,9 @@ FIELDS: dict[str, dict[str, object]] = {
         "limits_policy": None,
         "env": {},
         "network": None,
+        "allow": [],
+        "deny": [],
+        "services": None,
         "metadata": {},
         "ephemeral": False,
         "lifetime": None,
@@ -270,6 +289,17 @@ FIELDS: dict[str, dict[str, object]] = {
     "SandboxVerifyParams": {
         "sandbox": REQUIRED,
         "provoke": False,
+    },
+    "ServiceFileParams": {
+        "service": REQUIRED,
+        "path": REQUIRED,
+    },
+    "ServiceLogsParams": {
+        "service": REQUIRED,
+        "length": 65536,
+    },
+    "ServiceParams": {
+        "service": REQUIRED,
     },
     "ShellListParams": {
         "sandbox": REQUIRED,

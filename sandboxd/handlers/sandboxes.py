@@ -8,6 +8,7 @@ from runtimes.cgroup.readings import Pressure as PressureReading
 from runtimes.cgroup.readings import Usage
 from runtimes.errors import CgroupUnreadable
 from sandboxd import admission, expiry, health, limits, protocol, running
+from sandboxd.attaching import mode_of
 from sandboxd.capacity import Capacity
 from sandboxd.failures import InvalidArgument
 from sandboxd.handlers.table import Handler
@@ -240,7 +241,12 @@ def _info(sandbox: Sandbox, timings: Timings) -> protocol.SandboxInfo:
         else protocol.WorkspaceInfo(
             path=workspace.path, mode="ro" if workspace.read_only else "rw", mounted=workspace.mounted
         ),
-        network=record.network.value,
+        network=mode_of(sandbox),
+        services=[
+            f"{grant.service}={scope}" if scope else grant.service
+            for grant in record.services
+            for scope in grant.scopes or ("",)
+        ],
         limits=limits.reports(sandbox.proofs),
         limits_policy=record.limits_policy,
         verified=_all_verified(sandbox),

@@ -122,6 +122,7 @@ class Stub:
             workspace=params.workspace
             and p.WorkspaceInfo(path=params.workspace.path, mode=params.workspace.mode, mounted="as-is"),
             network=params.network or "none",
+            services=[],
             limits=[LIMIT],
             limits_policy=params.limits_policy or "strict",
             verified=params.image != "unverified",

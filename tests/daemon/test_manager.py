@@ -14,6 +14,7 @@ from runtimes.errors import EngineRefused, EngineTimeout, EngineUnavailable, Ima
 from runtimes.inotify import Inotify
 from runtimes.model import ContainerSpec, EngineInfo, Limits, User
 from sandboxd import reconcile, running
+from sandboxd.attaching import Attachments
 from sandboxd.background import Background
 from sandboxd.config import Capacity, Config, Daemon
 from sandboxd.engines import EngineRoom
@@ -22,8 +23,10 @@ from sandboxd.journal import Journal, SandboxRecord
 from sandboxd.lifecycle import State
 from sandboxd.limits import Host
 from sandboxd.manager import Caller, Manager, Places
+from sandboxd.network.outside import Outside
 from sandboxd.protocol import LimitsParams, SandboxCreateParams
 from sandboxd.recovery import Recovery
+from sandboxd.services.room import ServiceRoom
 from sandboxd.timings import Timings
 from sandboxd.translation import failure_from
 from tests.fakes.fake_engine import FakeEngine
@@ -76,8 +79,10 @@ class World:
             private_dirs=(),
         )
         async with anyio.create_task_group() as tasks:
+            background = Background(tasks)
+            services = ServiceRoom(config or Config(), str(self.boxes.parent / "services"), list)
             self.manager = Manager(
-                Background(tasks),
+                background,
                 config=config or Config(),
                 host=Host(cpus_online=(0, 1), memory_bytes=2**33, swap_bytes=0, pid_max=2**22, nr_open=2**20),
                 caller=Caller(user=User(uid=1000, gid=1000), home="/home/somebody"),
@@ -86,6 +91,8 @@ class World:
                 engines=room,
                 userns_fd=None,
                 inotify=inotify,
+                services=services,
+                attachments=Attachments(background, services, Outside()),
             )
             self.recovery = Recovery(self.manager, engines=room, journal=self.journal, places=places)
             yield self.manager

@@ -48,7 +48,15 @@ def test_the_wire_table_knows_each_field_and_default(method: protocol.Method) ->
     assert required == fields.keys() - given.keys()
     size = {"rows": 1, "cols": 1}
     stand_in = {"sandbox": "s", "argv": ["true"], "command_id": "0" * 12, "signal": 1, "limits": {}}
-    stand_in |= {"data": "", "size": size, "path": "p", "new_path": "q", "shell_id": "0" * 12, "text": "true"}
+    stand_in |= {
+        "data": "",
+        "size": size,
+        "path": "p",
+        "new_path": "q",
+        "shell_id": "0" * 12,
+        "text": "true",
+        "service": "chroma",
+    }
     least = {name: stand_in[name] for name in required}
     assert msgspec.convert(given | least, method.params) == msgspec.convert(least, method.params)
 

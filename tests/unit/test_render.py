@@ -78,6 +78,7 @@ def test_the_inspected_environment_is_names_only() -> None:
         "env": {"TOKEN": "hunter2"},
         "metadata": {"a": "b"},
         "limits": [LIMIT],
+        "services": ["chroma=private"],
         "ephemeral": False,
         **dict.fromkeys(
             ("id", "name", "state", "state_reason", "engine", "image", "container_id", "pid", "user", "network"), "x"

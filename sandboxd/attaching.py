@@ -1,0 +1,256 @@
+"""What a running sandbox finds on its loopback: its services and its way out, put there and taken away again.
+
+``attach`` makes true what the record says, and asks nothing of the engine: init hands out listening sockets, and
+what comes in on them is served here. It is called when a sandbox is made, claimed, started or found again, and
+whenever its record has changed; whatever is in place stays in place.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+from collections.abc import Sequence
+
+import anyio.to_thread
+import msgspec
+import psutil
+
+from runtimes.init.channel import SocketRefused
+from runtimes.init.wire import InitError
+from runtimes.model import Network
+from sandboxd.background import Background
+from sandboxd.commands import format_command_id
+from sandboxd.egress_rules import Egress, parse_rules
+from sandboxd.failures import Failure, InvalidArgument, Unsupported
+from sandboxd.journal import EgressRecord, GrantRecord
+from sandboxd.network import culprit
+from sandboxd.network.egress import PROXY_PORT, EgressProxy, Ledger
+from sandboxd.network.outside import Outside
+from sandboxd.network.streams import Door
+from sandboxd.protocol import NetworkMode
+from sandboxd.sandbox import Sandbox
+from sandboxd.services.room import Serve, ServiceRoom
+
+logger = logging.getLogger(__name__)
+
+CONNECTIONS_MAX = 64
+"""Of one sandbox to one service, or to its proxy. Each takes two descriptors, and a buffer while bytes are in it."""
+
+
+class _Offer(msgspec.Struct, frozen=True):
+    """What should be at a port."""
+
+    what: EgressRecord | GrantRecord
+    serve: Serve
+
+
+class _Attached:
+    """What is in place in one sandbox."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.doors: dict[int, tuple[EgressRecord | GrantRecord, Door]] = {}
+        self.problems: dict[int, str] = {}
+        self.rules = Egress()
+
+
+class Attachments:
+    """Of all sandboxes."""
+
+    def __init__(self, background: Background, services: ServiceRoom, outside: Outside) -> None:
+        self._background = background
+        self._services = services
+        self._outside = outside
+        self._attached: dict[str, _Attached] = {}
+        self._ledgers: dict[str, Ledger] = {}
+
+    # --- in place -------------------------------------------------------------------------------------
+
+    async def attach(self, sandbox: Sandbox) -> Sequence[str]:
+        """Make true what the record says, and return what could not be, and why. Idempotent; no engine call.
+
+        Called under the sandbox's lock, once its init is connected. A sandbox never fails for it.
+        """
+        record = sandbox.record
+        attached = self._attached.get(record.id)
+        if attached is None and record.egress is None and not record.services:
+            return ()
+        if attached is None:
+            attached = _Attached(self._ledgers.setdefault(record.id, Ledger()))
+            self._attached[record.id] = attached
+            sandbox.on_released = lambda: self.detach(sandbox)
+        if record.egress is not None:
+            attached.rules = rules_of(record.egress)
+        offers = self._offers(sandbox, attached)
+        await self._withdraw(attached, offers)
+        attached.problems = {}
+        for port, offer in offers.items():
+            if port not in attached.doors:
+                await self._open(sandbox, attached, port, offer)
+        return list(attached.problems.values())
+
+    def detach(self, sandbox: Sandbox) -> None:
+        """Take everything away. Idempotent; never blocks."""
+        attached = self._attached.pop(sandbox.record.id, None)
+        if attached is not None:
+            for _, door in attached.doors.values():
+                door.close()
+
+    def forget(self, sandbox: Sandbox) -> None:
+        """Remove what was kept for a sandbox that is gone."""
+        self.detach(sandbox)
+        self._ledgers.pop(sandbox.record.id, None)
+        self._background.start(self._services.forget, sandbox.record.id, sandbox.record.services)
+
+    def _offers(self, sandbox: Sandbox, attached: _Attached) -> dict[int, _Offer]:
+        offers: dict[int, _Offer] = {}
+        record = sandbox.record
+        if record.egress is not None:
+            proxy = EgressProxy(
+                record.name or record.id,
+                lambda: attached.rules,
+                attached.ledger,
+                self._outside,
+                functools.partial(_culprit, sandbox),
+            )
+            # The rules are asked for each time: a change of them needs no new door.
+            offers[PROXY_PORT] = _Offer(EgressRecord(), proxy.serve)
+        for grant in record.services:
+            try:
+                service = self._services.get(grant.service)
+                serve = self._services.server(grant, sandbox_id=record.id)
+            except Failure as error:
+                logger.warning("cannot offer %s to %s: %s", grant.service, record.id, error)
+                continue
+            offers[service.spec.port_inside] = _Offer(grant, serve)
+        return offers
+
+    async def _withdraw(self, attached: _Attached, offers: dict[int, _Offer]) -> None:
+        for port, (what, door) in list(attached.doors.items()):
+            if port not in offers or offers[port].what != what:
+                del attached.doors[port]
+                door.close()
+                await door.closed.wait()
+
+    async def _open(self, sandbox: Sandbox, attached: _Attached, port: int, offer: _Offer) -> None:
+        name = offer.what.service if isinstance(offer.what, GrantRecord) else "the proxy"
+        try:
+            listening = await sandbox.listen(port)
+        except (InitError, Failure) as error:
+            taken = isinstance(error, SocketRefused) and error.errno == errno.EADDRINUSE
+            why = "something inside has that port" if taken else str(error)
+            attached.problems[port] = f"cannot offer {name} at 127.0.0.1:{port} inside: {why}"
+            logger.warning("sandbox %s: %s", sandbox.record.id, attached.problems[port])
+            return
+        if self._attached.get(sandbox.record.id) is not attached:
+            listening.close()  # let go of meanwhile
+            return
+        door = Door(listening, offer.serve, connections_max=CONNECTIONS_MAX)
+        attached.doors[port] = (offer.what, door)
+        self._background.start(door.run)
+
+    # --- what can be said of it -----------------------------------------------------------------------
+
+    def ledger(self, sandbox: Sandbox) -> Ledger:
+        """What a sandbox did with its way out."""
+        return self._ledgers.get(sandbox.record.id) or Ledger()
+
+    def connections(self, sandbox: Sandbox) -> int:
+        """How many it has open through us."""
+        attached = self._attached.get(sandbox.record.id)
+        return 0 if attached is None else sum(door.connections for _, door in attached.doors.values())
+
+    def problems(self, sandbox: Sandbox) -> dict[int, str]:
+        """By port, what could not be put there."""
+        attached = self._attached.get(sandbox.record.id)
+        return {} if attached is None else dict(attached.problems)
+
+
+def rules_of(record: EgressRecord) -> Egress:
+    """The rules, understood.
+
+    Raises:
+        InvalidArgument: one is none.
+    """
+    return Egress(parse_rules(record.allow), parse_rules(record.deny))
+
+
+def egress_of(mode: str | None, allow: Sequence[str], deny: Sequence[str]) -> EgressRecord | None:
+    """What a request for a network comes to, besides what the engine does; None: nothing.
+
+    Raises:
+        InvalidArgument: rules that are none, or that no mode obeys.
+    """
+    if mode in ("none", "full") and (allow or deny):
+        raise InvalidArgument(
+            f"cannot use rules with the network {mode!r}", detail="only 'allow' obeys them", hint="--network allow"
+        )
+    if mode != "allow" and not allow and not deny:
+        return None
+    record = EgressRecord(allow=tuple(allow), deny=tuple(deny))
+    rules_of(record)
+    return record
+
+
+def mode_of(sandbox: Sandbox) -> NetworkMode:
+    """The mode of a sandbox's network, as callers name it."""
+    if sandbox.record.egress is not None:
+        return "allow"
+    return "full" if sandbox.record.network is Network.FULL else "none"
+
+
+def changed_egress(
+    sandbox: Sandbox,
+    *,
+    mode: str | None,
+    allow: Sequence[str] | None,
+    deny: Sequence[str] | None,
+    add_allow: Sequence[str],
+    add_deny: Sequence[str],
+) -> EgressRecord | None:
+    """What a sandbox's rules become; the parameters are those of ``network/set``.
+
+    Raises:
+        InvalidArgument: rules that are none, or that no mode obeys.
+        Unsupported: a change to or from the engine's own network.
+    """
+    full = sandbox.record.network is Network.FULL
+    rules = allow is not None or deny is not None or bool(add_allow or add_deny)
+    if full != (mode == "full") and (mode is not None or rules):
+        raise Unsupported(
+            "cannot change to or from the engine's own network",
+            detail="a sandbox has it from its making, or not at all",
+            hint="sandboxctl create --network full" if mode == "full" else "sandboxctl create --network allow",
+        )
+    before = sandbox.record.egress or EgressRecord()
+    if mode is None and not rules:
+        return sandbox.record.egress
+    if mode == "none" and not rules:
+        return None
+    allow = [*(before.allow if allow is None else allow), *add_allow]
+    deny = [*(before.deny if deny is None else deny), *add_deny]
+    return egress_of(mode or "allow", list(dict.fromkeys(allow)), list(dict.fromkeys(deny)))
+
+
+async def _culprit(sandbox: Sandbox, port: int) -> str | None:
+    """The command that has this port inside: its id where it is one of ours, and its program."""
+    if sandbox.pid is None:
+        return None
+    seen = await anyio.to_thread.run_sync(_look_for, sandbox.pid, port)
+    if seen is None:
+        return None
+    program, pids = seen
+    for command in sandbox.commands.running():
+        if command.pid in pids:
+            return f"{format_command_id(command.id)} {program}"
+    return program
+
+
+def _look_for(init_pid: int, port: int) -> tuple[str, list[int]] | None:
+    try:
+        inside = [process.pid for process in psutil.Process(init_pid).children(recursive=True)]
+    except psutil.Error:
+        return None
+    pid = culprit.process_with_port(init_pid, port, inside)
+    return None if pid is None else (culprit.program_of(pid), culprit.pids_inside(pid))

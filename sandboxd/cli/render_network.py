@@ -1,0 +1,64 @@
+"""Networks and services as text for people. Pure: replies in, text out."""
+
+from __future__ import annotations
+
+from sandboxd.cli.render import GAP, UNKNOWN, age, size, table
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+DENIALS_SHOWN_MAX = 20
+
+
+def network(info: dict[str, Any], now_ms: int) -> str:
+    """What a sandbox may reach, and what it did with that."""
+    facts = [
+        ("mode", info["mode"]),
+        ("allow", "   ".join(info["allow"]) or UNKNOWN),
+        ("deny", "   ".join(info["deny"]) or UNKNOWN),
+        ("proxy", info["proxy"] or UNKNOWN),
+        ("requests", f"{info['requests']} ({info['denied']} denied, {info['connections']} connections open)"),
+        ("sent", size(info["sent_bytes"])),
+        ("received", size(info["received_bytes"])),
+    ]
+    width = max(len(name) for name, _ in facts)
+    parts = ["".join(f"{name.ljust(width)}{GAP}{value}\n" for name, value in facts)]
+    if info["services"]:
+        header = ("SERVICE", "SCOPES", "INSIDE", "STATE")
+        parts.append(table(header, [_granted(granted) for granted in info["services"]]))
+    if info["denials"]:
+        rows = [_denied(denied, now_ms) for denied in info["denials"][-DENIALS_SHOWN_MAX:]]
+        parts.append(table(("DENIED", "WHAT", "COMMAND", "REASON"), rows))
+    return "\n".join(parts) + "".join(f"\nproblem: {problem}\n" for problem in info["problems"])
+
+
+def _granted(granted: dict[str, Any]) -> tuple[str, ...]:
+    state = granted["state"] + (f" ({granted['reason']})" if granted["reason"] else "")
+    return granted["name"], " ".join(granted["scopes"]) or UNKNOWN, f"127.0.0.1:{granted['port']}", state
+
+
+def _denied(denied: dict[str, Any], now_ms: int) -> tuple[str, ...]:
+    what = f"{denied['method']} {denied['host']}:{denied['port']}"
+    return f"{age(denied['at_ms'], now_ms)} ago", what, denied["command"] or UNKNOWN, denied["reason"]
+
+
+def services(rows: Sequence[dict[str, Any]], now_ms: int) -> str:
+    """One line per service."""
+    return table(
+        ("NAME", "STATE", "SINCE", "PID", "ADDRESS", "INSIDE", "RESTARTS", "SANDBOXES"),
+        [
+            (
+                row["name"],
+                row["state"] + (f" ({row['reason']})" if row["reason"] else ""),
+                age(row["since_ms"], now_ms),
+                UNKNOWN if row["pid"] is None else str(row["pid"]),
+                row["address"] or UNKNOWN,
+                f"127.0.0.1:{row['port']}",
+                str(row["restarts"]),
+                str(len(row["sandboxes"])),
+            )
+            for row in rows
+        ],
+    )

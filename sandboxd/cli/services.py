@@ -1,0 +1,104 @@
+"""``service``: what sandboxes may share, such as ChromaDB."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+
+from sandboxd.cli import render_network, verb
+from sandboxd.cli.session import FAILURE, request, say, show, show_json
+from sandboxd.cli.verb import Parser, Verb
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+
+def _add_service(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(metavar="ACTION", required=True, parser_class=Parser)
+    for name, action, text in (
+        ("list", _list, "list the services"),
+        ("status", _status, "how a service is; fails unless it is ready"),
+        ("logs", _logs, "what a service printed"),
+        ("restart", _restart, "end a service and start it anew"),
+        ("backup", _backup, "copy a service's data into a new file, as it is at one moment"),
+        ("restore", _restore, "put such a copy back; the data that is there now is kept beside it"),
+    ):
+        parsed = actions.add_parser(name, help=text, description=text)
+        parsed.set_defaults(action=action)
+        if name != "list":
+            parsed.add_argument("service", metavar="SERVICE", help="such as chroma")
+        if name in ("backup", "restore"):
+            parsed.add_argument("file", metavar="FILE")
+        verb.add_json(parsed)
+
+
+def _service(arguments: argparse.Namespace) -> int:
+    action: Callable[[argparse.Namespace], int] = arguments.action
+    return action(arguments)
+
+
+def _show(arguments: argparse.Namespace, reply: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    if arguments.json:
+        show_json(reply)
+    else:
+        show(render_network.services(rows, int(time.time() * 1000)))
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    reply = request("service/list")
+    _show(arguments, reply, reply["services"])
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    rows = [row for row in request("service/list")["services"] if row["name"] == arguments.service]
+    if not rows:
+        say(f"cannot find a service {arguments.service!r}")
+        sys.stderr.write("hint: sandboxctl service list\n")
+        return FAILURE
+    _show(arguments, rows[0], rows)
+    if rows[0]["hint"]:
+        sys.stderr.write(f"hint: {rows[0]['hint']}\n")
+    return 0 if rows[0]["state"] == "ready" else FAILURE
+
+
+def _logs(arguments: argparse.Namespace) -> int:
+    reply = request("service/logs", service=arguments.service)
+    if arguments.json:
+        show_json(reply)
+    else:
+        sys.stdout.write(reply["text"])
+    return 0
+
+
+def _restart(arguments: argparse.Namespace) -> int:
+    reply = request("service/restart", service=arguments.service)
+    _show(arguments, reply, [reply])
+    return 0
+
+
+def _backup(arguments: argparse.Namespace) -> int:
+    reply = request("service/backup", service=arguments.service, path=os.path.abspath(arguments.file))
+    if arguments.json:
+        show_json(reply)
+    else:
+        show(reply["path"])
+    return 0
+
+
+def _restore(arguments: argparse.Namespace) -> int:
+    reply = request("service/restore", service=arguments.service, path=os.path.abspath(arguments.file))
+    if arguments.json:
+        show_json(reply)
+    elif reply["former_data_dir"]:
+        say(f"what was there before is in {reply['former_data_dir']}")
+    return 0
+
+
+VERBS = {
+    "service": Verb("what sandboxes may share: list, status, logs, restart, backup, restore", _add_service, _service)
+}

@@ -1,0 +1,83 @@
+"""``network/*``."""
+
+from __future__ import annotations
+
+from sandboxd import protocol
+from sandboxd.attaching import Attachments, mode_of
+from sandboxd.failures import NotFound
+from sandboxd.handlers.table import Handler
+from sandboxd.journal import GrantRecord
+from sandboxd.manager import Manager
+from sandboxd.network.egress import PROXY_URL
+from sandboxd.sandbox import Sandbox
+from sandboxd.server import Context
+from sandboxd.services.room import ServiceRoom
+
+
+class NetworkHandlers:
+    """What sandboxes may reach."""
+
+    def __init__(self, manager: Manager, services: ServiceRoom, attachments: Attachments) -> None:
+        self._manager = manager
+        self._services = services
+        self._attachments = attachments
+
+    def table(self) -> dict[str, Handler]:
+        """By method."""
+        return {"network/get": self.get, "network/set": self.set}
+
+    async def get(self, params: protocol.SandboxParams, _: Context) -> protocol.NetworkInfo:
+        """What it may reach."""
+        return self._info(self._manager.get(params.sandbox))
+
+    async def set(self, params: protocol.NetworkSetParams, _: Context) -> protocol.NetworkInfo:
+        """Change that."""
+        sandbox = self._manager.get(params.sandbox)
+        await self._manager.set_network(sandbox, params)
+        return self._info(sandbox)
+
+    def _info(self, sandbox: Sandbox) -> protocol.NetworkInfo:
+        egress = sandbox.record.egress
+        ledger = self._attachments.ledger(sandbox)
+        problems = self._attachments.problems(sandbox)
+        return protocol.NetworkInfo(
+            id=sandbox.record.id,
+            mode=mode_of(sandbox),
+            allow=[] if egress is None else list(egress.allow),
+            deny=[] if egress is None else list(egress.deny),
+            proxy=None if egress is None else PROXY_URL,
+            services=[self._granted(grant, problems) for grant in sandbox.record.services],
+            requests=ledger.requests,
+            connections=self._attachments.connections(sandbox),
+            sent_bytes=ledger.traffic.sent_bytes,
+            received_bytes=ledger.traffic.received_bytes,
+            denied=ledger.denied,
+            denials=[
+                protocol.Denied(
+                    at_ms=denial.at_ms,
+                    method=denial.method,
+                    host=denial.host,
+                    port=denial.port,
+                    reason=denial.reason,
+                    command=denial.command,
+                )
+                for denial in ledger.denials
+            ],
+            problems=list(problems.values()),
+        )
+
+    def _granted(self, grant: GrantRecord, problems: dict[int, str]) -> protocol.ServiceGranted:
+        try:
+            service = self._services.get(grant.service)
+        except NotFound as error:
+            return protocol.ServiceGranted(
+                name=grant.service, scopes=list(grant.scopes), port=0, state="absent", reason=str(error)
+            )
+        port = service.spec.port_inside
+        return protocol.ServiceGranted(
+            name=grant.service,
+            scopes=list(grant.scopes),
+            port=port,
+            state="absent" if port in problems else service.state.value,
+            reason=problems.get(port, service.reason),
+        )

@@ -1,0 +1,109 @@
+"""Which process has one end of a connection inside a sandbox: read from /proc on the host, as far as that may be.
+
+The owner of a socket is found by its inode, which is in a table of the network namespace, and in the process's list
+of descriptors. A rootless engine's processes have other users, whose lists may not be read: then nobody knows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+from collections.abc import Iterable
+
+TABLE_BYTES_MAX = 4 * 1024 * 1024
+PROCESSES_MAX = 512
+DESCRIPTORS_MAX = 1024
+PROGRAM_CHARS_MAX = 64
+ANCESTORS_MAX = 64
+
+
+def process_with_port(init_pid: int, port: int, pids: Iterable[int]) -> int | None:
+    """The process among ``pids`` that has a connection from this port of the loopback, in the namespace of init."""
+    inode = _inode_of(init_pid, port)
+    if inode is None:
+        return None
+    for pid in list(pids)[:PROCESSES_MAX]:
+        if _has(pid, f"socket:[{inode}]"):
+            return pid
+    return None
+
+
+def _inode_of(init_pid: int, port: int) -> str | None:
+    wanted = f":{port:04X}"
+    for name in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError), open(f"/proc/{init_pid}/net/{name}", encoding="ascii") as table:
+            for line in table.read(TABLE_BYTES_MAX).splitlines()[1:]:
+                fields = line.split()
+                if len(fields) > 9 and fields[1].endswith(wanted) and fields[3] != "0A" and fields[9] != "0":
+                    return fields[9]
+    return None
+
+
+def _has(pid: int, link: str) -> bool:
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/fd")[:DESCRIPTORS_MAX]:
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/{pid}/fd/{name}") == link:
+                    return True
+    return False
+
+
+def program_of(pid: int) -> str:
+    """Its name, fit to be printed."""
+    try:
+        with open(f"/proc/{pid}/comm", "rb") as file:
+            raw = file.read(PROGRAM_CHARS_MAX)
+    except OSError:
+        return "?"
+    text = raw.decode(errors="replace").strip()
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def pids_inside(pid: int) -> list[int]:
+    """The numbers that a process and its ancestors have inside of its namespace, from itself upwards."""
+    found: list[int] = []
+    while len(found) < ANCESTORS_MAX and (facts := _status(pid)) is not None:
+        inside, pid = facts
+        found.append(inside)
+        if inside <= 1:
+            break
+    return found
+
+
+def _status(pid: int) -> tuple[int, int] | None:
+    """Number inside, and the parent's number outside."""
+    inside = parent = None
+    with (
+        contextlib.suppress(OSError, ValueError),
+        open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file,
+    ):
+        for line in file:
+            name, _, value = line.partition(":")
+            if name == "PPid":
+                parent = int(value)
+            elif name == "NSpid":
+                inside = int(value.split()[-1])
+    return None if inside is None or parent is None else (inside, parent)
+
+
+def listening_ports(init_pid: int) -> list[tuple[str, int]]:
+    """Address and port of all that listens in the network namespace of init; TCP.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    found: set[tuple[str, int]] = set()
+    for name in ("tcp", "tcp6"):
+        with contextlib.suppress(FileNotFoundError), open(f"/proc/{init_pid}/net/{name}", encoding="ascii") as table:
+            for line in table.read(TABLE_BYTES_MAX).splitlines()[1:]:
+                fields = line.split()
+                if len(fields) > 9 and fields[3] == "0A":
+                    found.add(_address_in(fields[1]))
+    return sorted(found, key=lambda entry: (entry[1], entry[0]))
+
+
+def _address_in(text: str) -> tuple[str, int]:
+    raw, _, port = text.partition(":")
+    words = [bytes.fromhex(raw[at : at + 8])[::-1] for at in range(0, len(raw), 8)]
+    return str(ipaddress.ip_address(b"".join(words))), int(port, 16)

@@ -1,0 +1,187 @@
+"""Sockets on the loop: bounded reads, relays with flow control, and a door that lets in so many at once.
+
+Nothing is read that cannot be passed on: a relay holds one buffer per direction, and the kernel's own buffers make
+the faster side wait. Works on the asyncio loop, which is the backend of the daemon's anyio.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import socket
+import time
+from collections.abc import Awaitable, Callable
+
+import anyio
+
+logger = logging.getLogger(__name__)
+
+CHUNK_BYTES = 256 * 1024
+"""Most that is read at once; more costs memory and brings nothing."""
+
+ACCEPT_RETRY_S = 0.2
+"""Pause when this process has no descriptors left."""
+
+LISTEN_BACKLOG = 128
+
+_PASSING = frozenset({errno.ECONNABORTED, errno.EAGAIN, errno.EINTR, errno.EPROTO, errno.ENETDOWN, errno.ECONNRESET})
+
+
+async def receive(source: socket.socket, bytes_max: int = CHUNK_BYTES) -> bytes:
+    """Some bytes, or none at the end of the stream.
+
+    Raises:
+        OSError: the connection broke.
+    """
+    return await asyncio.get_running_loop().sock_recv(source, bytes_max)
+
+
+async def send(target: socket.socket, data: bytes | memoryview) -> None:
+    """Send all of it, waiting for the other side to take it.
+
+    Raises:
+        OSError: the connection broke.
+    """
+    await asyncio.get_running_loop().sock_sendall(target, data)
+
+
+async def connect(family: int, address: tuple[str, int] | str, *, deadline_s: float) -> socket.socket:
+    """A connected non-blocking socket.
+
+    Raises:
+        OSError: nobody is there.
+        TimeoutError: nobody answered in time.
+    """
+    connected = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        async with asyncio.timeout(deadline_s):
+            await asyncio.get_running_loop().sock_connect(connected, address)
+        if family != socket.AF_UNIX:
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except BaseException:
+        connected.close()
+        raise
+    return connected
+
+
+class Traffic:
+    """What went through, in bytes, seen from inside."""
+
+    __slots__ = ("received_bytes", "sent_bytes", "touched_s")
+
+    def __init__(self) -> None:
+        self.sent_bytes = 0
+        self.received_bytes = 0
+        self.touched_s = time.monotonic()
+
+
+async def relay(inside: socket.socket, outside: socket.socket, traffic: Traffic, *, idle_s: float) -> None:
+    """Pass bytes both ways until both sides have ended, or nothing has moved for ``idle_s``.
+
+    An end of one direction is passed on, and the other goes on: protocols rely on half-closed connections.
+    """
+    traffic.touched_s = time.monotonic()
+    ways = [
+        asyncio.ensure_future(_pass_on(inside, outside, traffic, sending=True)),
+        asyncio.ensure_future(_pass_on(outside, inside, traffic, sending=False)),
+    ]
+    try:
+        pending = set(ways)
+        while pending:
+            quiet_s = time.monotonic() - traffic.touched_s
+            if quiet_s >= idle_s:
+                return
+            done, pending = await asyncio.wait(pending, timeout=idle_s - quiet_s, return_when=asyncio.FIRST_COMPLETED)
+            if any(way.exception() is not None for way in done):
+                return
+    finally:
+        for way in ways:
+            way.cancel()
+        await asyncio.gather(*ways, return_exceptions=True)
+
+
+async def _pass_on(source: socket.socket, target: socket.socket, traffic: Traffic, *, sending: bool) -> None:
+    loop = asyncio.get_running_loop()
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    while count := await loop.sock_recv_into(source, buffer):
+        await loop.sock_sendall(target, buffer[:count])
+        traffic.touched_s = time.monotonic()
+        if sending:
+            traffic.sent_bytes += count
+        else:
+            traffic.received_bytes += count
+    with contextlib.suppress(OSError):
+        target.shutdown(socket.SHUT_WR)
+
+
+class Door:
+    """A listening socket, and those who came in through it. It owns the socket.
+
+    Args:
+        listening: Non-blocking.
+        serve: Serves one connection; the door closes the socket. What it raises ends that connection alone.
+        connections_max: At once. Whoever comes then waits in the kernel's queue, and costs nothing here.
+    """
+
+    def __init__(
+        self,
+        listening: socket.socket,
+        serve: Callable[[socket.socket], Awaitable[None]],
+        *,
+        connections_max: int,
+    ) -> None:
+        self._listening = listening
+        self._serve = serve
+        self._places = asyncio.Semaphore(connections_max)
+        self._scope = anyio.CancelScope()
+        self.connections = 0
+        """Open now."""
+        self.closed = anyio.Event()
+        """The port is free again."""
+
+    async def run(self) -> None:
+        """Let in and serve, until closed."""
+        with self._scope:
+            async with anyio.create_task_group() as inside:
+                # Closed before those inside have left, so that the port is free again.
+                try:
+                    while True:
+                        await self._places.acquire()
+                        inside.start_soon(self._welcome, await self._accept())
+                finally:
+                    self._listening.close()
+                    self.closed.set()
+
+    def close(self) -> None:
+        """Let nobody in any more and end the connections: as soon as the loop turns. Idempotent; never blocks."""
+        self._scope.cancel()
+
+    async def _accept(self) -> socket.socket:
+        while True:
+            await anyio.wait_readable(self._listening)
+            try:
+                accepted, _ = self._listening.accept()
+            except OSError as error:
+                if error.errno not in _PASSING:
+                    logger.warning("cannot accept a connection: %s", error)
+                    await anyio.sleep(ACCEPT_RETRY_S)
+                continue
+            accepted.setblocking(False)
+            if accepted.family != socket.AF_UNIX:
+                accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return accepted
+
+    async def _welcome(self, accepted: socket.socket) -> None:
+        self.connections += 1
+        try:
+            with accepted:
+                await self._serve(accepted)
+        except OSError:
+            logger.debug("a connection broke", exc_info=True)
+        except Exception:
+            logger.exception("cannot serve a connection")
+        finally:
+            self.connections -= 1
+            self._places.release()

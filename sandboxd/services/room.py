@@ -1,0 +1,189 @@
+"""All services of one daemon: ChromaDB, and those that the user declares."""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+
+import anyio.to_thread
+import msgspec
+
+from runtimes.quantities import parse_memory
+from sandboxd.background import Background
+from sandboxd.config import SIZE_BYTES_MAX, Config, loopback_address
+from sandboxd.config import Service as ServiceSetting
+from sandboxd.failures import Conflict, InvalidArgument, NotFound, Unsupported
+from sandboxd.journal import GrantRecord
+from sandboxd.network.streams import Traffic, connect, relay
+from sandboxd.services import backup, chroma
+from sandboxd.services.chroma import Chroma, chroma_spec
+from sandboxd.services.chroma_scope import parse_scopes
+from sandboxd.services.supervisor import Service, ServiceSpec
+
+RELAY_IDLE_S = 3600.0
+"""A database's clients keep connections open that say nothing."""
+PLAIN_PATIENCE_S = 15.0
+CONNECT_DEADLINE_S = 5.0
+
+Serve = Callable[[socket.socket], Awaitable[None]]
+
+
+class Copied(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of a copy."""
+
+    size_bytes: int | None = None
+    former_data_dir: str | None = None
+
+
+class ServiceRoom:
+    """The services, and what a sandbox is given of them.
+
+    Args:
+        config: The settings.
+        directory: Each service has a directory in it.
+        sandbox_ids: Of the sandboxes that there are.
+    """
+
+    def __init__(self, config: Config, directory: str, sandbox_ids: Callable[[], Sequence[str]]) -> None:
+        memory = parse_memory(config.chroma.memory, bytes_max=SIZE_BYTES_MAX)
+        specs = [
+            chroma_spec(port_inside=config.chroma.port, memory_bytes_max=memory, python=config.chroma.python),
+            *(_plain_spec(name, setting) for name, setting in config.services.items()),
+        ]
+        self._services = {spec.name: Service(spec, os.path.join(directory, spec.name)) for spec in specs}
+        self._chroma = Chroma(self._services[chroma.NAME], sandbox_ids)
+        self._defaults = config.defaults.services.split()
+
+    def start(self, background: Background) -> None:
+        """Begin to look after them; none is started before it is wanted."""
+        for service in self._services.values():
+            background.start(service.run)
+
+    def all(self) -> list[Service]:
+        """All of them."""
+        return list(self._services.values())
+
+    def get(self, name: str) -> Service:
+        """One of them.
+
+        Raises:
+            NotFound: there is none of this name.
+        """
+        service = self._services.get(name)
+        if service is None:
+            raise NotFound(
+                f"cannot find a service {name!r}",
+                detail=f"there are {', '.join(self._services)}",
+                hint="sandboxctl service list",
+            )
+        return service
+
+    # --- what a sandbox is given ----------------------------------------------------------------------
+
+    def grants(self, texts: Sequence[str] | None, *, sandbox_id: str) -> tuple[GrantRecord, ...]:
+        """What ``NAME`` and ``NAME=SCOPE`` come to; without any, what the settings say.
+
+        Raises:
+            NotFound: a service that there is not.
+            InvalidArgument: a scope that it does not have, or two services at one port.
+        """
+        scopes: dict[str, list[str]] = {}
+        for text in self._defaults if texts is None else texts:
+            name, equals, scope = text.partition("=")
+            self.get(name)
+            if equals and name != chroma.NAME:
+                raise InvalidArgument(f"cannot use {text!r}", detail=f"{name} has no scopes", hint=f"write {name}")
+            scopes.setdefault(name, []).extend([scope] if equals else [])
+        if chroma.NAME in scopes:
+            parse_scopes(scopes[chroma.NAME], sandbox_id=sandbox_id)
+        ports = [self.get(name).spec.port_inside for name in scopes]
+        if len(set(ports)) < len(ports):
+            raise InvalidArgument(
+                f"cannot offer {' and '.join(scopes)} at once", detail="two of them have the same port inside"
+            )
+        return tuple(GrantRecord(service=name, scopes=tuple(given)) for name, given in scopes.items())
+
+    def server(self, grant: GrantRecord, *, sandbox_id: str) -> Serve:
+        """What serves the connections of one sandbox to one service, which is started if it does not run.
+
+        Raises:
+            NotFound: the service is not declared any more.
+        """
+        service = self.get(grant.service)
+        service.want()
+        if grant.service == chroma.NAME:
+            return self._chroma.proxy(parse_scopes(grant.scopes, sandbox_id=sandbox_id)).serve
+        return functools.partial(_serve_plain, service)
+
+    async def forget(self, sandbox_id: str, grants: Sequence[GrantRecord]) -> None:
+        """Remove what was private to a sandbox that is gone."""
+        if any(grant.service == chroma.NAME and "private" in grant.scopes for grant in grants):
+            await self._chroma.forget(sandbox_id)
+
+    # --- copies ---------------------------------------------------------------------------------------
+
+    async def backup(self, name: str, path: str) -> Copied:
+        """Copy a service's data, while it is stopped for it, into a new file on the host.
+
+        Raises:
+            NotFound, Unsupported, InvalidArgument, Conflict: it cannot be copied, or not to there.
+            Failure: the disk is full, or the data cannot be read.
+        """
+        service = self._with_data(name)
+        backup.check_new(path)
+        async with service.stopped():
+            size = await anyio.to_thread.run_sync(backup.write_backup, service.data_dir, path)
+        return Copied(size_bytes=size)
+
+    async def restore(self, name: str, path: str) -> Copied:
+        """Put a copy back, and start the service with it; the data that was there is kept beside it.
+
+        Raises:
+            NotFound, Unsupported, InvalidArgument: it is no copy; nothing has changed.
+            Failure: it cannot be read, or the disk is full; nothing has changed.
+        """
+        service = self._with_data(name)
+        if not os.path.isabs(path):
+            raise InvalidArgument(f"cannot read {path!r}", detail="give an absolute path")
+        fresh = f"{service.data_dir}.restoring"
+        os.makedirs(os.path.dirname(fresh), mode=0o700, exist_ok=True)
+        if os.path.lexists(fresh):
+            raise Conflict(f"cannot restore {name} now", detail=f"{fresh} is there", hint=f"rm -r {fresh}")
+        await anyio.to_thread.run_sync(backup.read_backup, path, fresh)
+        async with service.stopped():
+            former = await anyio.to_thread.run_sync(backup.swap_in, fresh, service.data_dir)
+        return Copied(former_data_dir=former)
+
+    def _with_data(self, name: str) -> Service:
+        service = self.get(name)
+        if not service.spec.argv:
+            raise Unsupported(f"cannot copy the data of {name}", detail="it is not run by the daemon")
+        return service
+
+
+def _plain_spec(name: str, setting: ServiceSetting) -> ServiceSpec:
+    return ServiceSpec(
+        name=name,
+        argv=tuple(setting.command),
+        port_inside=setting.port,
+        address=loopback_address(setting.address) if setting.address else None,
+        health_path=setting.health,
+        memory_bytes_max=parse_memory(setting.memory, bytes_max=SIZE_BYTES_MAX),
+        own_listener=False,
+    )
+
+
+async def _serve_plain(service: Service, accepted: socket.socket) -> None:
+    """Pass the bytes of one connection on; it ends where there is nobody."""
+    address = await service.endpoint(patience_s=PLAIN_PATIENCE_S)
+    if address is None:
+        return
+    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+    try:
+        upstream = await connect(family, address, deadline_s=CONNECT_DEADLINE_S)
+    except TimeoutError:
+        return
+    with upstream:
+        await relay(accepted, upstream, Traffic(), idle_s=RELAY_IDLE_S)

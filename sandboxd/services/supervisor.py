@@ -1,0 +1,382 @@
+"""One service: started when it is first wanted, watched, started again when it ends, and never for longer than we.
+
+::
+
+    IDLE --wanted--> STARTING --its health check answers--> READY --ends, or stops answering--> DEGRADED
+                        `--ends, or takes too long--> DEGRADED --after a while, longer each time--> STARTING
+
+Nobody's request waits for more than it wants to: ``endpoint`` gives up by itself, and a sandbox never fails because a
+service does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import errno
+import fcntl
+import logging
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+import anyio
+import anyio.to_thread
+import msgspec
+
+from runtimes import process
+from runtimes.errors import RuntimeFailure
+from sandboxd.failures import Failure
+from sandboxd.network.http import ask
+from sandboxd.network.streams import connect
+from sandboxd.services import launcher
+from sandboxd.timings import now_ms
+
+logger = logging.getLogger(__name__)
+
+START_DEADLINE_S = 60.0
+"""A large database is opened within it on a slow disk."""
+START_POLL_S = 0.05
+WATCH_PERIOD_S = 10.0
+HEALTH_DEADLINE_S = 5.0
+HEALTH_FAILURES_MAX = 3
+STOP_GRACE_S = 10.0
+
+BACKOFF_S_MIN = 0.2
+BACKOFF_S_MAX = 30.0
+STEADY_S = 60.0
+"""Ready for so long, and the next restart is quick again."""
+
+LOG_BYTES_MAX = 1024 * 1024
+"""Of the log that is written and of the one before it."""
+
+FILES_MAX = 4096
+NOBODY_UID = 64901
+"""Of services, where the daemon is root: in no one's range, so that it is nobody else."""
+
+
+class ServiceState(enum.StrEnum):
+    """What is true of a service."""
+
+    IDLE = "idle"
+    STARTING = "starting"
+    READY = "ready"
+    DEGRADED = "degraded"
+    STOPPED = "stopped"
+
+
+class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What a service is."""
+
+    name: str
+    argv: tuple[str, ...]
+    """``{port}`` and ``{data}`` are replaced; empty: it is somebody else's, and only reached."""
+    port_inside: int
+    """On the loopback of sandboxes."""
+    address: tuple[str, int] | str | None = None
+    """Of a service that is somebody else's."""
+    health_path: str = ""
+    """Answered with 200 when it is well; empty: a connection is enough."""
+    memory_bytes_max: int = 0
+    missing: str = ""
+    """Why it cannot be started at all; empty: it can."""
+    hint: str = ""
+    """What to type then."""
+    env: dict[str, str] = {}
+    """On top of what every service gets."""
+    keep: tuple[str, ...] = ()
+    """Directories that the program needs, where the daemon is root."""
+    own_listener: bool = True
+    """The program itself listens: whoever else answers on its port is not it."""
+
+
+class Service:
+    """One service, while the daemon runs."""
+
+    def __init__(self, spec: ServiceSpec, directory: str) -> None:
+        self.spec = spec
+        self.data_dir = os.path.join(directory, "data")
+        self.state = ServiceState.IDLE
+        self.reason = spec.missing
+        self.pid: int | None = None
+        self.restarts = 0
+        self.since_ms = now_ms()
+        self._directory = directory
+        self._log_path = os.path.join(directory, "log")
+        self._endpoint: tuple[str, int] | str | None = None
+        self._wanted = anyio.Event()
+        self._changed = anyio.Event()
+        self._life = anyio.CancelScope()
+        self._held = anyio.Lock()
+        self.on_ready: Callable[[], Awaitable[None]] | None = None
+        """Called each time it has become ready, before anybody is let to it."""
+
+    # --- using it -------------------------------------------------------------------------------------
+
+    def want(self) -> None:
+        """Have it started. Idempotent; returns at once."""
+        self._wanted.set()
+
+    @property
+    def address(self) -> tuple[str, int] | str | None:
+        """Where it is, if it runs."""
+        return self._endpoint
+
+    async def endpoint(self, *, patience_s: float) -> tuple[str, int] | str | None:
+        """Where it is, once it is ready; None: it is not, within ``patience_s``."""
+        self.want()
+        with anyio.move_on_after(patience_s):
+            while self.state is not ServiceState.READY:
+                await self._changed.wait()
+        return self._endpoint if self.state is ServiceState.READY else None
+
+    async def restart(self) -> None:
+        """Have it ended and started anew; returns when it has begun to."""
+        self.want()
+        async with self.stopped():
+            pass
+
+    @contextlib.asynccontextmanager
+    async def stopped(self) -> AsyncIterator[None]:
+        """It does not run, for the length of an ``async with``; whoever uses it waits meanwhile."""
+        async with self._held:
+            self._life.cancel()
+            while self.pid is not None:
+                await self._changed.wait()
+            before = self.state
+            self._become(ServiceState.STOPPED if before is not ServiceState.IDLE else before, "on request")
+            try:
+                yield
+            finally:
+                self.restarts += before is not ServiceState.IDLE
+
+    async def log_tail(self, bytes_max: int) -> str:
+        """The end of what it printed."""
+        return await anyio.to_thread.run_sync(self._read_log, bytes_max)
+
+    def _read_log(self, bytes_max: int) -> str:
+        parts = []
+        for path in (f"{self._log_path}.1", self._log_path):
+            with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+                parts.append(file.read(2 * LOG_BYTES_MAX))
+        return b"".join(parts)[-bytes_max:].decode(errors="replace")
+
+    # --- its life -------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Keep it running while it is wanted, until cancelled."""
+        pause_s = BACKOFF_S_MIN
+        await self._wanted.wait()
+        while not self.spec.missing:
+            async with self._held:
+                self._life = anyio.CancelScope()
+            began_s = anyio.current_time()
+            with self._life:
+                await self._live()
+            if self._life.cancelled_caught:
+                async with self._held:  # until whoever stopped it is done
+                    continue
+            if anyio.current_time() - began_s > STEADY_S:
+                pause_s = BACKOFF_S_MIN
+            self.restarts += 1
+            logger.warning("service %s: %s; trying again in %.1f s", self.spec.name, self.reason, pause_s)
+            await anyio.sleep(pause_s)
+            pause_s = min(2 * pause_s, BACKOFF_S_MAX)
+        self._become(ServiceState.DEGRADED, self.spec.missing)
+
+    async def _live(self) -> None:
+        """From a start to an end; what went wrong becomes the reason."""
+        self._become(ServiceState.STARTING, "")
+        try:
+            if self.spec.argv:
+                await self._live_as_child()
+            else:
+                self._endpoint = self.spec.address
+                await self._begin()
+                await self._watch()
+        except (Failure, RuntimeFailure, OSError, _Unwell) as error:
+            self._become(ServiceState.DEGRADED, str(error))
+
+    async def _live_as_child(self) -> None:
+        await anyio.to_thread.run_sync(self._prepare)
+        lock = _hold(os.path.join(self._directory, "lock"))
+        try:
+            port = _free_port()
+            self._endpoint = ("127.0.0.1", port)
+            child = process.start(self._argv(port), what=self.spec.name, env=self._env(), passed=(lock,))
+        finally:
+            os.close(lock)
+        self.pid = child.pid
+        status: int | None = None
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._keep_log, child.output)
+                tasks.start_soon(self._attend, child, port, tasks.cancel_scope)
+                status = await child.wait()
+                tasks.cancel_scope.cancel()
+            self._become(ServiceState.DEGRADED, self.reason if status is None else _how_it_ended(status))
+        finally:
+            self._endpoint = None
+            await child.close(grace_s=STOP_GRACE_S)
+            self.pid = None
+            self._notify()
+
+    async def _attend(self, child: process.Running, port: int, life: anyio.CancelScope) -> None:
+        try:
+            await self._begin(lambda: not self.spec.own_listener or _listens(child.pid, port))
+            await self._watch()
+        except (OSError, _Unwell) as error:
+            self.reason = str(error)
+            life.cancel()
+
+    async def _begin(self, is_it: Callable[[], bool] = lambda: True) -> None:
+        """Until it is ready."""
+        deadline = anyio.current_time() + START_DEADLINE_S
+        while not (await self._is_well() and is_it()):
+            if anyio.current_time() > deadline:
+                raise _Unwell(f"it did not answer within {START_DEADLINE_S:g} s")
+            await anyio.sleep(START_POLL_S if self.spec.argv else WATCH_PERIOD_S)
+        if self.on_ready is not None:
+            await self.on_ready()
+        self._become(ServiceState.READY, "")
+
+    async def _watch(self) -> None:
+        """While it is well."""
+        failures = 0
+        while failures < HEALTH_FAILURES_MAX:
+            await anyio.sleep(WATCH_PERIOD_S)
+            failures = 0 if await self._is_well() else failures + 1
+        raise _Unwell("it does not answer any more")
+
+    async def _is_well(self) -> bool:
+        if self._endpoint is None:
+            return False
+        try:
+            if self.spec.health_path:
+                status, _ = await ask(self._endpoint, "GET", self.spec.health_path, deadline_s=HEALTH_DEADLINE_S)
+                return status == 200
+            family = socket.AF_UNIX if isinstance(self._endpoint, str) else socket.AF_INET
+            (await connect(family, self._endpoint, deadline_s=HEALTH_DEADLINE_S)).close()
+        except (OSError, TimeoutError):
+            return False
+        return True
+
+    # --- what it is started with ----------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        os.makedirs(self.data_dir, mode=0o700, exist_ok=True)
+        if os.geteuid() == 0:
+            give_away(self.data_dir, NOBODY_UID)
+
+    def _argv(self, port: int) -> Sequence[str]:
+        root = os.geteuid() == 0
+        data = launcher.DATA_INSIDE if root else self.data_dir
+        program = [part.replace("{port}", str(port)).replace("{data}", data) for part in self.spec.argv]
+        return [
+            sys.executable,
+            "-IS",
+            launcher.__file__,
+            str(os.getpid()),
+            str(NOBODY_UID if root else os.geteuid()),
+            str(self.spec.memory_bytes_max),
+            str(FILES_MAX),
+            self.data_dir,
+            ":".join(self.spec.keep),
+            "--",
+            *program,
+        ]
+
+    def _env(self) -> dict[str, str]:
+        data = launcher.DATA_INSIDE if os.geteuid() == 0 else self.data_dir
+        path = os.environ.get("PATH", "/usr/local/bin:/usr/bin:/bin")
+        return {"PATH": path, "HOME": data, "LANG": "C.UTF-8", **self.spec.env}
+
+    async def _keep_log(self, output: int) -> None:
+        while True:
+            await anyio.wait_readable(output)
+            try:
+                data = os.read(output, 64 * 1024)
+            except BlockingIOError:
+                continue
+            if not data:
+                return
+            await anyio.to_thread.run_sync(self._write_log, data)
+
+    def _write_log(self, data: bytes) -> None:
+        with open(self._log_path, "ab", opener=_private) as file:
+            file.write(data)
+            full = file.tell() > LOG_BYTES_MAX
+        if full:
+            os.replace(self._log_path, f"{self._log_path}.1")
+
+    def _become(self, state: ServiceState, reason: str) -> None:
+        if state is not self.state:
+            self.since_ms = now_ms()
+            logger.info("service %s is %s%s", self.spec.name, state, reason and f": {reason}")
+        self.state = state
+        self.reason = reason
+        self._notify()
+
+    def _notify(self) -> None:
+        changed, self._changed = self._changed, anyio.Event()
+        changed.set()
+
+
+class _Unwell(Exception):
+    """It does not do what it is there for."""
+
+
+def give_away(directory: str, uid: int) -> None:
+    """Make everything below ``directory`` belong to ``uid``; follows no link."""
+    for path, folders, files, descriptor in os.fwalk(directory):
+        if os.fstat(descriptor).st_uid != uid:
+            os.fchown(descriptor, uid, uid)
+        for name in (*folders, *files):
+            if os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_uid != uid:
+                os.chown(name, uid, uid, dir_fd=descriptor, follow_symlinks=False)
+        del path
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def _hold(path: str) -> int:
+    """A lock that lives as long as the program that inherits it: two servers on one database would both write.
+
+    Raises:
+        OSError: a former one still runs.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise OSError(errno.EBUSY, "a former one still uses its data") from None
+    return descriptor
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _listens(pid: int, port: int) -> bool:
+    """Whether this process itself has the listening socket: somebody else may have taken the port in between."""
+    wanted = f"0100007F:{port:04X}"
+    with open("/proc/net/tcp", encoding="ascii") as table:
+        rows = [line.split() for line in table]
+    inodes = {f"socket:[{row[9]}]" for row in rows if len(row) > 9 and row[1] == wanted and row[3] == "0A"}
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/{pid}/fd/{name}") in inodes:
+                    return True
+    return False
+
+
+def _how_it_ended(status: int) -> str:
+    return f"it ended by signal {-status}" if status < 0 else f"it ended with {status}"

@@ -1,0 +1,218 @@
+"""What is put on a sandbox's loopback: what its record says, no more, and taken away when that changes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import socket
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import msgspec
+import pytest
+
+from runtimes.init.channel import SocketRefused
+from runtimes.init.wire import Stage
+from runtimes.model import Network
+from sandboxd.attaching import Attachments, changed_egress, egress_of, mode_of
+from sandboxd.background import Background
+from sandboxd.config import Config
+from sandboxd.config import Service as ServiceSetting
+from sandboxd.failures import InvalidArgument, Unsupported
+from sandboxd.journal import EgressRecord, GrantRecord, SandboxRecord
+from sandboxd.network import streams
+from sandboxd.network.egress import PROXY_PORT
+from sandboxd.network.outside import Outside
+from sandboxd.services.room import ServiceRoom
+from tests.daemon.proxies import PATIENCE_S, door, listening, port_of, said_to
+from tests.unit.records import record
+
+pytestmark = pytest.mark.anyio
+
+DB = GrantRecord(service="db")
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+class Loopback:
+    """A sandbox whose loopback is this host's: its ports are free ones, by the numbers that were asked for."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.record: SandboxRecord = record(**fields)
+        self.pid: int | None = None
+        self.ports: dict[int, int] = {}
+        self.asked: list[int] = []
+        self.taken: set[int] = set()
+        self.on_released: Callable[[], None] = lambda: None
+
+    def put(self, **changes: Any) -> None:
+        self.record = msgspec.structs.replace(self.record, **changes)
+
+    async def listen(self, port: int) -> socket.socket:
+        self.asked.append(port)
+        if port in self.taken:
+            raise SocketRefused(errno.EADDRINUSE, Stage.SOCKET)
+        bound = listening()
+        self.ports[port] = port_of(bound)
+        return bound
+
+
+async def echo(accepted: socket.socket) -> None:
+    await streams.send(accepted, await streams.receive(accepted))
+
+
+@contextlib.asynccontextmanager
+async def attaching(tmp_path: Path) -> AsyncIterator[Any]:
+    """Attachments whose service ``db``, at port 5432 inside, says what it hears."""
+    async with door(echo) as (port, _), anyio.create_task_group() as tasks:
+        config = Config(services={"db": ServiceSetting(port=5432, address=f"127.0.0.1:{port}")})
+        background = Background(tasks)
+        room = ServiceRoom(config, str(tmp_path), list)
+        room.start(background)
+        yield Attachments(background, room, Outside())
+        tasks.cancel_scope.cancel()
+
+
+async def nobody_listens(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setblocking(False)
+        try:
+            await asyncio.get_running_loop().sock_connect(probe, ("127.0.0.1", port))
+        except ConnectionRefusedError:
+            return True
+        return False
+
+
+async def until_nobody_listens(port: int) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not await nobody_listens(port):  # noqa: ASYNC110  (the kernel tells nobody)
+            await asyncio.sleep(0.01)
+
+
+async def test_nothing_is_put_into_a_sandbox_that_was_given_nothing(tmp_path: Path) -> None:
+    async with attaching(tmp_path) as attachments:
+        box: Any = Loopback()
+        assert await attachments.attach(box) == ()
+        assert box.asked == []
+
+
+async def test_what_the_record_says_is_there_and_stays_when_it_is_said_again(tmp_path: Path) -> None:
+    async with attaching(tmp_path) as attachments:
+        box: Any = Loopback(egress=EgressRecord(), services=(DB,))
+        assert await attachments.attach(box) == []
+        assert set(box.ports) == {PROXY_PORT, 5432}
+        assert await said_to(box.ports[5432], b"hello") == b"hello"
+        answer = await said_to(box.ports[PROXY_PORT], b"GET http://good.example/ HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 403 ")
+        assert attachments.ledger(box).denied == 1
+        await attachments.attach(box)
+        assert box.asked == [PROXY_PORT, 5432]
+
+
+async def test_what_the_record_no_longer_says_is_taken_away_with_its_connections(tmp_path: Path) -> None:
+    async with attaching(tmp_path) as attachments:
+        box: Any = Loopback(egress=EgressRecord(), services=(DB,))
+        await attachments.attach(box)
+        reader, writer = await asyncio.open_connection("127.0.0.1", box.ports[5432])
+        box.put(services=())
+        await attachments.attach(box)
+        assert await asyncio.wait_for(reader.read(), PATIENCE_S) == b""
+        writer.close()
+        await until_nobody_listens(box.ports[5432])
+        assert not await nobody_listens(box.ports[PROXY_PORT])
+
+
+async def test_rules_that_change_need_no_new_door(tmp_path: Path) -> None:
+    async with attaching(tmp_path) as attachments:
+        box: Any = Loopback(egress=EgressRecord())
+        await attachments.attach(box)
+        box.put(egress=EgressRecord(allow=("127.0.0.1:*",)))
+        await attachments.attach(box)
+        assert box.asked == [PROXY_PORT]
+        async with door(echo) as (port, _):
+            request = f"CONNECT 127.0.0.1:{port} HTTP/1.1\r\nHost: x\r\n\r\nhello".encode()
+            answer = await said_to(box.ports[PROXY_PORT], request)
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert answer.endswith(b"hello")
+
+
+async def test_a_sandbox_that_is_let_go_of_keeps_nothing_open_and_can_be_found_again(tmp_path: Path) -> None:
+    """A daemon that starts anew, and a sandbox that was stopped, begin from here."""
+    async with attaching(tmp_path) as attachments:
+        box: Any = Loopback(services=(DB,))
+        await attachments.attach(box)
+        box.on_released()
+        await until_nobody_listens(box.ports[5432])
+        await attachments.attach(box)
+        assert await said_to(box.ports[5432], b"again") == b"again"
+
+
+async def test_a_port_that_is_taken_inside_is_a_problem_and_no_failure(tmp_path: Path) -> None:
+    async with attaching(tmp_path) as attachments:
+        box: Any = Loopback(egress=EgressRecord(), services=(DB,))
+        box.taken.add(5432)
+        (problem,) = await attachments.attach(box)
+        assert "cannot offer db at 127.0.0.1:5432" in problem
+        assert PROXY_PORT in box.ports
+        box.taken.clear()
+        assert await attachments.attach(box) == []
+        assert attachments.problems(box) == {}
+
+
+@pytest.mark.parametrize(
+    ("mode", "allow", "becomes"),
+    [
+        (None, [], None),
+        ("none", [], None),
+        ("full", [], None),
+        ("allow", [], EgressRecord()),
+        (None, ["pypi"], EgressRecord(allow=("pypi",))),
+        ("allow", ["pypi"], EgressRecord(allow=("pypi",))),
+    ],
+)
+def test_rules_are_what_makes_a_proxy(mode: str | None, allow: list[str], becomes: EgressRecord | None) -> None:
+    assert egress_of(mode, allow, []) == becomes
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_rules_that_nothing_would_obey_are_refused(mode: str) -> None:
+    """Else somebody thinks that a network is filtered which is not."""
+    with pytest.raises(InvalidArgument):
+        egress_of(mode, ["pypi"], [])
+    with pytest.raises(InvalidArgument):
+        egress_of(mode, [], ["pypi"])
+
+
+def changed(box: Loopback, mode: str | None = None, **changes: Any) -> EgressRecord | None:
+    said: dict[str, Any] = {"allow": None, "deny": None, "add_allow": [], "add_deny": [], **changes}
+    sandbox: Any = box
+    return changed_egress(sandbox, mode=mode, **said)
+
+
+def test_rules_are_added_replaced_and_taken_away() -> None:
+    box = Loopback(egress=EgressRecord(allow=("a.example",), deny=("b.example",)))
+    assert changed(box) == box.record.egress
+    assert changed(box, add_allow=["c.example", "a.example"]) == EgressRecord(
+        allow=("a.example", "c.example"), deny=("b.example",)
+    )
+    assert changed(box, allow=["c.example"], deny=[]) == EgressRecord(allow=("c.example",))
+    assert changed(box, mode="none") is None
+    assert changed(Loopback(), add_allow=["c.example"]) == EgressRecord(allow=("c.example",))
+    sandbox: Any = box
+    assert mode_of(sandbox) == "allow"
+
+
+def test_the_engines_own_network_is_fixed_when_a_sandbox_is_made() -> None:
+    for box, mode in ((Loopback(), "full"), (Loopback(network=Network.FULL), "none")):
+        with pytest.raises(Unsupported):
+            changed(box, mode=mode)
+    with pytest.raises(Unsupported):
+        changed(Loopback(network=Network.FULL), add_allow=["a.example"])
+    assert changed(Loopback(network=Network.FULL)) is None
+    assert changed(Loopback(network=Network.FULL), mode="full") is None

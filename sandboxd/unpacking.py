@@ -243,6 +243,7 @@ class Unpacking:
         """A second name of a file becomes a copy of it: its content, and not what happens to either later."""
         first = self._root + b"/".join(tarstream.steps_of(member.target) or [])
         ask = self._pipeline.ask
+        self._pipeline.settle()  # the first name may not be given yet
         reply, received = ask(partial(wire.encode_open, flags=Flag.READ, base=self._base, mode=0, path=first))
         if isinstance(reply, FileRefusal) or not received:
             self._note_refusal(path, reply)
@@ -315,6 +316,7 @@ class Unpacking:
             elif self._keep_times:
                 self._set_times(path, member.mtime_ns)
 
+        self._pipeline.settle()  # a file of that name, that came before, must not come after
         self._pipeline.send(encode, linked)
 
     def _set_times(self, path: bytes, mtime_ns: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from sandboxd.cli.session import show
-from sandboxd.cli.verb import NAMES_FUNCTION, Verb
+from sandboxd.cli.verb import NAMES_FUNCTION, PLACES_FUNCTION, Verb
 
 _LIST = """sandboxctl daemon status >/dev/null 2>&1 &&
     sandboxctl ls 2>/dev/null | awk 'NR > 1 { print $1; if ($2 != "-") print $2 }'"""
@@ -16,12 +16,22 @@ PREAMBLE = {
 {NAMES_FUNCTION}() {{
   compgen -W "$({_LIST})" -- "$1"
 }}
+{PLACES_FUNCTION}() {{
+  compgen -S : -W "$({_LIST})" -- "$1"
+  compgen -f -- "$1"
+}}
 """,
     "zsh": f"""
 {NAMES_FUNCTION}() {{
   local -a names
   names=(${{(f)"$({_LIST})"}})
   compadd -a names
+}}
+{PLACES_FUNCTION}() {{
+  local -a names
+  names=(${{(f)"$({_LIST})"}})
+  compadd -S : -a names
+  _files
 }}
 """,
 }

@@ -25,6 +25,7 @@ FAMILIES = {
     "exec": "commands",
     "shell": "commands",
     "session": "shells",
+    "cp": "copy",
     "ps": "background",
     "logs": "background",
     "attach": "background",

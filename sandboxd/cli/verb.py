@@ -21,6 +21,9 @@ COLUMNS_MAX = 120
 NAMES_FUNCTION = "_sandboxctl_names"
 """The shell's function that completes ids and names of sandboxes."""
 
+PLACES_FUNCTION = "_sandboxctl_places"
+"""That for paths, and for sandboxes that a path is to follow."""
+
 
 class Verb:
     """One verb: what it is for, its flags, and what carries it out and returns the exit code."""
@@ -43,6 +46,13 @@ class _Help(argparse.HelpFormatter):
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, width=_help_columns())
+
+
+class _HelpWithText(_Help):
+    """Leaves the text below the flags as it was written."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
 
 
 def _help_columns() -> int:
@@ -73,6 +83,12 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(USAGE)
 
 
+def add_text(parser: argparse.ArgumentParser, text: str) -> None:
+    """Text below the flags, with lines of its own: what there is to know, and examples."""
+    parser.epilog = text
+    parser.formatter_class = _HelpWithText
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """``--json``."""
     parser.add_argument("--json", action="store_true", help="print the daemon's reply as JSON")
@@ -101,6 +117,11 @@ def add_sandboxes(parser: argparse.ArgumentParser, *, optional: bool = False) ->
 def _complete_names(action: argparse.Action) -> None:
     # What shtab looks for; see ``completion`` for the function.
     action.complete = {"bash": NAMES_FUNCTION, "zsh": NAMES_FUNCTION}  # type: ignore[attr-defined]
+
+
+def complete_places(action: argparse.Action) -> None:
+    """Have the shell complete paths, and sandboxes that a path is to follow."""
+    action.complete = {"bash": PLACES_FUNCTION, "zsh": PLACES_FUNCTION}  # type: ignore[attr-defined]
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:

@@ -37,6 +37,7 @@ _WHAT = {
     stat.S_IFCHR: "it is a character device",
     stat.S_IFBLK: "it is a block device",
 }
+_UNNAMED_UNSUPPORTED = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
@@ -168,7 +169,7 @@ class Unpacker:
         self._exact = exact
         self._tally = tally
         self._skips = skips
-        self._umask = 0 if exact else _umask()
+        self._umask = 0 if exact else umask()
         self._levels: list[tuple[bytes, int]] = [(b"", root)]
         self._new: list[tuple[list[bytes], int, int]] = []
         self._remembered_bytes = 0
@@ -205,9 +206,9 @@ class Unpacker:
             try:
                 directory = self._enter(steps[:-1])
                 if member.kind == FILE:
-                    target = self._open_new(directory)
+                    new = NewFile(directory)
                     begun = True
-                    self._file(directory, steps[-1], target, member, incoming)
+                    self._file(steps[-1], new, member, incoming)
                     return True
                 self._make(directory, steps, member)
             except OSError as error:
@@ -267,21 +268,16 @@ class Unpacker:
         finally:
             os.close(above)
 
-    def _open_new(self, directory: int) -> int:
-        return os.open(b".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=directory)
-
-    def _file(self, directory: int, name: bytes, target: int, member: Member, incoming: Incoming) -> None:
-        try:
-            incoming.copy_to(target, member.size)
-            finish_file(target, member.mode & 0o777 & ~self._umask, member.mtime_ns if self._exact else None)
+    def _file(self, name: bytes, new: NewFile, member: Member, incoming: Incoming) -> None:
+        with contextlib.closing(new):
+            incoming.copy_to(new.descriptor, member.size)
             try:
-                place(target, directory, name)
+                new.finish(member.mode & 0o777 & ~self._umask, member.mtime_ns if self._exact else None)
+                new.place(name)
             except OSError as error:
                 if error.errno in _FULL:
                     raise
                 self._skips.add(member.name, _said(error))
-        finally:
-            os.close(target)
 
     def _finish_directories(self) -> None:
         for steps, mode, mtime_ns in reversed(self._new):
@@ -294,21 +290,54 @@ class Unpacker:
                 self._skips.add(b"/".join(steps), _said(error))
 
 
-def finish_file(descriptor: int, mode: int, mtime_ns: int | None) -> None:
-    """Set mode and time of a file that has its content."""
-    os.fchmod(descriptor, mode)
-    if mtime_ns is not None:
-        os.utime(descriptor, ns=(mtime_ns, mtime_ns))
+class NewFile:
+    """A file of the host that has no name of its own yet, or a hidden one where the file system knows no other way.
 
-
-def place(descriptor: int, directory: int, name: bytes) -> None:
-    """Give a file without a name its name, in place of any other file or link that bears it.
-
-    Raises:
-        OSError: A directory bears it; or the file system cannot.
+    Args:
+        directory: A descriptor of the directory that it is to lie in. The caller's.
     """
-    own = f"/proc/self/fd/{descriptor}"
-    _replace(directory, name, lambda free: os.link(own, free, dst_dir_fd=directory, follow_symlinks=True))
+
+    def __init__(self, directory: int) -> None:
+        self._directory = directory
+        self._hidden: bytes | None = None
+        try:
+            self.descriptor = os.open(b".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=directory)
+        except OSError as error:
+            if error.errno not in _UNNAMED_UNSUPPORTED:
+                raise
+            self._hidden = _hidden_name()
+            how = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_RDWR | os.O_CLOEXEC
+            self.descriptor = os.open(self._hidden, how, 0o600, dir_fd=directory)
+
+    def finish(self, mode: int, mtime_ns: int | None) -> None:
+        """Set mode and time, when it has its content."""
+        os.fchmod(self.descriptor, mode)
+        if mtime_ns is not None:
+            os.utime(self.descriptor, ns=(mtime_ns, mtime_ns))
+
+    def place(self, name: bytes) -> None:
+        """Give it its name, in place of any other file or link that bears it.
+
+        Raises:
+            OSError: A directory bears it.
+        """
+        if self._hidden is not None:
+            os.replace(self._hidden, name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+            self._hidden = None
+            return
+        own = f"/proc/self/fd/{self.descriptor}"
+        _replace(
+            self._directory,
+            name,
+            lambda free: os.link(own, free, dst_dir_fd=self._directory, follow_symlinks=True),
+        )
+
+    def close(self) -> None:
+        """Let it vanish, unless it was placed."""
+        os.close(self.descriptor)
+        if self._hidden is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._hidden, dir_fd=self._directory)
 
 
 def _replace(directory: int, name: bytes, make: Callable[[bytes], None]) -> None:
@@ -316,7 +345,7 @@ def _replace(directory: int, name: bytes, make: Callable[[bytes], None]) -> None
     try:
         make(name)
     except FileExistsError:
-        hidden = b".sandboxctl-" + os.urandom(8).hex().encode()
+        hidden = _hidden_name()
         make(hidden)
         try:
             os.replace(hidden, name, src_dir_fd=directory, dst_dir_fd=directory)
@@ -329,7 +358,12 @@ def _replace(directory: int, name: bytes, make: Callable[[bytes], None]) -> None
             raise
 
 
-def _umask() -> int:
+def _hidden_name() -> bytes:
+    return b".sandboxctl-" + os.urandom(8).hex().encode()
+
+
+def umask() -> int:
+    """What new files lose of their modes. To be asked before there are threads."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask

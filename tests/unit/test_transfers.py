@@ -146,6 +146,26 @@ async def test_nothing_is_unpacked_outside_of_where_it_belongs() -> None:
         assert (t.root / "in/plain").stat().st_mode & 0o7777 == 0o755, "nobody gets setuid bits"
 
 
+async def test_entries_that_depend_on_each_other_are_made_in_order() -> None:
+    """Small files wait for the worker: what refers to them waits with them, and the last of one name stays."""
+    async with tree() as t:
+        for _ in range(20):
+            moved = await unpack(
+                t,
+                archive(
+                    entry(b"first", data=b"x"),
+                    entry(b"second", HARDLINK, target=b"first"),
+                    entry(b"twice", data=b"x"),
+                    entry(b"twice", SYMLINK, target=b"first"),
+                ),
+            )
+            assert moved.skips.count == 0
+            assert (t.root / "second").read_bytes() == b"x"
+            assert (t.root / "twice").is_symlink()
+            for path in t.root.iterdir():
+                path.unlink()
+
+
 async def test_devices_and_fifos_in_an_archive_are_told_of() -> None:
     made = io.BytesIO()
     with tarfile.open(fileobj=made, mode="w") as tar:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,3 +124,11 @@ def describe(root: Path) -> dict[bytes, tuple[Any, ...]]:
                 with open(path, "rb") as file:
                     found[below] = ("file", status.st_mode & 0o7777, status.st_mtime_ns, file.read())
     return found
+
+
+def eventually(condition: Callable[[], bool], what: str) -> None:
+    """Wait for what another process does, and nobody tells."""
+    deadline = time.monotonic() + IDLE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"it never happened that {what}"
+        time.sleep(0.01)

@@ -37,6 +37,10 @@ class _Manager:
         return self._sandbox
 
 
+def _unused(*_: object) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
 async def _metrics(params: protocol.SandboxMetricsParams, context: Context) -> protocol.SandboxMetricsList:
     """By which the client finds a sandbox's id."""
     nothing: dict[str, Any] = dict.fromkeys(protocol.SandboxMetrics.__struct_fields__)
@@ -68,7 +72,7 @@ def files_daemon(directory: Path, limits: Limits | None = None) -> Iterator[File
         portal.wrap_async_context_manager(tree()) as served,
     ):
         manager: Any = _Manager(served.files)
-        dispatch = Dispatcher([FileHandlers(manager).table(), {"sandbox/metrics": _metrics}])
+        dispatch = Dispatcher([FileHandlers(manager).table(), {"sandbox/metrics": _metrics}], _unused)
 
         async def run() -> None:
             await serve(listener.socket, dispatch, limits=limits)

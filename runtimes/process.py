@@ -47,12 +47,20 @@ _READ_BYTES = 64 * 1024
 
 SERVICE_VARIABLES = frozenset(
     {
+        "FDSTORE",
         "INVOCATION_ID",
         "JOURNAL_STREAM",
         "LISTEN_FDNAMES",
         "LISTEN_FDS",
         "LISTEN_PID",
+        "LISTEN_PIDFDID",
+        "MAINPID",
+        "MANAGERPID",
+        "MANAGERPIDFDID",
+        "MEMORY_PRESSURE_WATCH",
+        "MEMORY_PRESSURE_WRITE",
         "NOTIFY_SOCKET",
+        "SYSTEMD_EXEC_PID",
         "WATCHDOG_PID",
         "WATCHDOG_USEC",
     }

@@ -36,6 +36,7 @@ from runtimes.model import EngineInfo, EngineName, User
 from runtimes.podman import PodmanEngine
 from runtimes.userns import open_swapped_userns
 from sandboxd import __version__
+from sandboxd.activation import Activation, take_over
 from sandboxd.attaching import Attachments
 from sandboxd.background import Background
 from sandboxd.capacity import Capacity
@@ -100,13 +101,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
-    env = dict(os.environ)
-    if options.socket:
-        env["SANDBOXD_SOCKET"] = os.path.abspath(options.socket)
     _raise_descriptor_limit()
     try:
-        with open_listener(socket_path(env)) as listener:
-            anyio.run(functools.partial(run, listener, env, ready_fd=options.ready_fd))
+        activation = take_over(os.environ)
+        env = dict(os.environ)
+        if options.socket:
+            env["SANDBOXD_SOCKET"] = os.path.abspath(options.socket)
+        if activation.listening is not None:
+            env["SANDBOXD_SOCKET"] = activation.listening.getsockname()
+        with open_listener(socket_path(env), activation.listening) as listener:
+            anyio.run(functools.partial(run, listener, env, activation=activation, ready_fd=options.ready_fd))
     except AlreadyRunning as error:
         if options.ready_fd is not None:
             _tell(options.ready_fd, "running")
@@ -158,7 +162,7 @@ def _tell(ready_fd: int, line: str) -> None:
         os.close(ready_fd)
 
 
-async def run(listener: Listener, env: Mapping[str, str], *, ready_fd: int | None) -> None:
+async def run(listener: Listener, env: Mapping[str, str], *, activation: Activation, ready_fd: int | None) -> None:
     """Serve on ``listener`` until told to stop.
 
     Raises:
@@ -216,10 +220,12 @@ async def run(listener: Listener, env: Mapping[str, str], *, ready_fd: int | Non
                 tasks.start_soon(recovery.sweep_periodically)
                 tasks.start_soon(lifetimes.run)
                 logger.info("listening on %s", listener.path)
+                activation.tell("READY=1")
                 if ready_fd is not None:
                     _tell(ready_fd, "ready")
                 await stop.wait()
                 logger.info("stopping")
+                activation.tell("STOPPING=1")
                 await dispatcher.drain(deadline_s=DRAIN_DEADLINE_S)
             await manager.finish_removals(deadline_s=REMOVALS_DEADLINE_S)
             manager.disconnect_all()

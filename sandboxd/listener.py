@@ -2,6 +2,8 @@
 
 The lock beside the socket is what makes a daemon the only one; the socket file is only what clients look for. So a
 socket that a killed daemon left behind is replaced without asking whether somebody answers on it.
+
+Where a service manager listens for us, the socket is its own: it was there before, and stays when we are gone.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from sandboxd.failures import Conflict, InvalidArgument, Unauthorized
-from sandboxd.paths import SOCKET_NAME
+from sandboxd.paths import SOCKET_NAME, lock_path
 
 BACKLOG = 128
 
@@ -28,12 +30,12 @@ class AlreadyRunning(Conflict):
 class Listener:
     """A listening socket, and the lock that makes it the only one. Close it to give up both."""
 
-    def __init__(self, path: str, listening: socket.socket, directory: int, lock: int) -> None:
+    def __init__(self, path: str, listening: socket.socket, directory: int, lock: int, *, made: bool) -> None:
         self.path = path
         self.socket = listening
         self._directory = directory
         self._lock = lock
-        self._identity = _identity(directory, os.path.basename(path))
+        self._identity = _identity(directory, os.path.basename(path)) if made else None
 
     def close(self) -> None:
         """Remove the socket, if it is still the one that we made, and let go of the lock. Idempotent."""
@@ -41,7 +43,7 @@ class Listener:
             return
         name = os.path.basename(self.path)
         with suppress(FileNotFoundError):
-            if _identity(self._directory, name) == self._identity:
+            if self._identity is not None and _identity(self._directory, name) == self._identity:
                 os.unlink(name, dir_fd=self._directory)
         self.socket.close()
         os.close(self._directory)
@@ -57,8 +59,12 @@ class Listener:
         self.close()
 
 
-def open_listener(path: str) -> Listener:
+def open_listener(path: str, listening: socket.socket | None = None) -> Listener:
     """Listen on ``path``; the directory is made, with mode 0700, where it is missing.
+
+    Args:
+        path: Where clients look.
+        listening: A socket that somebody else made there and passed to us. It is taken over, but not its file.
 
     Raises:
         AlreadyRunning: Another daemon listens there, or is about to.
@@ -71,10 +77,12 @@ def open_listener(path: str) -> Listener:
         undo.callback(os.close, directory)
         lock = _lock(directory, name, path)
         undo.callback(os.close, lock)
-        _check_replaceable(directory, name, path)
-        listening = _listen(directory, name, path)
+        made = listening is None
+        if listening is None:
+            _check_replaceable(directory, name, path)
+            listening = _listen(directory, name, path)
         undo.callback(listening.close)
-        listener = Listener(os.path.join(parent, name), listening, directory, lock)
+        listener = Listener(os.path.join(parent, name), listening, directory, lock, made=made)
         undo.pop_all()
         return listener
 
@@ -105,7 +113,7 @@ def _unsafe(path: str, detail: str) -> Unauthorized:
 
 def _lock(directory: int, name: str, path: str) -> int:
     lock = os.open(
-        os.path.splitext(name)[0] + ".lock",
+        lock_path(name),
         os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC,
         0o600,
         dir_fd=directory,

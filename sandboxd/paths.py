@@ -22,6 +22,11 @@ def socket_path(env: Mapping[str, str]) -> str:
     return env.get("SANDBOXD_SOCKET") or os.path.join(runtime_dir(env), SOCKET_NAME)
 
 
+def lock_path(socket: str) -> str:
+    """The file beside a socket that the daemon behind it keeps locked, for as long as it lives."""
+    return os.path.splitext(socket)[0] + ".lock"
+
+
 def runtime_dir(env: Mapping[str, str]) -> str:
     """The directory for what lives as long as the login, or the boot.
 

@@ -13,7 +13,7 @@ from sandboxd.cli import render, verb
 from sandboxd.cli.session import FAILURE, call, request, say, show, show_json
 from sandboxd.cli.verb import Verb
 from sandboxd.client import Connection, NotRunning, RpcError
-from sandboxd.paths import socket_path
+from sandboxd.paths import lock_path, socket_path
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,12 +23,23 @@ STOP_TIMEOUT_S = 30.0
 
 
 def _add_daemon(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=("start", "stop", "restart", "status"), help="status does not start it")
+    parser.add_argument(
+        "action",
+        choices=("start", "stop", "restart", "status", "install", "uninstall"),
+        help="status does not start it; install makes units, with which your systemd starts it on demand",
+    )
     verb.add_json(parser)
 
 
 def _daemon(arguments: argparse.Namespace) -> int:
-    actions = {"start": _start, "stop": _stop, "restart": _restart, "status": _status}
+    actions = {
+        "start": _start,
+        "stop": _stop,
+        "restart": _restart,
+        "status": _status,
+        "install": _install,
+        "uninstall": _uninstall,
+    }
     return actions[arguments.action](arguments)
 
 
@@ -71,10 +82,44 @@ def _stop(arguments: argparse.Namespace) -> int:
 
 
 def _restart(arguments: argparse.Namespace) -> int:
-    ended = _shut_down()
-    if ended:
-        say(f"{_commands(ended)} ended with the old daemon")
+    _say_ended(_shut_down())
     return _start(arguments)
+
+
+def _install(arguments: argparse.Namespace) -> int:
+    from sandboxd.cli import install
+
+    install.check_manager(os.environ)
+    _say_ended(_shut_down())
+    paths = install.install(os.environ)
+    if not install.lingers():
+        say(f"it stops at your last logout, and sandboxes with it; to keep them: {install.LINGER_HINT}")
+    if arguments.json:
+        show_json({"installed": paths, "socket": socket_path(os.environ)})
+    else:
+        show("\n".join([*paths, f"installed: your systemd listens on {socket_path(os.environ)}"]))
+    return 0
+
+
+def _uninstall(arguments: argparse.Namespace) -> int:
+    from sandboxd.cli import install
+
+    if install.installed(os.environ):
+        install.check_manager(os.environ)
+        _say_ended(_shut_down())
+    paths = install.uninstall(os.environ)
+    if arguments.json:
+        show_json({"uninstalled": paths})
+    elif paths:
+        show("\n".join([*paths, "uninstalled"]))
+    else:
+        say("there are no units of ours")
+    return 0
+
+
+def _say_ended(count: int | None) -> None:
+    if count:
+        say(f"{_commands(count)} ended with the old daemon")
 
 
 def _commands(count: int) -> str:
@@ -148,10 +193,32 @@ def _is_kept(connection: Connection, sandbox: str, command_id: str) -> bool:
 
 
 def _connect_if_running() -> Connection | None:
+    """A connection, unless that would start a daemon: where systemd listens, each one does."""
+    from sandboxd.cli import install
+
+    if install.installed(os.environ) and not _lock_is_held(lock_path(socket_path(os.environ))):
+        return None
     try:
         return Connection.connect(socket_path(os.environ))
     except NotRunning:
         return None
+
+
+def _lock_is_held(path: str) -> bool:
+    """Whether some process has locked this file; true also where that cannot be seen.
+
+    Read from the kernel's list: to try the lock could be what makes a daemon that starts now find it taken.
+    """
+    try:
+        inode = os.stat(path).st_ino
+    except OSError:
+        return False
+    try:
+        with open("/proc/locks", encoding="ascii") as file:
+            # 1: FLOCK  ADVISORY  WRITE 1234 00:2d:5678 0 EOF
+            return any(f":{inode} " in line for line in file)
+    except OSError:
+        return True
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -187,7 +254,9 @@ def _version(arguments: argparse.Namespace) -> int:
 
 
 VERBS = {
-    "daemon": Verb("start, stop or restart the daemon, or see whether it runs", _add_daemon, _daemon),
+    "daemon": Verb(
+        "start, stop or restart the daemon, see whether it runs, or hand it to systemd", _add_daemon, _daemon
+    ),
     "doctor": Verb("check the host, and say what mends it", verb.add_json, _doctor),
     "config": Verb("show every setting in force, and where it comes from", verb.add_json, _config),
     "version": Verb("show the versions of this command and of the daemon", verb.add_json, _version),

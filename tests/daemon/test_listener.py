@@ -149,3 +149,18 @@ def test_a_refusal_leaves_no_descriptor_open(path: str) -> None:
             with pytest.raises(AlreadyRunning):
                 open_listener(path)
         assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_socket_that_was_passed_is_used_and_left_where_it_is(path: str) -> None:
+    """The service manager goes on listening on it: whoever connects next starts the next daemon."""
+    os.mkdir(os.path.dirname(path), 0o700)
+    with socket.socket(socket.AF_UNIX) as passed:
+        passed.bind(path)
+        passed.listen()
+        with open_listener(path, socket.socket(fileno=os.dup(passed.fileno()))) as listener:
+            Connection.connect(path).close()
+            listener.socket.accept()[0].close()
+            with pytest.raises(AlreadyRunning):
+                open_listener(path)
+        assert os.path.exists(path)
+        Connection.connect(path).close()

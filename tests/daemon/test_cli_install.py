@@ -1,0 +1,113 @@
+"""``daemon install`` and ``uninstall``, with a systemctl that writes down what it is told."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.daemon.sandboxctl import Ctl, environment, stub_daemon
+
+SYSTEMCTL = """#!/bin/sh
+echo "$*" >> "$0.said"
+[ "$2" = "$(cat "$0.fails" 2>/dev/null)" ] && { echo "no: $2" >&2; exit 1; }
+exit 0
+"""
+
+
+class Host:
+    """A user with a systemd of their own, as far as can be seen."""
+
+    def __init__(self, directory: Path) -> None:
+        self.systemctl = directory / "bin" / "systemctl"
+        self.systemctl.parent.mkdir()
+        self.systemctl.write_text(SYSTEMCTL)
+        self.systemctl.chmod(0o755)
+        self.private = directory / "runtime" / "systemd" / "private"
+        self.private.parent.mkdir(parents=True)
+        self.private.touch()
+        self.units = directory / "config" / "systemd" / "user"
+        self.env = {
+            **environment(directory),
+            "PATH": f"{self.systemctl.parent}:{os.environ['PATH']}",
+            "XDG_RUNTIME_DIR": str(directory / "runtime"),
+            "XDG_CONFIG_HOME": str(directory / "config"),
+        }
+        self.ctl = Ctl(self.env)
+
+    @property
+    def said(self) -> list[str]:
+        path = Path(f"{self.systemctl}.said")
+        return path.read_text().splitlines() if path.exists() else []
+
+    def fail_at(self, word: str) -> None:
+        Path(f"{self.systemctl}.fails").write_text(word)
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return Host(tmp_path)
+
+
+def test_the_units_are_written_and_systemd_listens(host: Host) -> None:
+    done = host.ctl("daemon", "install", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "installed": [str(host.units / "sandboxd.socket"), str(host.units / "sandboxd.service")],
+        "socket": host.env["SANDBOXD_SOCKET"],
+    }
+    assert sorted(os.listdir(host.units)) == ["sandboxd.service", "sandboxd.socket"]
+    assert f"ListenStream={host.env['SANDBOXD_SOCKET']}\n" in (host.units / "sandboxd.socket").read_text()
+    assert f'"SANDBOXD_STATE_DIR={host.env["SANDBOXD_STATE_DIR"]}"' in (host.units / "sandboxd.service").read_text()
+    assert host.said == [
+        "--user daemon-reload",
+        "--user stop sandboxd.socket sandboxd.service",
+        "--user enable --now sandboxd.socket",
+    ]
+
+
+def test_a_daemon_that_runs_makes_way(host: Host, tmp_path: Path) -> None:
+    """Two cannot listen on one socket."""
+    with stub_daemon(tmp_path):
+        assert host.ctl("daemon", "status").returncode == 0
+        assert host.ctl("daemon", "install").returncode == 0
+        assert host.ctl("daemon", "status").returncode == 1
+
+
+def test_a_daemon_of_the_units_is_seen_while_it_runs(host: Host, tmp_path: Path) -> None:
+    """By its lock: to connect would start it."""
+    assert host.ctl("daemon", "install").returncode == 0
+    assert host.ctl("daemon", "status").returncode == 1
+    with stub_daemon(tmp_path):
+        assert host.ctl("daemon", "status").returncode == 0
+
+
+def test_uninstall_leaves_nothing(host: Host) -> None:
+    assert host.ctl("daemon", "install").returncode == 0
+    done = host.ctl("daemon", "uninstall", "--json")
+    assert len(json.loads(done.stdout)["uninstalled"]) == 2
+    assert os.listdir(host.units) == []
+    assert host.said[-2:] == ["--user disable --now sandboxd.socket sandboxd.service", "--user daemon-reload"]
+    again = host.ctl("daemon", "uninstall")
+    assert (again.returncode, again.stderr) == (0, "sandboxctl: there are no units of ours\n")
+
+
+def test_without_a_systemd_nothing_is_written(host: Host) -> None:
+    """A container, a root shell, another init."""
+    host.private.unlink()
+    done = host.ctl("daemon", "install")
+    assert done.returncode == 4
+    assert "cannot reach a systemd of yours" in done.stderr
+    assert "enable-linger" in done.stderr
+    assert not host.units.exists()
+    assert host.said == []
+
+
+def test_what_systemd_says_is_said(host: Host) -> None:
+    host.fail_at("enable")
+    done = host.ctl("daemon", "install")
+    assert done.returncode == 4
+    assert "cannot enable --now sandboxd.socket: no: enable" in done.stderr
+    assert "hint: systemctl --user status" in done.stderr

@@ -63,6 +63,8 @@ class Client(msgspec.Struct, frozen=True, kw_only=True):
     """Given where a specification gives none: the engine's own default is above the host's hard limit."""
     nproc_max: int | None = None
     """The same, and the most that can be given."""
+    update_flags: tuple[str, ...] = ()
+    """What ``update`` must be told beside the limits."""
 
     def call(self, *words: str) -> list[str]:
         """Argv of one call: program, global flags and ``words``."""
@@ -159,7 +161,7 @@ def update_argv(client: Client, container_id: str, limits: Limits) -> list[str]:
 
     On v1 the kernel refuses memory above memory-and-swap, so an engine that is told only one of them fails.
     """
-    return client.call("update", *_cgroup_flags(limits), _container(container_id))
+    return client.call("update", *client.update_flags, *_cgroup_flags(limits), _container(container_id))
 
 
 def exec_argv(

@@ -186,6 +186,8 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     """The engine's own ``update`` can change the pids limit of a running container."""
     update_limits: bool
     """The engine's own ``update`` exists."""
+    update_says_no_healthcheck: bool = False
+    """Its ``update`` fails for a container without a health check unless it is told again that there is none."""
 
 
 class Shortcoming(msgspec.Struct, frozen=True, kw_only=True):

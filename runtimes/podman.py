@@ -14,6 +14,7 @@ class PodmanEngine(CliEngine):
     def client_of(info: EngineInfo) -> Client:
         """Runtime and cgroup manager as detected; both ulimits always, for Podman's defaults exceed the host's."""
         flags: list[str] = []
+        able = info.capabilities
         if info.oci_runtime is not None and info.oci_runtime_reason:
             flags.append(f"--runtime={info.oci_runtime}")
         if info.cgroup_manager is not None:
@@ -24,4 +25,5 @@ class PodmanEngine(CliEngine):
             global_flags=tuple(flags),
             nofile_max=info.nofile_hard_max,
             nproc_max=info.nproc_hard_max,
+            update_flags=("--no-healthcheck",) if able is not None and able.update_says_no_healthcheck else (),
         )

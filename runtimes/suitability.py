@@ -21,7 +21,10 @@ PODMAN_NPROC_MAX = 32768
 
 PODMAN_UPDATE_SINCE = (4, 3)
 PODMAN_UPDATE_PIDS_SINCE = (4, 4)
-"""``podman update``, and its ``--pids-limit``, by Podman's own manuals of these versions."""
+PODMAN_UPDATE_HEALTHCHECK_SINCE = (5, 4)
+"""``podman update``, its ``--pids-limit`` and its ``--no-healthcheck``, by Podman's own manuals of these versions.
+
+Without the last, 5.4.2 says "healthcheck-timeout must be at least 1 second" of a container made with that flag."""
 
 HOST_DOCKER_HINT = "unset DOCKER_HOST && docker context use default"
 
@@ -360,6 +363,7 @@ def _judge_podman_limits(found: EngineInfo, host: HostFacts, info: PodmanInfo) -
             update_limits=numbers >= PODMAN_UPDATE_SINCE and bool(controllers),
             update_pids=numbers >= PODMAN_UPDATE_PIDS_SINCE and "pids" in controllers,
             keep_id=rootless,
+            update_says_no_healthcheck=numbers >= PODMAN_UPDATE_HEALTHCHECK_SINCE,
         ),
         warnings=tuple(warnings),
     )
@@ -373,6 +377,7 @@ def _capabilities(
     update_limits: bool,
     update_pids: bool,
     keep_id: bool = False,
+    update_says_no_healthcheck: bool = False,
 ) -> Capabilities:
     return Capabilities(
         memory_limit="memory" in controllers,
@@ -385,6 +390,7 @@ def _capabilities(
         pause=pause,
         update_pids=update_pids,
         update_limits=update_limits,
+        update_says_no_healthcheck=update_says_no_healthcheck,
     )
 
 

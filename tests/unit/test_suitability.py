@@ -9,9 +9,11 @@ import msgspec
 import pytest
 
 from runtimes import parse
+from runtimes.argv import update_argv
 from runtimes.cgroup.verify import BOOT_V2_HINT, DELEGATE_HINT, LINGER_HINT
 from runtimes.errors import EngineUnavailable
-from runtimes.model import Capabilities, CgroupVersion, EngineInfo, EngineName
+from runtimes.model import Capabilities, CgroupVersion, EngineInfo, EngineName, Limits
+from runtimes.podman import PodmanEngine
 from runtimes.suitability import (
     PODMAN_NPROC_MAX,
     DockerFacts,
@@ -203,6 +205,14 @@ def test_what_podmans_update_can_do_depends_on_its_version(version: str, update:
     capabilities = judge_podman(DESKTOP, podman(version=version)).capabilities
     assert capabilities is not None
     assert (capabilities.update_limits, capabilities.update_pids) == (update, pids)
+
+
+@pytest.mark.parametrize(("version", "said"), [("5.3.2", False), ("5.4.2", True)])
+def test_podmans_update_is_told_again_that_there_is_no_health_check(version: str, said: bool) -> None:
+    """5.4.2: "healthcheck-timeout must be at least 1 second", of a container made without one."""
+    info = judge_podman(DESKTOP, podman(version=version))
+    words = update_argv(PodmanEngine.client_of(info), "0" * 64, Limits(pids_max=1))
+    assert ("--no-healthcheck" in words) is said
 
 
 def test_a_slow_storage_driver_is_warned_of() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 import anyio
+import anyio.lowlevel
 
 from runtimes.init.exchange import ChannelClosed
 from runtimes.init.files_watch import Change, ChangeKind, Watcher
@@ -19,8 +20,8 @@ from sandboxd.files import text_of
 CHANGES_PER_MESSAGE_MAX = 512
 PATH_BYTES_PER_MESSAGE_MAX = 64 * 1024
 
-GATHER_S = 0.01
-"""What happens within it after a message goes out with the next one. So a storm costs many watchers few messages."""
+GATHER_S = 0.02
+"""What happens within it after a message goes out with the next one: a storm costs the daemon a share of its time."""
 
 _KINDS = {
     ChangeKind.CREATED: "created",
@@ -48,6 +49,7 @@ async def tell(watcher: Watcher, path: str, deliver: Callable[[list[protocol.Fil
             ) from error
         for portion in portions(changes):
             await deliver([_told(change) for change in portion])
+            await anyio.lowlevel.checkpoint()
         if any(change.kind is ChangeKind.REMOVED and not change.path for change in changes):
             return
         await anyio.sleep(GATHER_S)

@@ -32,7 +32,8 @@ TURN_S = 0.002
 RENAME_PAIR_S = 0.01
 
 _INOTIFY_EVENT = struct.Struct("iIII")
-_INOTIFY_BYTES = 64 * 1024
+# Some 500 events, which are looked at in one go.
+_INOTIFY_BYTES = 16 * 1024
 _IN_MODIFY = 0x2
 _IN_ATTRIB = 0x4
 _IN_CLOSE_WRITE = 0x8

@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from runtimes.init.files import FilesChannel
-from sandboxd import protocol
 from sandboxd.failures import NotFound
 from sandboxd.handlers.dispatch import Dispatcher
 from sandboxd.handlers.files import FileHandlers
 from sandboxd.listener import open_listener
-from sandboxd.server import Context, Limits, serve
+from sandboxd.server import Limits, serve
 from tests.unit.init_files import Tree, tree
 
 SANDBOX = "box"
@@ -41,13 +40,6 @@ def _unused(*_: object) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
-async def _metrics(params: protocol.SandboxMetricsParams, context: Context) -> protocol.SandboxMetricsList:
-    """By which the client finds a sandbox's id."""
-    nothing: dict[str, Any] = dict.fromkeys(protocol.SandboxMetrics.__struct_fields__)
-    row = protocol.SandboxMetrics(**nothing | {"id": SANDBOX, "state": "running", "reason": "there is none"})
-    return protocol.SandboxMetricsList(sandboxes=[row])
-
-
 class FilesDaemon(NamedTuple):
     """A daemon that knows files and nothing else."""
 
@@ -72,7 +64,7 @@ def files_daemon(directory: Path, limits: Limits | None = None) -> Iterator[File
         portal.wrap_async_context_manager(tree()) as served,
     ):
         manager: Any = _Manager(served.files)
-        dispatch = Dispatcher([FileHandlers(manager).table(), {"sandbox/metrics": _metrics}], _unused)
+        dispatch = Dispatcher([FileHandlers(manager).table()], _unused)
 
         async def run() -> None:
             await serve(listener.socket, dispatch, limits=limits)

@@ -1,4 +1,4 @@
-"""``files`` of ``Sandbox`` and ``AsyncSandbox`` against a real file worker on this host."""
+"""``Files`` and ``AsyncFiles`` against a real file worker on this host."""
 
 import asyncio
 import gzip
@@ -18,8 +18,9 @@ import anyio.lowlevel
 import pytest
 
 from sandboxd.client import (
-    AsyncSandbox,
+    AsyncFiles,
     EntryInfo,
+    Files,
     FilesystemEvent,
     FilesystemEventType,
     FileType,
@@ -27,7 +28,6 @@ from sandboxd.client import (
     NotEnoughSpaceException,
     NotFoundException,
     RpcError,
-    Sandbox,
     SandboxException,
     TimeoutException,
     WatchHandle,
@@ -55,10 +55,9 @@ def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FilesDae
 
 @pytest.fixture(params=["blocking", "async"])
 def files(request: pytest.FixtureRequest, daemon: FilesDaemon) -> Iterator[Any]:
-    """``Sandbox.files``, or what does the same over ``AsyncSandbox``."""
+    """``Files``, or what does the same over ``AsyncFiles``."""
     with asyncio.Runner() as runner:
-        client: Any = Sandbox if request.param == "blocking" else Twin(AsyncSandbox, runner)
-        yield client.connect(SANDBOX).files
+        yield Files(SANDBOX) if request.param == "blocking" else Twin(AsyncFiles(SANDBOX), runner)
 
 
 # --- content
@@ -89,7 +88,7 @@ def test_a_hundred_mebibytes_are_written_and_streamed_with_little_memory(daemon:
     """From a file, and to whoever takes it piece by piece."""
     with open(tmp_path / "large", "wb") as file:
         file.writelines(bytes([number]) * (1 << 20) for number in range(LARGE_BYTES >> 20))
-    files = Sandbox.connect(SANDBOX).files
+    files = Files(SANDBOX)
     tracemalloc.start()
     try:
         with open(tmp_path / "large", "rb") as file:
@@ -302,7 +301,7 @@ def event(kind: str, name: str) -> FilesystemEvent:
 
 def test_events_are_fetched_when_somebody_likes(daemon: FilesDaemon) -> None:
     """By the names that agent code knows; what was renamed is told under both."""
-    files = Sandbox.connect(SANDBOX).files
+    files = Files(SANDBOX)
     (daemon.root / "dir/below").mkdir(parents=True)
     with files.watch_dir("dir", recursive=True) as handle:
         assert handle.get_new_events() == []
@@ -324,7 +323,7 @@ def test_events_are_fetched_when_somebody_likes(daemon: FilesDaemon) -> None:
 
 def test_a_watch_that_is_over_says_why_after_all_that_happened(daemon: FilesDaemon) -> None:
     """Whether the directory is gone, or the sandbox."""
-    files = Sandbox.connect(SANDBOX).files
+    files = Files(SANDBOX)
     (daemon.root / "dir").mkdir()
     handle = files.watch_dir("dir")
     (daemon.root / "dir/file").touch()
@@ -342,11 +341,11 @@ def test_a_watch_that_is_over_says_why_after_all_that_happened(daemon: FilesDaem
 def test_what_is_not_there_cannot_be_watched(daemon: FilesDaemon) -> None:
     """It is told at once, by both."""
     with pytest.raises(NotFoundException):
-        Sandbox.connect(SANDBOX).files.watch_dir("none")
+        Files(SANDBOX).watch_dir("none")
 
     async def main() -> None:
         with pytest.raises(NotFoundException):
-            await (await AsyncSandbox.connect(SANDBOX)).files.watch_dir("none", print)
+            await AsyncFiles(SANDBOX).watch_dir("none", print)
 
     anyio.run(main)
 
@@ -355,7 +354,7 @@ def test_events_come_to_a_callback_until_the_watch_is_stopped(daemon: FilesDaemo
     """Which may be async; nothing is told after the stop."""
 
     async def main() -> None:
-        files = (await AsyncSandbox.connect(SANDBOX)).files
+        files = AsyncFiles(SANDBOX)
         happened: list[FilesystemEvent] = []
         seen = anyio.Event()
 
@@ -386,7 +385,7 @@ def test_a_callback_may_stop_its_own_watch(daemon: FilesDaemon) -> None:
     """It would wait for itself."""
 
     async def main() -> None:
-        files = (await AsyncSandbox.connect(SANDBOX)).files
+        files = AsyncFiles(SANDBOX)
         stopped = anyio.Event()
         handles: list[Any] = []
 
@@ -409,7 +408,7 @@ def test_a_watch_that_ends_by_itself_says_why(daemon: FilesDaemon, end: str) -> 
     (daemon.root / "dir").mkdir()
 
     async def main() -> None:
-        files = (await AsyncSandbox.connect(SANDBOX)).files
+        files = AsyncFiles(SANDBOX)
         reasons: list[Exception] = []
         over = anyio.Event()
 

@@ -9,6 +9,7 @@ Numbers go on over a restart of the daemon: blocks of them are taken from the jo
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -60,7 +61,8 @@ class EventLog:
     def __init__(self, reserve: Callable[[int], int], *, kept_max: int = KEPT_MAX) -> None:
         self._reserve = reserve
         self._kept: deque[EventInfo] = deque(maxlen=kept_max)
-        self._changed = anyio.Event()
+        self._changed: anyio.Event | None = None
+        """There is one while somebody waits."""
         self._next = reserve(BLOCK)
         self._reserved_to = self._next + BLOCK
 
@@ -82,8 +84,9 @@ class EventLog:
             EventInfo(seq=self._next, at_ms=now_ms(), kind=kind, sandbox=sandbox, name=name, data=data)  # type: ignore[arg-type]
         )
         self._next += 1
-        self._changed.set()
-        self._changed = anyio.Event()
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
 
     def _reserve_more(self) -> None:
         try:
@@ -107,11 +110,14 @@ class EventLog:
         if cursor >= self._next:
             return items, cursor
         # Numbers may skip where a new block begins, so a place is looked for and not computed.
-        fitting = [event for event in self._kept if event.seq >= cursor][:TAKEN_MAX]
+        fitting = list(itertools.takewhile(lambda event: event.seq >= cursor, reversed(self._kept)))
+        fitting = fitting[: -TAKEN_MAX - 1 : -1]
         items += fitting
         return items, fitting[-1].seq + 1 if fitting else self._next
 
     async def more(self, cursor: int) -> None:
         """Wait until there is something from number ``cursor`` on."""
         while cursor >= self._next:
+            if self._changed is None:
+                self._changed = anyio.Event()
             await self._changed.wait()

@@ -10,6 +10,8 @@ from __future__ import annotations
 import errno
 import functools
 import logging
+import secrets
+import socket
 from collections.abc import Sequence
 
 import anyio.to_thread
@@ -22,10 +24,11 @@ from runtimes.model import Network
 from sandboxd.background import Background
 from sandboxd.commands import format_command_id
 from sandboxd.egress_rules import Egress, parse_rules
-from sandboxd.failures import Failure, InvalidArgument, Unsupported
-from sandboxd.journal import EgressRecord, GrantRecord
+from sandboxd.failures import CapacityExceeded, Failure, InvalidArgument, NotFound, Unsupported
+from sandboxd.journal import EgressRecord, ForwardRecord, GrantRecord
 from sandboxd.network import culprit
 from sandboxd.network.egress import PROXY_PORT, EgressProxy, Ledger
+from sandboxd.network.forwards import listen_on_path, listen_on_port, remove_path, serve_forward
 from sandboxd.network.outside import Outside
 from sandboxd.network.streams import Door
 from sandboxd.protocol import NetworkMode
@@ -33,6 +36,8 @@ from sandboxd.sandbox import Sandbox
 from sandboxd.services.room import Serve, ServiceRoom
 
 logger = logging.getLogger(__name__)
+
+FORWARDS_MAX = 64
 
 CONNECTIONS_MAX = 64
 """Of one sandbox to one service, or to its proxy. Each takes two descriptors, and a buffer while bytes are in it."""
@@ -53,6 +58,8 @@ class _Attached:
         self.doors: dict[int, tuple[EgressRecord | GrantRecord, Door]] = {}
         self.problems: dict[int, str] = {}
         self.rules = Egress()
+        self.forwards: dict[str, Door] = {}
+        self.forward_problems: dict[str, str] = {}
 
 
 class Attachments:
@@ -74,12 +81,9 @@ class Attachments:
         """
         record = sandbox.record
         attached = self._attached.get(record.id)
-        if attached is None and record.egress is None and not record.services:
+        if attached is None and record.egress is None and not record.services and not record.forwards:
             return ()
-        if attached is None:
-            attached = _Attached(self._ledgers.setdefault(record.id, Ledger()))
-            self._attached[record.id] = attached
-            sandbox.on_released = lambda: self.detach(sandbox)
+        attached = self._attach(sandbox)
         if record.egress is not None:
             attached.rules = rules_of(record.egress)
         offers = self._offers(sandbox, attached)
@@ -88,7 +92,18 @@ class Attachments:
         for port, offer in offers.items():
             if port not in attached.doors:
                 await self._open(sandbox, attached, port, offer)
+        for forward in record.forwards:
+            if forward.id not in attached.forwards:
+                self._open_again(sandbox, attached, forward)
         return list(attached.problems.values())
+
+    def _attach(self, sandbox: Sandbox) -> _Attached:
+        attached = self._attached.get(sandbox.record.id)
+        if attached is None:
+            attached = _Attached(self._ledgers.setdefault(sandbox.record.id, Ledger()))
+            self._attached[sandbox.record.id] = attached
+            sandbox.on_released = lambda: self.detach(sandbox)
+        return attached
 
     def detach(self, sandbox: Sandbox) -> None:
         """Take everything away. Idempotent; never blocks."""
@@ -96,6 +111,8 @@ class Attachments:
         if attached is not None:
             for _, door in attached.doors.values():
                 door.close()
+            for forward_id, door in attached.forwards.items():
+                _close_forward(sandbox, forward_id, door)
 
     def forget(self, sandbox: Sandbox) -> None:
         """Remove what was kept for a sandbox that is gone."""
@@ -149,6 +166,96 @@ class Attachments:
         door = Door(listening, offer.serve, connections_max=CONNECTIONS_MAX)
         attached.doors[port] = (offer.what, door)
         self._background.start(door.run)
+
+    # --- ports ----------------------------------------------------------------------------------------
+
+    def forward(
+        self, sandbox: Sandbox, *, port: int, address: str, host_port: int, path: str | None
+    ) -> ForwardRecord:
+        """Lead a place on the host to a port inside.
+
+        Called under the sandbox's lock, while it runs.
+
+        Raises:
+            InvalidArgument: it is no place to listen on.
+            Conflict: something is there.
+            CapacityExceeded: it has as many as it may.
+            Failure: this user may not.
+        """
+        if len(sandbox.record.forwards) >= FORWARDS_MAX:
+            raise CapacityExceeded(
+                f"cannot forward more than {FORWARDS_MAX} ports of one sandbox",
+                hint=f"sandboxctl forward {sandbox.record.id} --close ID",
+            )
+        forward_id = secrets.token_hex(4)
+        if path is not None:
+            listening = listen_on_path(path)
+            made = ForwardRecord(id=forward_id, port=port, path=path)
+        else:
+            listening = listen_on_port(address, host_port)
+            chosen: int = listening.getsockname()[1]
+            made = ForwardRecord(id=forward_id, port=port, address=address, host_port=chosen)
+        try:
+            sandbox.put(forwards=(*sandbox.record.forwards, made))
+        except Failure:
+            listening.close()
+            raise
+        self._start_forward(sandbox, self._attach(sandbox), made, listening)
+        return made
+
+    def close_forward(self, sandbox: Sandbox, forward_id: str) -> None:
+        """Close a forward and its connections.
+
+        Raises:
+            NotFound: there is none of this id.
+        """
+        left = tuple(forward for forward in sandbox.record.forwards if forward.id != forward_id)
+        if len(left) == len(sandbox.record.forwards):
+            raise NotFound(
+                f"cannot find the forward {forward_id} of sandbox {sandbox.record.id}",
+                hint=f"sandboxctl ports {sandbox.record.id}",
+            )
+        attached = self._attach(sandbox)
+        door = attached.forwards.pop(forward_id, None)
+        attached.forward_problems.pop(forward_id, None)
+        if door is not None:
+            _close_forward(sandbox, forward_id, door)
+        sandbox.put(forwards=left)
+
+    def _open_again(self, sandbox: Sandbox, attached: _Attached, forward: ForwardRecord) -> None:
+        try:
+            listening = (
+                listen_on_path(forward.path) if forward.path else listen_on_port(forward.address, forward.host_port)
+            )
+        except Failure as error:
+            attached.forward_problems[forward.id] = str(error)
+            logger.warning("sandbox %s: %s", sandbox.record.id, error)
+            return
+        attached.forward_problems.pop(forward.id, None)
+        self._start_forward(sandbox, attached, forward, listening)
+
+    def _start_forward(
+        self, sandbox: Sandbox, attached: _Attached, forward: ForwardRecord, listening: socket.socket
+    ) -> None:
+        async def dial(port: int, ipv6: bool) -> socket.socket:
+            return await sandbox.dial(port, ipv6=ipv6)
+
+        serve = functools.partial(serve_forward, dial, forward.port)
+        door = Door(listening, serve, connections_max=CONNECTIONS_MAX)
+        attached.forwards[forward.id] = door
+        self._background.start(door.run)
+
+    def forwards(self, sandbox: Sandbox) -> list[tuple[ForwardRecord, int, str]]:
+        """Each forward, its connections, and why it is not open."""
+        attached = self._attached.get(sandbox.record.id)
+        rows = []
+        for forward in sandbox.record.forwards:
+            door = None if attached is None else attached.forwards.get(forward.id)
+            problem = "" if door is not None else f"the sandbox is {sandbox.record.state.value}"
+            if attached is not None:
+                problem = attached.forward_problems.get(forward.id, problem)
+            rows.append((forward, 0 if door is None else door.connections, problem))
+        return rows
 
     # --- what can be said of it -----------------------------------------------------------------------
 
@@ -231,6 +338,23 @@ def changed_egress(
     allow = [*(before.allow if allow is None else allow), *add_allow]
     deny = [*(before.deny if deny is None else deny), *add_deny]
     return egress_of(mode or "allow", list(dict.fromkeys(allow)), list(dict.fromkeys(deny)))
+
+
+def _close_forward(sandbox: Sandbox, forward_id: str, door: Door) -> None:
+    door.close()
+    for forward in sandbox.record.forwards:
+        if forward.id == forward_id and forward.path:
+            remove_path(forward.path)
+
+
+async def listening_inside(sandbox: Sandbox) -> list[tuple[str, int]] | None:
+    """Address and port of all that listens inside; None: the host may not look."""
+    if sandbox.pid is None:
+        return None
+    try:
+        return await anyio.to_thread.run_sync(culprit.listening_ports, sandbox.pid)
+    except OSError:
+        return None
 
 
 async def _culprit(sandbox: Sandbox, port: int) -> str | None:

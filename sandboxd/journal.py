@@ -82,6 +82,19 @@ class GrantRecord(msgspec.Struct, frozen=True, kw_only=True):
     scopes: tuple[str, ...] = ()
 
 
+class ForwardRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A place on the host that leads to a port inside a sandbox."""
+
+    id: str
+    port: int
+    """Inside."""
+    address: str = ""
+    """An IP address of the host; empty: ``path`` is what counts."""
+    host_port: int = 0
+    path: str = ""
+    """Of a Unix socket on the host."""
+
+
 class SandboxRecord(msgspec.Struct, frozen=True, kw_only=True):
     """All that must be known of a sandbox to find, adopt, restart and remove it."""
 
@@ -112,6 +125,7 @@ class SandboxRecord(msgspec.Struct, frozen=True, kw_only=True):
     egress: EgressRecord | None = None
     """What its proxy lets through; None: it has none."""
     services: tuple[GrantRecord, ...] = ()
+    forwards: tuple[ForwardRecord, ...] = ()
 
 
 class CommandRecord(msgspec.Struct, frozen=True, kw_only=True):

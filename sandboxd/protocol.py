@@ -1119,6 +1119,57 @@ class NetworkInfo(Reply, frozen=True):
     """What could not be put on the loopback inside, and why."""
 
 
+class PortForwardParams(Params, frozen=True):
+    """Lead a place on the host to a port inside, until it is closed, or the sandbox is gone."""
+
+    sandbox: SandboxRef
+    port: Port
+    """Inside: on its loopback, or on all its addresses."""
+    host_port: Annotated[int, Meta(ge=0, le=65535)] = 0
+    """0: one that is free."""
+    address: Annotated[str, Meta(max_length=64)] = "127.0.0.1"
+    """An IP address of the host. Any but a loopback one lets others in than programs of this host."""
+    path: Text | None = None
+    """A Unix socket, made for this user alone, instead of a port."""
+
+
+class PortCloseParams(Params, frozen=True):
+    """Close one forward."""
+
+    sandbox: SandboxRef
+    forward_id: Annotated[str, Meta(pattern=r"^[0-9a-f]{8}\Z")]
+
+
+class PortForward(Reply, frozen=True):
+    """A place on the host that leads into a sandbox."""
+
+    forward_id: str
+    port: int
+    """Inside."""
+    address: str | None
+    host_port: int | None
+    path: str | None
+    connections: int
+    """Open now."""
+    problem: str
+    """Why it is not open; empty: it is."""
+
+
+class ListeningPort(Reply, frozen=True):
+    """Something that listens inside."""
+
+    address: str
+    port: int
+
+
+class PortList(Reply, frozen=True):
+    """The ports of one sandbox."""
+
+    forwards: list[PortForward]
+    listening: list[ListeningPort] | None
+    """TCP, our own doors included; null where the host may not look."""
+
+
 # --- services -------------------------------------------------------------------------------------------
 
 
@@ -1394,6 +1445,9 @@ METHODS: tuple[Method, ...] = (
     Method("events/subscribe", EventsParams, EventsEnd, "Be told what happens to sandboxes, from a number on."),
     Method("network/get", SandboxParams, NetworkInfo, "What a sandbox may reach, what it did, what was refused."),
     Method("network/set", NetworkSetParams, NetworkInfo, "Change what a running sandbox may reach."),
+    Method("ports/forward", PortForwardParams, PortForward, "Lead a port or a Unix socket of the host inside."),
+    Method("ports/list", SandboxParams, PortList, "What is forwarded, and what listens inside."),
+    Method("ports/close", PortCloseParams, Acknowledged, "Close a forward."),
     Method("service/list", NoParams, ServiceList, "The services that sandboxes may share."),
     Method("service/logs", ServiceLogsParams, ServiceLogs, "What a service printed."),
     Method("service/restart", ServiceParams, ServiceInfo, "End a service and start it anew."),

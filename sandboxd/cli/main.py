@@ -46,6 +46,8 @@ FAMILIES = {
     "rm": "sandboxes",
     "events": "lifetime",
     "network": "network",
+    "forward": "network",
+    "ports": "network",
     "service": "services",
     "image": "images",
     "doctor": "daemon",

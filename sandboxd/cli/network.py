@@ -1,13 +1,18 @@
-"""``network``: what a sandbox may reach, what it did with that, and what it was refused."""
+"""``network forward ports``: what a sandbox may reach and was refused, and what leads into it."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import time
 
 from sandboxd.cli import render_network, verb
-from sandboxd.cli.session import request, show, show_json
+from sandboxd.cli.session import USAGE, request, say, show, show_json
 from sandboxd.cli.verb import Verb
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 RULE_HELP = "let it reach [METHOD ]HOST[:PORT], *.HOST, or a preset: pypi npm debian ubuntu github crates go"
 
@@ -65,4 +70,69 @@ def _network(arguments: argparse.Namespace) -> int:
     return 0
 
 
-VERBS = {"network": Verb("show or change what a sandbox may reach", _add_network, _network)}
+def _add_forward(parser: argparse.ArgumentParser) -> None:
+    verb.add_sandbox(parser)
+    parser.add_argument(
+        "place",
+        metavar="[[ADDRESS:]HOST_PORT:]PORT | PATH:PORT",
+        nargs="?",
+        help="from a port, or a Unix socket, of the host to a port inside; on 127.0.0.1, on a free port",
+    )
+    parser.add_argument("--close", metavar="ID", help="close a forward")
+    verb.add_json(parser)
+
+
+def _forward(arguments: argparse.Namespace) -> int:
+    if (arguments.place is None) == (arguments.close is None):
+        say("forward what? give a port, or --close ID")
+        return USAGE
+    if arguments.close is not None:
+        reply = request("ports/close", sandbox=arguments.sandbox, forward_id=arguments.close)
+        if arguments.json:
+            show_json(reply)
+        return 0
+    place = _place(arguments.place)
+    if place is None:
+        say(f"{arguments.place!r} is neither [[ADDRESS:]HOST_PORT:]PORT nor PATH:PORT")
+        return USAGE
+    reply = request("ports/forward", sandbox=arguments.sandbox, **place)
+    if arguments.json:
+        show_json(reply)
+    else:
+        show(render_network.place(reply))
+    return 0
+
+
+def _place(text: str) -> dict[str, Any] | None:
+    """The fields of a request; None: it is none."""
+    before, _, port = text.rpartition(":")
+    if not (port.isascii() and port.isdigit()):
+        return None
+    if "/" in before:
+        return {"port": int(port), "path": os.path.abspath(before)}
+    address, _, host_port = before.rpartition(":")
+    if host_port and not (host_port.isascii() and host_port.isdigit()):
+        return None
+    fields: dict[str, Any] = {"port": int(port), "host_port": int(host_port or 0)}
+    return {**fields, "address": address.strip("[]")} if address else fields
+
+
+def _add_ports(parser: argparse.ArgumentParser) -> None:
+    verb.add_sandbox(parser)
+    verb.add_json(parser)
+
+
+def _ports(arguments: argparse.Namespace) -> int:
+    reply = request("ports/list", sandbox=arguments.sandbox)
+    if arguments.json:
+        show_json(reply)
+    else:
+        show(render_network.ports(reply))
+    return 0
+
+
+VERBS = {
+    "network": Verb("show or change what a sandbox may reach", _add_network, _network),
+    "forward": Verb("lead a port or a Unix socket of the host into a sandbox", _add_forward, _forward),
+    "ports": Verb("what listens in a sandbox, and what leads into it", _add_ports, _ports),
+}

@@ -44,6 +44,35 @@ def _denied(denied: dict[str, Any], now_ms: int) -> tuple[str, ...]:
     return f"{age(denied['at_ms'], now_ms)} ago", what, denied["command"] or UNKNOWN, denied["reason"]
 
 
+def place(forward: dict[str, Any]) -> str:
+    """Where on the host a forward begins."""
+    if forward["path"] is not None:
+        return str(forward["path"])
+    address = f"[{forward['address']}]" if ":" in forward["address"] else forward["address"]
+    return f"{address}:{forward['host_port']}"
+
+
+def ports(info: dict[str, Any]) -> str:
+    """What is forwarded, and what listens inside."""
+    forwards = table(
+        ("FORWARD", "HOST", "INSIDE", "CONNECTIONS", "PROBLEM"),
+        [
+            (
+                forward["forward_id"],
+                place(forward),
+                str(forward["port"]),
+                str(forward["connections"]),
+                forward["problem"] or UNKNOWN,
+            )
+            for forward in info["forwards"]
+        ],
+    )
+    if info["listening"] is None:
+        return forwards
+    rows = [(listening["address"], str(listening["port"])) for listening in info["listening"]]
+    return f"{forwards}\n{table(('LISTENS ON', 'PORT'), rows)}"
+
+
 def services(rows: Sequence[dict[str, Any]], now_ms: int) -> str:
     """One line per service."""
     return table(

@@ -47,6 +47,9 @@ PARAMS: dict[str, str] = {
     "events/subscribe": "EventsParams",
     "network/get": "SandboxParams",
     "network/set": "NetworkSetParams",
+    "ports/forward": "PortForwardParams",
+    "ports/list": "SandboxParams",
+    "ports/close": "PortCloseParams",
     "service/list": "NoParams",
     "service/logs": "ServiceLogsParams",
     "service/restart": "ServiceParams",
@@ -231,6 +234,17 @@ FIELDS: dict[str, dict[str, object]] = {
         "services": None,
     },
     "NoParams": {},
+    "PortCloseParams": {
+        "sandbox": REQUIRED,
+        "forward_id": REQUIRED,
+    },
+    "PortForwardParams": {
+        "sandbox": REQUIRED,
+        "port": REQUIRED,
+        "host_port": 0,
+        "address": "127.0.0.1",
+        "path": None,
+    },
     "PtySize": {
         "rows": REQUIRED,
         "cols": REQUIRED,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from sandboxd import protocol
-from sandboxd.attaching import Attachments, mode_of
+from sandboxd import protocol, running
+from sandboxd.attaching import Attachments, listening_inside, mode_of
 from sandboxd.failures import NotFound
 from sandboxd.handlers.table import Handler
-from sandboxd.journal import GrantRecord
+from sandboxd.journal import ForwardRecord, GrantRecord
 from sandboxd.manager import Manager
 from sandboxd.network.egress import PROXY_URL
 from sandboxd.sandbox import Sandbox
@@ -24,7 +24,13 @@ class NetworkHandlers:
 
     def table(self) -> dict[str, Handler]:
         """By method."""
-        return {"network/get": self.get, "network/set": self.set}
+        return {
+            "network/get": self.get,
+            "network/set": self.set,
+            "ports/forward": self.forward,
+            "ports/list": self.ports,
+            "ports/close": self.close,
+        }
 
     async def get(self, params: protocol.SandboxParams, _: Context) -> protocol.NetworkInfo:
         """What it may reach."""
@@ -35,6 +41,34 @@ class NetworkHandlers:
         sandbox = self._manager.get(params.sandbox)
         await self._manager.set_network(sandbox, params)
         return self._info(sandbox)
+
+    async def forward(self, params: protocol.PortForwardParams, _: Context) -> protocol.PortForward:
+        """Lead a place on the host inside."""
+        sandbox = self._manager.get(params.sandbox)
+        async with sandbox.lock:
+            running.require_running(sandbox)
+            made = self._attachments.forward(
+                sandbox, port=params.port, address=params.address, host_port=params.host_port, path=params.path
+            )
+        return _forward(made, 0, "")
+
+    async def ports(self, params: protocol.SandboxParams, _: Context) -> protocol.PortList:
+        """What is forwarded, and what listens."""
+        sandbox = self._manager.get(params.sandbox)
+        listening = await listening_inside(sandbox)
+        return protocol.PortList(
+            forwards=[_forward(*row) for row in self._attachments.forwards(sandbox)],
+            listening=None
+            if listening is None
+            else [protocol.ListeningPort(address=address, port=port) for address, port in listening],
+        )
+
+    async def close(self, params: protocol.PortCloseParams, _: Context) -> protocol.Acknowledged:
+        """Close a forward."""
+        sandbox = self._manager.get(params.sandbox)
+        async with sandbox.lock:
+            self._attachments.close_forward(sandbox, params.forward_id)
+        return protocol.Acknowledged()
 
     def _info(self, sandbox: Sandbox) -> protocol.NetworkInfo:
         egress = sandbox.record.egress
@@ -81,3 +115,15 @@ class NetworkHandlers:
             state="absent" if port in problems else service.state.value,
             reason=problems.get(port, service.reason),
         )
+
+
+def _forward(record: ForwardRecord, connections: int, problem: str) -> protocol.PortForward:
+    return protocol.PortForward(
+        forward_id=record.id,
+        port=record.port,
+        address=record.address or None,
+        host_port=record.host_port or None,
+        path=record.path or None,
+        connections=connections,
+        problem=problem,
+    )

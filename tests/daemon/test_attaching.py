@@ -21,8 +21,8 @@ from sandboxd.attaching import Attachments, changed_egress, egress_of, mode_of
 from sandboxd.background import Background
 from sandboxd.config import Config
 from sandboxd.config import Service as ServiceSetting
-from sandboxd.failures import InvalidArgument, Unsupported
-from sandboxd.journal import EgressRecord, GrantRecord, SandboxRecord
+from sandboxd.failures import Conflict, Failure, InvalidArgument, NotFound, Unsupported
+from sandboxd.journal import EgressRecord, ForwardRecord, GrantRecord, SandboxRecord
 from sandboxd.network import streams
 from sandboxd.network.egress import PROXY_PORT
 from sandboxd.network.outside import Outside
@@ -49,6 +49,8 @@ class Loopback:
         self.ports: dict[int, int] = {}
         self.asked: list[int] = []
         self.taken: set[int] = set()
+        self.dialled: list[tuple[int, bool]] = []
+        self.listens_by_ipv6 = False
         self.on_released: Callable[[], None] = lambda: None
 
     def put(self, **changes: Any) -> None:
@@ -61,6 +63,12 @@ class Loopback:
         bound = listening()
         self.ports[port] = port_of(bound)
         return bound
+
+    async def dial(self, port: int, *, ipv6: bool = False) -> socket.socket:
+        self.dialled.append((port, ipv6))
+        if ipv6 is not self.listens_by_ipv6:
+            raise SocketRefused(errno.ECONNREFUSED, Stage.SOCKET)
+        return await streams.connect(socket.AF_INET, ("127.0.0.1", port), deadline_s=PATIENCE_S)
 
 
 async def echo(accepted: socket.socket) -> None:
@@ -163,6 +171,100 @@ async def test_a_port_that_is_taken_inside_is_a_problem_and_no_failure(tmp_path:
         box.taken.clear()
         assert await attachments.attach(box) == []
         assert attachments.problems(box) == {}
+
+
+# ---- ports
+
+
+async def said_to_path(path: Path, data: bytes) -> bytes:
+    reader, writer = await asyncio.open_unix_connection(str(path))
+    writer.write(data)
+    async with asyncio.timeout(PATIENCE_S):
+        answer = await reader.read()
+    writer.close()
+    return answer
+
+
+@pytest.mark.parametrize("by_ipv6", [False, True])
+async def test_a_port_of_the_host_leads_inside_to_whichever_loopback_listens(tmp_path: Path, by_ipv6: bool) -> None:
+    """Some servers listen on ::1 alone when they are told localhost."""
+    async with attaching(tmp_path) as attachments, door(echo) as (inside, _):
+        box: Any = Loopback()
+        box.listens_by_ipv6 = by_ipv6
+        made = attachments.forward(box, port=inside, address="127.0.0.1", host_port=0, path=None)
+        assert await said_to(made.host_port, b"hello") == b"hello"
+        assert box.dialled == [(inside, False), (inside, True)][: 1 + by_ipv6]
+        assert box.record.forwards == (made,)
+
+
+async def test_a_unix_socket_of_the_host_leads_inside_and_is_this_users_alone(tmp_path: Path) -> None:
+    async with attaching(tmp_path) as attachments, door(echo) as (inside, _):
+        box: Any = Loopback()
+        path = tmp_path / "there.sock"
+        made = attachments.forward(box, port=inside, address="127.0.0.1", host_port=0, path=str(path))
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert await said_to_path(path, b"hello") == b"hello"
+        attachments.close_forward(box, made.id)
+        assert not path.exists()
+        assert box.record.forwards == ()
+
+
+async def test_a_forward_ends_with_its_sandbox_and_is_there_again_with_it(tmp_path: Path) -> None:
+    """A stopped sandbox, and a daemon that was killed, whose Unix socket is still in the way."""
+    async with attaching(tmp_path) as attachments, door(echo) as (inside, _):
+        box: Any = Loopback()
+        made = attachments.forward(box, port=inside, address="127.0.0.1", host_port=0, path=None)
+        box.on_released()
+        await until_nobody_listens(made.host_port)
+        assert attachments.forwards(box) == [(made, 0, "the sandbox is running")]
+        left = tmp_path / "left.sock"
+        with socket.socket(socket.AF_UNIX) as former:
+            former.bind(str(left))
+        box.put(forwards=(*box.record.forwards, ForwardRecord(id="0" * 8, port=inside, path=str(left))))
+        await attachments.attach(box)
+        assert await said_to(made.host_port, b"again") == b"again"
+        assert await said_to_path(left, b"again") == b"again"
+
+
+async def test_a_forward_that_cannot_be_opened_again_says_why(tmp_path: Path) -> None:
+    async with attaching(tmp_path) as attachments, door(echo) as (taken, _):
+        box: Any = Loopback(forwards=(ForwardRecord(id="0" * 8, port=80, address="127.0.0.1", host_port=taken),))
+        await attachments.attach(box)
+        ((_, connections, problem),) = attachments.forwards(box)
+        assert connections == 0
+        assert "something listens there" in problem
+
+
+async def test_where_nothing_listens_inside_a_connection_is_reset(tmp_path: Path) -> None:
+    async with attaching(tmp_path) as attachments:
+        box: Any = Loopback()
+        box.listens_by_ipv6 = None
+        made = attachments.forward(box, port=80, address="127.0.0.1", host_port=0, path=None)
+        reader, writer = await asyncio.open_connection("127.0.0.1", made.host_port)
+        with pytest.raises(ConnectionResetError):
+            await asyncio.wait_for(reader.read(), PATIENCE_S)
+        writer.close()
+
+
+async def test_what_is_no_place_to_listen_on_is_refused_and_nothing_is_written_down(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    async with attaching(tmp_path) as attachments, door(echo) as (taken, _):
+        box: Any = Loopback()
+        for place, failure in (
+            ({"address": "localhost"}, InvalidArgument),
+            ({"address": "192.0.2.1"}, InvalidArgument),
+            ({"host_port": taken}, Conflict),
+            ({"path": "relative"}, InvalidArgument),
+            ({"path": f"/{'x' * 200}"}, InvalidArgument),
+            ({"path": str(tmp_path / "file")}, Conflict),
+            ({"path": str(tmp_path / "missing" / "socket")}, Failure),
+        ):
+            fields: dict[str, Any] = {"address": "127.0.0.1", "host_port": 0, "path": None, **place}
+            with pytest.raises(failure):
+                attachments.forward(box, port=80, **fields)
+        with pytest.raises(NotFound):
+            attachments.close_forward(box, "0" * 8)
+        assert box.record.forwards == ()
 
 
 @pytest.mark.parametrize(

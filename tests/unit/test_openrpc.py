@@ -56,6 +56,8 @@ def test_the_wire_table_knows_each_field_and_default(method: protocol.Method) ->
         "shell_id": "0" * 12,
         "text": "true",
         "service": "chroma",
+        "port": 80,
+        "forward_id": "0" * 8,
     }
     least = {name: stand_in[name] for name in required}
     assert msgspec.convert(given | least, method.params) == msgspec.convert(least, method.params)

@@ -120,7 +120,9 @@ def test_what_a_command_does_is_told(sandbox: Sandbox) -> None:
     """In new directories, too, and under names that are no text."""
     sandbox.files.make_dir("watched")
     with sandbox.files.watch_dir("watched", recursive=True) as handle:
-        sandbox.commands.run("cd watched; mkdir -p a/b; echo x > a/b/file; mv a/b/file a/moved; rm a/moved")
+        sandbox.commands.run("mkdir -p watched/a/b")
+        until(handle, told(FilesystemEventType.CREATE, "a/b"))
+        sandbox.commands.run("cd watched; echo x > a/b/file; mv a/b/file a/moved; rm a/moved")
         until(handle, told(FilesystemEventType.REMOVE, "a/moved"))
         sandbox.commands.run(""": > "watched/$(printf 'odd\\377\\nname')" """)
         until(handle, told(FilesystemEventType.CREATE, os.fsdecode(b"odd\xff\nname")))

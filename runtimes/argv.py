@@ -89,7 +89,7 @@ def run_argv(client: Client, spec: ContainerSpec) -> list[str]:
         *_hardening_flags(client, spec),
         *_limit_flags(client, spec),
         *_environment_flags(client),
-        *(flag for mount in spec.mounts for flag in ("--mount", _mount(mount))),
+        *(flag for mount in spec.mounts for flag in _mount_flags(client, mount)),
         *(flag for tmpfs in spec.tmpfs for flag in ("--tmpfs", _tmpfs(client, spec.user, tmpfs))),
         *_network_flags(spec.network),
         f"--hostname={spec.hostname}",
@@ -300,6 +300,25 @@ def _environment_flags(client: Client) -> list[str]:
             return [f"--env={name}" for name in PROXY_VARIABLES]
         case EngineName.PODMAN:
             return ["--http-proxy=false"]
+        case _:
+            assert_never(client.engine)
+
+
+def _mount_flags(client: Client, mount: Mount) -> list[str]:
+    if mount.overlay is None:
+        return ["--mount", _mount(mount)]
+    match client.engine:
+        case EngineName.DOCKER:
+            raise Unsupported("cannot make an overlay with Docker")
+        case EngineName.PODMAN:
+            # Only this flag knows overlays, and it has no quotes.
+            paths = (mount.source, mount.target, mount.overlay.upper, mount.overlay.work)
+            for path in paths:
+                host_path(path)
+                if any(character in path for character in ":,\\"):
+                    raise Unsupported(f"cannot make an overlay of {path!r}", detail="it holds a colon or a comma")
+            options = f"O,upperdir={mount.overlay.upper},workdir={mount.overlay.work}"
+            return [f"--volume={mount.source}:{mount.target}:{options}"]
         case _:
             assert_never(client.engine)
 

@@ -54,6 +54,13 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Open files per process, soft and hard. Fixed when the container is created."""
 
 
+class OverlayDirs(msgspec.Struct, frozen=True, kw_only=True):
+    """Where an overlay that the engine makes keeps what is written to it: absolute host paths of two directories."""
+
+    upper: str
+    work: str
+
+
 class Mount(msgspec.Struct, frozen=True, kw_only=True):
     """A host path bound into the container."""
 
@@ -62,6 +69,8 @@ class Mount(msgspec.Struct, frozen=True, kw_only=True):
     target: str
     """Absolute path inside."""
     read_only: bool = False
+    overlay: OverlayDirs | None = None
+    """The source is only read, and what is written goes there. Podman's alone."""
 
 
 class Tmpfs(msgspec.Struct, frozen=True, kw_only=True):

@@ -204,9 +204,9 @@ def _empty(top_fd: int) -> None:
 
 def _lift(top_fd: int, name: str, number: int) -> int:
     """Move what is in a subdirectory up, and remove it. Moving across a mount fails, which is what is wanted."""
+    _make_readable(top_fd, name)
     child_fd = os.open(name, _DIRECTORY_FLAGS, dir_fd=top_fd)
     try:
-        os.fchmod(child_fd, 0o700)
         for grandchild in os.listdir(child_fd):
             lifted = f".lifted-{number}"
             number += 1
@@ -215,6 +215,15 @@ def _lift(top_fd: int, name: str, number: int) -> int:
         os.close(child_fd)
     os.rmdir(name, dir_fd=top_fd)
     return number
+
+
+def _make_readable(top_fd: int, name: str) -> None:
+    """Give ourselves a directory of ours whose mode shuts even its owner out."""
+    path_fd = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top_fd)
+    try:
+        os.chmod(f"/proc/self/fd/{path_fd}", 0o700)
+    finally:
+        os.close(path_fd)
 
 
 def _syscall(number: int, *arguments: int | bytes) -> int:

@@ -83,11 +83,23 @@ class Defaults(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Paths(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where workspaces may lie."""
+    """Which paths of the host may be seen inside."""
 
     allow: Annotated[
         list[str], Meta(description="Directories that may be workspaces although the built-in rules refuse them.")
     ] = []
+    deny: Annotated[
+        list[str], Meta(description="Directories that are never seen inside, whatever paths.allow says.")
+    ] = []
+
+
+class Workspaces(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Copies of projects."""
+
+    copy_bytes: Annotated[str, Meta(description="Most that a copy of a project may take.")] = "20g"
+    copy_entries: Annotated[
+        int, Meta(ge=1, le=COUNT_MAX, description="Most files that a copy of a project may have.")
+    ] = 500_000
 
 
 class Daemon(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -151,6 +163,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     defaults: Defaults = Defaults()
     paths: Paths = Paths()
+    workspaces: Workspaces = Workspaces()
     daemon: Daemon = Daemon()
     capacity: Capacity = Capacity()
     chroma: Chroma = Chroma()
@@ -296,7 +309,7 @@ def _from_environment(env: Mapping[str, str]) -> dict[tuple[str, str], _Given]:
             raise InvalidArgument(f"cannot use the variable {variable}", detail="there is no such setting", hint=hint)
         setting = names[variable]
         text = env[variable]
-        value = [part for part in text.split(":") if part] if setting == ("paths", "allow") else text
+        value = [part for part in text.split(":") if part] if setting[0] == "paths" else text
         given[setting] = _Given(value, variable, hint)
     return given
 
@@ -339,6 +352,8 @@ _CHECKS: Mapping[str, Callable[[Any], object]] = {
     "capacity.memory_reserve": partial(parse_memory, bytes_max=SIZE_BYTES_MAX, bytes_min=1),
     "paths.allow": _refuse_relative,
     "chroma.memory": partial(parse_memory, bytes_max=SIZE_BYTES_MAX),
+    "paths.deny": _refuse_relative,
+    "workspaces.copy_bytes": partial(parse_memory, bytes_max=SIZE_BYTES_MAX),
 }
 """What a type cannot say. Raise QuantityError or Unsupported. What is more than this host has is cut later."""
 

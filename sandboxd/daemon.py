@@ -53,6 +53,7 @@ from sandboxd.handlers.network import NetworkHandlers
 from sandboxd.handlers.sandboxes import SandboxHandlers
 from sandboxd.handlers.services import ServiceHandlers
 from sandboxd.handlers.shells import ShellHandlers
+from sandboxd.handlers.workspaces import WorkspaceHandlers
 from sandboxd.image_builder import ImageBuilder
 from sandboxd.journal import Journal
 from sandboxd.lifetimes import Lifetimes
@@ -210,6 +211,7 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 ShellHandlers(manager),
                 NetworkHandlers(manager, services, attachments),
                 ServiceHandlers(manager, services),
+                WorkspaceHandlers(manager),
                 daemon,
             )
             dispatcher = Dispatcher((family.table() for family in families), lifetimes.used_by)
@@ -276,6 +278,7 @@ def _prepare(
         bin_dir=install_programs(state),
         seccomp_profile=seccomp.profile_path(),
         spools_dir=os.path.join(state, "spools"),
+        layers_dir=os.path.join(state, "layers"),
         private_dirs=tuple(os.path.realpath(path) for path in (state, os.path.dirname(listener.path))),
     )
     return _Ground(

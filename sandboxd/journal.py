@@ -50,10 +50,33 @@ class WorkspaceRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The project of a sandbox."""
 
     path: str
-    """Absolute host path, resolved."""
+    """Absolute host path, resolved; for people, where ``path_bytes`` is given."""
     read_only: bool
     mounted: str
     """How ownership is made right: ``same-uid``, ``keep-id``, ``idmapped`` or ``as-is``."""
+    path_bytes: bytes | None = None
+    """The path itself, where it is not UTF-8."""
+    layer: str = ""
+    """What is written goes to: ``overlay`` or ``copy``; empty: to the project, if it may be written at all."""
+    backend: str = "bind"
+    """What it is carried out with: see ``protocol.WorkspaceInfo``."""
+
+    @property
+    def mode(self) -> str:
+        """In the protocol's words."""
+        return self.layer or ("ro" if self.read_only else "rw")
+
+
+class MountRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Something else of the host that a sandbox sees."""
+
+    path: str
+    target: str
+    read_only: bool
+    mounted: str
+    path_bytes: bytes | None = None
+    reason: str = ""
+    """Why, where it was not asked for by name."""
 
 
 class LifetimeRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,6 +131,7 @@ class SandboxRecord(msgspec.Struct, frozen=True, kw_only=True):
     user: User
     keep_id: bool
     workspace: WorkspaceRecord | None
+    mounts: tuple[MountRecord, ...] = ()
     network: Network
     limits: Limits
     tmp_bytes_max: int

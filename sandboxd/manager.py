@@ -60,7 +60,7 @@ from sandboxd.failures import (
     SandboxGone,
     Unsupported,
 )
-from sandboxd.journal import Journal, LifetimeRecord, SandboxRecord, WorkspaceRecord
+from sandboxd.journal import Journal, LifetimeRecord, SandboxRecord
 from sandboxd.lifecycle import Event, State, next_state
 from sandboxd.limits import Host, merged, output_bytes_max, resolve, resolve_update
 from sandboxd.protocol import NetworkSetParams, SandboxCreateParams, SandboxUpdateParams
@@ -69,7 +69,8 @@ from sandboxd.services.room import ServiceRoom
 from sandboxd.spool import SpoolDirectory
 from sandboxd.staging import Staging
 from sandboxd.timings import Timings, now_ms
-from sandboxd.workspace import Identity, MountSource, OpenedWorkspace, identify, open_workspace, project_source
+from sandboxd.workspace import Identity, MountSource, Rules, identify
+from sandboxd.workspaces import Opened, Progress, Workspaces, copy_bounds, silent
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +83,6 @@ RUN_TMPFS_BYTES_MAX = 16 * 1024 * 1024
 
 REMOVE_PAUSE_S_MIN, REMOVE_PAUSE_S_MAX = 0.25, 30.0
 """Between two tries to remove what the engine would not: twice as long each time."""
-
-OPEN_DEADLINE_S = 5.0
-"""How long the file system of a workspace may take to open a directory."""
 
 
 class Caller(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,6 +102,8 @@ class Places(msgspec.Struct, frozen=True, kw_only=True):
     seccomp_profile: str
     spools_dir: str
     """One directory per sandbox: the output of its commands."""
+    layers_dir: str
+    """One directory per sandbox that does not work on its project itself: what it wrote instead."""
     private_dirs: tuple[str, ...]
     """Of the daemon and of the engines, by their real paths: whoever could write there would be master of all."""
 
@@ -141,6 +141,19 @@ class Manager:
         self._engines = engines
         self._background = background
         self._idmap_works = userns_fd is not None
+        self.workspaces = Workspaces(
+            places.layers_dir,
+            rules=Rules(
+                home=caller.home,
+                allow=config.paths.allow,
+                deny=config.paths.deny,
+                private=places.private_dirs,
+            ),
+            bounds=copy_bounds(config.workspaces),
+            may_mount=caller.user.uid == 0,
+            idmap_works=userns_fd is not None,
+        )
+        """What they see of the host, and what they did to it."""
         self._staging = Staging(may_mount=caller.user.uid == 0, userns_fd=userns_fd)
         self._sandboxes: dict[str, Sandbox] = {}
         self._tell = tell
@@ -213,10 +226,11 @@ class Manager:
         """
         return merged(sandbox.record.limits, resolve_update(params.limits, self._host))
 
-    async def create(self, params: SandboxCreateParams, timings: Timings) -> Sandbox:
+    async def create(self, params: SandboxCreateParams, timings: Timings, progress: Progress = silent) -> Sandbox:
         """Make a sandbox, and prove its limits.
 
-        Not cancelled half-way: when the caller goes away meanwhile, the sandbox is made and then removed.
+        Not cancelled half-way, but for the copying of a project: when the caller goes away meanwhile, the sandbox is
+        made and then removed.
 
         Raises:
             InvalidArgument: something in ``params`` cannot be meant; nothing was made.
@@ -228,9 +242,7 @@ class Manager:
         egress = egress_of(params.network, params.allow, params.deny)
         self._check_room(params.name)
         with contextlib.ExitStack() as opened:
-            workspace = None
-            if params.workspace is not None:
-                workspace = await self._open_directory(params.workspace.path, opened)
+            places = await self.workspaces.open(params.workspace, params.mounts, opened)
             engine = await self._engines.choose(params.engine or self._config.defaults.engine)
             timings.mark("choose")
             resolved = resolve(
@@ -242,7 +254,7 @@ class Manager:
             self._check_enforceable(limits, engine.info, policy)
             identity = identify(
                 engine.info,
-                None if workspace is None else workspace.owner,
+                None if places.project is None else places.project.owner,
                 caller=self._caller.user,
                 idmap_works=self._idmap_works,
             )
@@ -257,11 +269,8 @@ class Manager:
                 container_id=None,
                 user=identity.user,
                 keep_id=identity.keep_id,
-                workspace=None
-                if workspace is None or params.workspace is None
-                else WorkspaceRecord(
-                    path=workspace.path, read_only=params.workspace.mode == "ro", mounted=identity.mounted
-                ),
+                workspace=self.workspaces.workspace_record(params.workspace, places, identity, engine.info),
+                mounts=self.workspaces.mount_records(places, identity),
                 network=Network.NONE
                 if egress is not None
                 else Network(params.network or self._config.defaults.network),
@@ -274,7 +283,7 @@ class Manager:
                 metadata=params.metadata,
                 ephemeral=params.ephemeral,
                 created_at_ms=now_ms(),
-                warnings=_warnings(identity, engine.info),
+                warnings=(*_warnings(identity, engine.info), *places.warnings),
                 bin_dir=self._places.bin_dir,
                 lifetime=lifetime,
                 cpus_packed=limits is not resolved.limits,
@@ -284,8 +293,15 @@ class Manager:
             self._journal.put(record)
             sandbox = self.register(record)
             timings.mark("journal")
-            with anyio.CancelScope(shield=True):
-                await self._make(sandbox, engine, workspace, timings)
+            # Nobody has it yet, and nobody gets it before it is made.
+            sandbox.lock.acquire_nowait()
+            try:
+                await self._fill(sandbox, places, progress)
+                timings.mark("layers")
+                with anyio.CancelScope(shield=True):
+                    await self._make(sandbox, engine, places, timings)
+            finally:
+                sandbox.lock.release()
         await self._unless_cancelled(sandbox)
         return sandbox
 
@@ -298,24 +314,29 @@ class Manager:
                 await self.remove(sandbox, Timings())
             raise
 
-    async def _make(
-        self, sandbox: Sandbox, engine: Engine, workspace: OpenedWorkspace | None, timings: Timings
-    ) -> None:
-        async with sandbox.lock:
-            try:
-                container_id = await self._run(sandbox, engine, workspace, timings)
-                sandbox.change(Event.CREATED, container_id=container_id)
-                self.prove(sandbox)
-                self._require_proof(sandbox)
-                timings.mark("verify")
-                await self._attach(sandbox)
-                timings.mark("network")
-            except BaseException as error:
-                await self._discard(sandbox)
-                if isinstance(error, EngineUnavailable):
-                    # What was known of it is no longer true: the next create shall choose by what is.
-                    self._background.start(self._engines.refresh)
-                raise
+    async def _fill(self, sandbox: Sandbox, places: Opened, progress: Progress) -> None:
+        """Make its layers. That may take long, and so ends when the caller goes away."""
+        try:
+            await self.workspaces.fill(sandbox, places, progress)
+        except BaseException:
+            self.forget(sandbox)
+            raise
+
+    async def _make(self, sandbox: Sandbox, engine: Engine, places: Opened, timings: Timings) -> None:
+        try:
+            container_id = await self._run(sandbox, engine, places, timings)
+            sandbox.change(Event.CREATED, container_id=container_id)
+            self.prove(sandbox)
+            self._require_proof(sandbox)
+            timings.mark("verify")
+            await self._attach(sandbox)
+            timings.mark("network")
+        except BaseException as error:
+            await self._discard(sandbox)
+            if isinstance(error, EngineUnavailable):
+                # What was known of it is no longer true: the next create shall choose by what is.
+                self._background.start(self._engines.refresh)
+            raise
 
     async def _attach(self, sandbox: Sandbox) -> None:
         """Put on its loopback what was asked for; what cannot be is a warning."""
@@ -352,21 +373,32 @@ class Manager:
                 sandbox.put(egress=egress, services=services)
                 await self._attachments.attach(sandbox)
 
-    async def _run(
-        self, sandbox: Sandbox, engine: Engine, workspace: OpenedWorkspace | None, timings: Timings
-    ) -> str:
+    async def _run(self, sandbox: Sandbox, engine: Engine, places: Opened, timings: Timings) -> str:
         sandbox.prepare()
-        sources = _mount_sources(sandbox.record, workspace)
-        with self._staging.staged(sandbox, sources) as mounts:
+        with contextlib.ExitStack() as opened:
+            sources = self.workspaces.sources(sandbox, places, opened)
+            mounts = opened.enter_context(self._staging.staged(sandbox, sources))
             spec = self._spec(sandbox.record, engine.info, mounts, sandbox.io_dir)
             timings.mark("prepare")
             container_id = await self._create(engine, spec)
             timings.mark("engine")
-            await sandbox.connect(container_id, engine, _paths_inside(sandbox, mounts))
-            timings.mark("init")
-            await self._staging.check_arrived(sandbox, sources)
-            timings.mark("workspace")
+            await self._connect(sandbox, container_id, engine, sources, mounts, timings)
         return container_id
+
+    async def _connect(
+        self,
+        sandbox: Sandbox,
+        container_id: str,
+        engine: Engine,
+        sources: Sequence[MountSource],
+        mounts: Sequence[Mount],
+        timings: Timings,
+    ) -> None:
+        await sandbox.connect(container_id, engine, _paths_inside(sandbox, mounts))
+        timings.mark("init")
+        await self._staging.check_arrived(sandbox, sources)
+        self.workspaces.note_backend(sandbox)
+        timings.mark("workspace")
 
     async def _create(self, engine: Engine, spec: ContainerSpec) -> str:
         try:
@@ -445,27 +477,6 @@ class Manager:
                 hint="remove some (sandboxctl rm), or raise daemon.sandboxes_max",
             )
 
-    async def _open_directory(self, path: str, opened: contextlib.ExitStack) -> OpenedWorkspace:
-        """Open and judge a workspace in a thread: a dead network file system must stop nobody else."""
-        look = functools.partial(
-            open_workspace,
-            path,
-            home=self._caller.home,
-            allow=self._config.paths.allow,
-            private=self._places.private_dirs,
-        )
-        try:
-            with anyio.fail_after(OPEN_DEADLINE_S):
-                workspace = await anyio.to_thread.run_sync(look, abandon_on_cancel=True)
-        except TimeoutError:
-            raise InvalidArgument(
-                f"cannot use {path!r} as a workspace",
-                detail=f"its file system does not answer within {OPEN_DEADLINE_S:g} s",
-                hint=f"stat {path}",
-            ) from None
-        opened.callback(os.close, workspace.descriptor)
-        return workspace
-
     @staticmethod
     def _check_enforceable(limits: Limits, info: EngineInfo, policy: str) -> None:
         missing = enforceable(limits, info)
@@ -524,12 +535,18 @@ class Manager:
         sandbox.erase()
         self._attachments.forget(sandbox)
         self._background.start(sandbox.spools.erase)
+        if sandbox.record.workspace is not None and sandbox.record.workspace.layer:
+            self._background.start(self.workspaces.erase, sandbox.record.id)
         self._journal.delete(sandbox.record.id)
         self._sandboxes.pop(sandbox.record.id, None)
         sandbox.gone.set()
         sandbox.tell("removed")
         self._changed(sandbox)
         sandbox.on_forgotten()
+
+    def sweep_layers_soon(self) -> None:
+        """Remove, in the background, what sandboxes wrote of which nobody knows any more."""
+        self._background.start(self.workspaces.erase_all, self.workspaces.unknown(self._sandboxes))
 
     # --- the container --------------------------------------------------------------------------------
 
@@ -676,16 +693,12 @@ class Manager:
         record = sandbox.record
         sandbox.prepare()
         with contextlib.ExitStack() as opened:
-            workspace = None
-            if record.workspace is not None:
-                workspace = await self._open_directory(record.workspace.path, opened)
-            sources = _mount_sources(record, workspace)
-            with self._staging.staged(sandbox, sources) as mounts:
-                await engine.start(container_id)
-                timings.mark("engine")
-                await sandbox.connect(container_id, engine, _paths_inside(sandbox, mounts))
-                timings.mark("init")
-                await self._staging.check_arrived(sandbox, sources)
+            places = await self.workspaces.reopen(record, opened)
+            sources = self.workspaces.sources(sandbox, places, opened)
+            mounts = opened.enter_context(self._staging.staged(sandbox, sources))
+            await engine.start(container_id)
+            timings.mark("engine")
+            await self._connect(sandbox, container_id, engine, sources, mounts, timings)
         self._prove_again(sandbox)
         timings.mark("verify")
         self._require_proof(sandbox)
@@ -963,19 +976,12 @@ def _gone(sandbox: Sandbox) -> SandboxGone:
     )
 
 
-def _mount_sources(record: SandboxRecord, workspace: OpenedWorkspace | None) -> list[MountSource]:
-    """What is to be mounted into a sandbox, besides our own."""
-    if workspace is None or record.workspace is None:
-        return []
-    return [project_source(workspace, read_only=record.workspace.read_only)]
-
-
 def _paths_inside(sandbox: Sandbox, mounts: Sequence[Mount]) -> dict[str, str]:
     """Target inside to path on the host: what must be mounted there."""
     return {
         **_programs(sandbox),
         INSIDE_RUN: sandbox.io_dir,
-        **{mount.target: mount.source for mount in mounts},
+        **{mount.target: os.path.realpath(mount.source) for mount in mounts if mount.overlay is None},
     }
 
 

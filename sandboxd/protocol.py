@@ -44,6 +44,7 @@ Name = Annotated[
 Text = Annotated[str, Meta(max_length=4096)]
 Quantity = Annotated[int | float | str, Meta(description="A number, or text with a unit.")]
 EngineChoice = Literal["podman", "docker"]
+HostPathBytes = Annotated[bytes, Meta(max_length=4095)]
 LimitsPolicy = Literal["strict", "degraded"]
 NetworkMode = Literal["none", "allow", "full"]
 Port = Annotated[int, Meta(ge=1, le=65535)]
@@ -122,6 +123,25 @@ class WorkspaceParams(Params, frozen=True):
 
     path: Text
     """Absolute host path of a directory."""
+    path_bytes: HostPathBytes | None = None
+    """For paths that are not UTF-8: taken instead of ``path``."""
+    mode: Literal["rw", "bind", "ro", "overlay", "copy"] = "rw"
+    """``rw``, also called ``bind``: the project itself. ``ro``: the same, and it cannot be written. ``overlay``: the
+    project is below, and what is written goes to a layer of the sandbox's own. ``copy``: a copy of it, which shares
+    its blocks where the file system can. The last two never touch the project; see ``workspace/diff``."""
+    git_common: Literal["ro", "rw", "none"] = "ro"
+    """Of a git worktree: how the repository that it belongs to is seen inside, at its own path."""
+
+
+class MountParams(Params, frozen=True, kw_only=True):
+    """Something else of the host that is seen inside."""
+
+    path: Text
+    """Absolute host path of a directory or a regular file."""
+    path_bytes: HostPathBytes | None = None
+    """For paths that are not UTF-8: taken instead of ``path``."""
+    target: Text
+    """Absolute path inside."""
     mode: Literal["rw", "ro"] = "rw"
 
 
@@ -132,6 +152,7 @@ class SandboxCreateParams(Params, frozen=True):
     engine: EngineChoice | None = None
     image: Annotated[str, Meta(min_length=1, max_length=512)] | None = None
     workspace: WorkspaceParams | None = None
+    mounts: Annotated[list[MountParams], Meta(max_length=32)] = []
     limits: LimitsParams = LimitsParams()
     limits_policy: LimitsPolicy | None = None
     env: dict[str, str] = {}
@@ -239,6 +260,23 @@ class WorkspaceInfo(Reply, frozen=True):
     mode: str
     mounted: str
     """How ownership is made right: ``same-uid``, ``keep-id``, ``idmapped`` or ``as-is``."""
+    backend: str
+    """What carries the mode out: ``bind``; ``overlay``, mounted by the daemon; ``podman-overlay`` or
+    ``fuse-overlayfs``, by the engine; ``reflink``, a copy that shares its blocks, or ``copy``, one that does not."""
+    path_bytes: bytes | None = None
+    """The path itself, where it is not UTF-8."""
+
+
+class MountInfo(Reply, frozen=True):
+    """Something else of the host, as mounted."""
+
+    path: str
+    target: str
+    mode: str
+    mounted: str
+    reason: str
+    """Why, where it was not asked for by name: ``git``, the repository of a worktree."""
+    path_bytes: bytes | None = None
 
 
 class Problem(Reply, frozen=True):
@@ -267,6 +305,7 @@ class SandboxInfo(Reply, frozen=True, kw_only=True):
     workspace: WorkspaceInfo | None
     network: NetworkMode
     services: list[str]
+    mounts: list[MountInfo]
     limits: list[LimitReport]
     limits_policy: str
     verified: bool
@@ -1237,6 +1276,113 @@ class ServiceBackup(Reply, frozen=True):
     """After a restore: where the data is that was there before."""
 
 
+# --- what a sandbox did to its project ------------------------------------------------------------------
+
+
+ProjectPath = Annotated[
+    str, Meta(min_length=1, max_length=4096, description="Relative to the project, or below /workspace.")
+]
+
+
+class WorkspaceDiffParams(Params, frozen=True):
+    """What a sandbox changed, compared on the host. For the modes ``overlay`` and ``copy``."""
+
+    sandbox: SandboxRef
+    paths: Annotated[list[ProjectPath], Meta(max_length=1024)] = []
+    """Only what is at or below one of these."""
+    paths_bytes: Annotated[list[HostPathBytes], Meta(max_length=1024)] = []
+    """The same, for names that are not UTF-8."""
+    patch: bool = True
+    """With the text of each patch."""
+    offset: Annotated[int, Meta(ge=0)] = 0
+    """How many changes to leave out: ``next_offset`` of the reply before."""
+
+
+class WorkspaceApplyParams(Params, frozen=True):
+    """Carry changes back to the project. Each file is replaced whole or not at all."""
+
+    sandbox: SandboxRef
+    paths: Annotated[list[ProjectPath], Meta(max_length=1024)] = []
+    """Only what is at or below one of these."""
+    paths_bytes: Annotated[list[HostPathBytes], Meta(max_length=1024)] = []
+    """The same, for names that are not UTF-8."""
+    force: bool = False
+    """Also over what was changed in the project meanwhile, which is lost."""
+    dry_run: bool = False
+    """Only say what would be done, and what stands against it."""
+
+
+class WorkspaceResetParams(Params, frozen=True):
+    """Undo what a sandbox changed: it sees the project as it is."""
+
+    sandbox: SandboxRef
+    paths: Annotated[list[ProjectPath], Meta(max_length=1024)] = []
+    """Only what is at or below one of these."""
+    paths_bytes: Annotated[list[HostPathBytes], Meta(max_length=1024)] = []
+    """The same, for names that are not UTF-8."""
+
+
+class WorkspaceChange(Reply, frozen=True):
+    """One path on which sandbox and project differ."""
+
+    path: str
+    """Relative to the project; for display where it is not UTF-8."""
+    path_bytes: bytes | None
+    """The path itself, where it is not UTF-8."""
+    kind: Literal["added", "modified", "removed", "renamed", "mode"]
+    """``mode``: only its permissions differ. What became another type of file was removed, and then added."""
+    type: Literal["file", "dir", "symlink", "other"]
+    old_path: str | None
+    """What a renamed file is called in the project."""
+    old_mode: int | None
+    """Type and permissions, as in ``st_mode``; null: it is not in the project."""
+    new_mode: int | None
+    old_size_bytes: int | None
+    new_size_bytes: int | None
+    binary: bool
+    """It is not text, or too large to be compared line by line."""
+    insertions: int
+    deletions: int
+    patch: str | None
+    """In git's form; null where there is none to see, where it was not asked for, and where it is not UTF-8."""
+    patch_bytes: bytes | None
+    """The patch, where it is not UTF-8."""
+    note: str
+    """Why it can be neither shown nor applied; empty: it can."""
+
+
+class WorkspaceDiff(Reply, frozen=True):
+    """Changes, by path."""
+
+    changes: list[WorkspaceChange]
+    total: int
+    """Of all changes."""
+    next_offset: int | None
+    """There are more than fit into a reply; null: there are not."""
+    timings_ms: dict[str, float]
+
+
+class WorkspaceProblem(Reply, frozen=True):
+    """A path, and what stands against it."""
+
+    path: str
+    path_bytes: bytes | None
+    reason: str
+
+
+class WorkspaceApplied(Reply, frozen=True):
+    """What was carried back, or undone. At most a thousand of each are listed."""
+
+    applied: list[str]
+    applied_total: int
+    conflicts: list[WorkspaceProblem]
+    """Changed in the project meanwhile: left alone, or with ``force`` replaced."""
+    failed: list[WorkspaceProblem]
+    """Could not be carried over."""
+    dry_run: bool
+    timings_ms: dict[str, float]
+
+
 # --- images, daemon -------------------------------------------------------------------------------------
 
 
@@ -1453,6 +1599,9 @@ METHODS: tuple[Method, ...] = (
     Method("service/restart", ServiceParams, ServiceInfo, "End a service and start it anew."),
     Method("service/backup", ServiceFileParams, ServiceBackup, "Copy a service's data, as it is at one moment."),
     Method("service/restore", ServiceFileParams, ServiceBackup, "Put a copy of a service's data back."),
+    Method("workspace/diff", WorkspaceDiffParams, WorkspaceDiff, "What a sandbox changed of its project."),
+    Method("workspace/apply", WorkspaceApplyParams, WorkspaceApplied, "Carry changes back to the project."),
+    Method("workspace/reset", WorkspaceResetParams, WorkspaceApplied, "Undo what a sandbox changed."),
     Method("image/list", ImageListParams, ImageList, "Images that the engines hold."),
     Method("image/build", ImageBuildParams, ImageBuilt, "Make the default image, without a registry if need be."),
     Method("daemon/info", NoParams, DaemonInfo, "The daemon and the engines that it drives."),

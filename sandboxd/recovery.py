@@ -62,6 +62,7 @@ class Recovery:
         }
         for name in await sweep_spools(self._spools_dir, known):
             logger.info("removed the output of a command that nobody knows: %s", name)
+        self._manager.sweep_layers_soon()
         for name in set(os.listdir(self._boxes_dir)) - known.keys():
             try:
                 erase_box(os.path.join(self._boxes_dir, name))

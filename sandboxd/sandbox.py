@@ -18,7 +18,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from hashlib import sha256
 
 import anyio
@@ -276,7 +276,8 @@ class Sandbox:
                 f"cannot trust the init of sandbox {self.record.id}",
                 detail=f"process {pid} listens, which is not PID 1 of its container",
             )
-        _check_mounts(pid, sources)
+        targets = [mount.target for mount in self.record.mounts]
+        _check_mounts(pid, sources, ours=(*OURS, *targets))
 
     def _take_out_of_reach(self, hidden: str) -> None:
         """Move init's socket to ``hidden``, unless it is there, and remove the directory that the container shares.
@@ -587,9 +588,9 @@ async def _is_init_of(pid: int, container_id: str, engine: Engine) -> bool:
     return is_namespace_init(pid) and (await engine.inspect(container_id)).pid == pid
 
 
-def _check_mounts(pid: int, sources: Mapping[str, str]) -> None:
+def _check_mounts(pid: int, sources: Mapping[str, str], ours: Collection[str]) -> None:
     """Refuse an image that puts something in the way of our mounts, or volumes beside them."""
-    found = deviations(mounts.mounts_of(pid), mounts.mounts_of("self"), sources, ours=OURS, read_only={INSIDE_BIN})
+    found = deviations(mounts.mounts_of(pid), mounts.mounts_of("self"), sources, ours=ours, read_only={INSIDE_BIN})
     if found:
         raise Unsupported(
             "cannot use this image",

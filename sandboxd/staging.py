@@ -6,17 +6,22 @@ By descriptor where we may mount, else by path, with a look at what arrived.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 
 import msgspec
 
 from runtimes.errors import Unsupported
 from runtimes.model import Mount
-from runtimes.mounts import mounts_below
+from runtimes.mountinfo import covering
+from runtimes.mounts import mounts_below, mounts_of
 from sandboxd.failures import InvalidArgument
 from sandboxd.running import identity_inside
 from sandboxd.sandbox import Sandbox
-from sandboxd.workspace import MountSource, Stage
+from sandboxd.workspace import TARGET, MountSource, Stage, shown
+
+OVERLAYS = {"overlay": "podman-overlay", "fuse.fuse-overlayfs": "fuse-overlayfs"}
+"""What the kernel calls the overlays that engines make, and what we do."""
 
 
 class Staging:
@@ -38,52 +43,106 @@ class Staging:
         Raises:
             Unsupported: it cannot be mounted as it was asked for.
         """
-        if not self._may_mount:
-            yield [_by_path(source) for source in sources]
-            return
         with contextlib.ExitStack() as staged:
             mounts = []
             for source in sources:
                 stage = Stage(sandbox.stage_path(source.target))
                 staged.callback(stage.clear)
-                self._put(sandbox, source, stage)
-                mounts.append(Mount(source=stage.path, target=source.target, read_only=source.read_only))
+                if self._may_mount:
+                    self._put(sandbox, source, stage)
+                    mounts.append(Mount(source=stage.path, target=source.target, read_only=source.read_only))
+                else:
+                    mounts.append(_by_path(source, stage))
             yield mounts
 
     def _put(self, sandbox: Sandbox, source: MountSource, stage: Stage) -> None:
-        record = sandbox.record.workspace
-        userns_fd = self._userns_fd if record is not None and record.mounted == "idmapped" else None
+        userns_fd = self._userns_fd if source.is_mapped else None
         try:
             stage.put(source, userns_fd=userns_fd)
         except Unsupported:
-            if userns_fd is None or record is None:
+            if userns_fd is None:
                 raise
             stage.put(source, userns_fd=None)
-            warning = "the file system of the workspace cannot map ids: files belong to root inside"
-            sandbox.put(
-                workspace=msgspec.structs.replace(record, mounted="as-is"),
-                warnings=(*sandbox.record.warnings, warning),
-            )
+            _note_unmapped(sandbox, source)
 
     async def check_arrived(self, sandbox: Sandbox, sources: Sequence[MountSource]) -> None:
         """Where the engine mounted by path, see that it was what we had opened and judged.
 
         Raises:
             InvalidArgument: it was replaced meanwhile.
+            Unsupported: the engine made something else than an overlay.
         """
         for source in [] if self._may_mount else sources:
-            if await identity_inside(sandbox, source.target) != (source.device, source.inode):
+            if source.engine_overlay is not None:
+                _check_overlay(sandbox, source)
+                arrived: tuple[int, int] | None = _identity_of(source.path)
+            else:
+                arrived = await identity_inside(sandbox, source.target)
+            if arrived != (source.device, source.inode):
                 raise InvalidArgument(
-                    f"cannot use {source.path!r} as a workspace",
+                    f"cannot use {shown(source.path)!r} in a sandbox",
                     detail="it was replaced by something else while it was mounted",
                 )
 
 
-def _by_path(source: MountSource) -> Mount:
+def _note_unmapped(sandbox: Sandbox, source: MountSource) -> None:
+    """Write down that ids are not mapped there."""
+    record = sandbox.record
+    if source.target == TARGET and record.workspace is not None:
+        sandbox.put(workspace=msgspec.structs.replace(record.workspace, mounted="as-is"))
+    sandbox.put(
+        mounts=tuple(
+            msgspec.structs.replace(mount, mounted="as-is") if mount.target == source.target else mount
+            for mount in record.mounts
+        ),
+        warnings=(
+            *record.warnings,
+            f"the file system of {shown(source.path)} cannot map ids: files belong to root inside",
+        ),
+    )
+
+
+def _check_overlay(sandbox: Sandbox, source: MountSource) -> None:
+    """See that the engine made an overlay, and write down which kind."""
+    entry = covering(mounts_of(sandbox.pid or 0), source.target)
+    backend = None if entry is None or entry.target != source.target else OVERLAYS.get(entry.kind)
+    if backend is None:
+        raise Unsupported(
+            "cannot put an overlay over the project",
+            detail=f"the engine mounted {'nothing' if entry is None else entry.kind} there",
+            hint="use --copy",
+        )
+    if sandbox.record.workspace is not None and sandbox.record.workspace.backend != backend:
+        sandbox.put(workspace=msgspec.structs.replace(sandbox.record.workspace, backend=backend))
+
+
+def _identity_of(path: str) -> tuple[int, int]:
+    """Device and inode of what is at a path now."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return (0, 0)
+    return status.st_dev, status.st_ino
+
+
+def _by_path(source: MountSource, stage: Stage) -> Mount:
     if source.read_only and any(path != source.path for path in mounts_below(source.path)):
         raise Unsupported(
-            f"cannot mount {source.path!r} read-only",
+            f"cannot mount {shown(source.path)!r} read-only",
             detail="other file systems are mounted below it, and an engine leaves those writable",
             hint="unmount them, or use it without --ro",
         )
-    return Mount(source=source.path, target=source.target, read_only=source.read_only)
+    path = source.path
+    if not _can_be_said(path, overlay=source.engine_overlay is not None):
+        stage.link(path)
+        path = stage.path
+    return Mount(source=path, target=source.target, read_only=source.read_only, overlay=source.engine_overlay)
+
+
+def _can_be_said(path: str, *, overlay: bool) -> bool:
+    """Whether an engine can be told this path; else it is told one of ours, which leads there."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\r\n" not in path and not (overlay and any(character in path for character in ":,\\"))

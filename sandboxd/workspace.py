@@ -8,7 +8,9 @@ arrived. So a symlink that is swapped in between is either never followed or fou
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import posixpath
 import stat
 from collections.abc import Iterator, Sequence
 
@@ -16,7 +18,7 @@ import msgspec
 
 from runtimes import mounts
 from runtimes.errors import Unsupported
-from runtimes.model import EngineInfo, User
+from runtimes.model import EngineInfo, OverlayDirs, User
 from runtimes.mountinfo import is_below
 from sandboxd.failures import InvalidArgument
 
@@ -40,21 +42,42 @@ _TOO_WIDE = "/ /home /media /mnt /opt /root /srv /tmp /var /var/home /var/tmp".s
 _HOMES = ("/home", "/var/home")
 
 _CREDENTIALS = (
-    ".aws .azure .config/gcloud .config/gh .config/google-chrome .docker .gnupg .kube .local/share/keyrings .mozilla "
-    ".local/share/containers .password-store .ssh"
+    ".aws .azure .config/containers .config/gcloud .config/gh .config/google-chrome .config/sandboxd .docker "
+    ".git-credentials .gnupg .kube .local/share/containers .local/share/keyrings .mozilla .netrc .npmrc "
+    ".password-store .pgpass .pypirc .ssh"
 ).split()
 
+_INSIDE_RESERVED = "/.sandboxd /dev /proc /sys".split()
+"""Nothing of the caller's is mounted there, or below."""
 
-class OpenedWorkspace(msgspec.Struct, frozen=True, kw_only=True):
-    """A directory that may be a workspace, open."""
+_INSIDE_OURS = "/ /bin /etc /home /home/sandbox /lib /run /sbin /tmp /usr /var /workspace".split()
+"""Nor exactly there: the image, or we, have something there that would be missed."""
+
+
+class Rules(msgspec.Struct, frozen=True, kw_only=True):
+    """Which paths may be seen inside."""
+
+    home: str
+    """The caller's, by its real path."""
+    allow: Sequence[str] = ()
+    """May be, although they would be refused."""
+    deny: Sequence[str] = ()
+    """May never be."""
+    private: Sequence[str] = ()
+    """Of the daemon and of the engines, by their real paths: never either."""
+
+
+class OpenedPath(msgspec.Struct, frozen=True, kw_only=True):
+    """A directory, or a file, that may be seen inside, open."""
 
     path: str
-    """Its real path at the time of opening."""
+    """Its real path at the time of opening, as ``os.fsdecode`` has it."""
     descriptor: int
     """``O_PATH``; whoever got this struct closes it."""
     device: int
     inode: int
     owner: User
+    is_directory: bool
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,52 +90,106 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     warning: str = ""
 
 
-def open_workspace(path: str, *, home: str, allow: Sequence[str], private: Sequence[str] = ()) -> OpenedWorkspace:
+def open_workspace(path: str, rules: Rules) -> OpenedPath:
     """Open a project directory and judge it.
 
     Raises:
         InvalidArgument: it is not an absolute path of a directory, or it is one that may not be a workspace.
     """
-    if not path.startswith("/") or "\0" in path:
-        raise InvalidArgument(f"cannot use {path!r} as a workspace", hint="give the absolute path of a directory")
-    try:
-        descriptor = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
+    return _open(path, rules, what="a workspace", flags=os.O_DIRECTORY)
+
+
+def open_mount(path: str, rules: Rules) -> OpenedPath:
+    """Open a directory or a regular file that is to be seen inside, and judge it.
+
+    Raises:
+        InvalidArgument: it is neither, or one that may not be seen.
+    """
+    opened = _open(path, rules, what="a mount", flags=0)
+    if not opened.is_directory and not stat.S_ISREG(os.fstat(opened.descriptor).st_mode):
+        os.close(opened.descriptor)
         raise InvalidArgument(
-            f"cannot use {path!r} as a workspace", detail=error.strerror or "", hint="give a directory that exists"
-        ) from None
+            f"cannot use {shown(path)!r} as a mount",
+            detail="it is neither a directory nor a file",
+            hint="a sandbox gets no sockets and no devices of the host",
+        )
+    return opened
+
+
+def _open(path: str, rules: Rules, *, what: str, flags: int) -> OpenedPath:
+    brief = f"cannot use {shown(path)!r} as {what}"
+    if not path.startswith("/") or "\0" in path:
+        raise InvalidArgument(brief, hint="give the absolute path of a directory")
+    try:
+        descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC | flags)
+    except OSError as error:
+        raise InvalidArgument(brief, detail=error.strerror or "", hint="give one that exists") from None
     try:
         real = os.readlink(f"/proc/self/fd/{descriptor}")
         status = os.fstat(descriptor)
-        reason = refusal(real, home=home, allow=[os.path.realpath(entry) for entry in allow], private=private)
+        reason = refusal(real, _resolved(rules))
         if reason:
             raise InvalidArgument(
-                f"cannot use {path!r} as a workspace",
+                brief,
                 detail=reason,
-                hint="name it in paths.allow of the configuration if you mean it (sandboxctl config)",
+                hint="see paths.allow and paths.deny of the configuration (sandboxctl config)",
             )
     except BaseException:
         os.close(descriptor)
         raise
-    return OpenedWorkspace(
+    return OpenedPath(
         path=real,
         descriptor=descriptor,
         device=status.st_dev,
         inode=status.st_ino,
         owner=User(uid=status.st_uid, gid=status.st_gid),
+        is_directory=stat.S_ISDIR(status.st_mode),
     )
 
 
-def refusal(path: str, *, home: str, allow: Sequence[str], private: Sequence[str] = ()) -> str:
-    """Say why a real path may not be a workspace; an empty string when it may. Pure.
+def _resolved(rules: Rules) -> Rules:
+    return msgspec.structs.replace(
+        rules,
+        allow=[os.path.realpath(entry) for entry in rules.allow],
+        deny=[os.path.realpath(entry) for entry in rules.deny],
+    )
 
-    A path in ``allow``, or below one, may be, unless it holds or lies in one of ``private``.
+
+def shown(path: str) -> str:
+    """A path for people, where it is not UTF-8."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def refusal(path: str, rules: Rules) -> str:
+    """Say why a real path may not be seen inside; an empty string when it may. Pure.
+
+    A path in ``allow``, or below one, may be, unless it holds or lies in one of ``deny`` or ``private``.
     """
-    reason = "" if any(is_below(path, entry) for entry in allow) else _unless_allowed(path, home)
+    reason = "" if any(is_below(path, entry) for entry in rules.allow) else _unless_allowed(path, rules.home)
     if reason:
         return reason
-    held = (each for each in private if is_below(path, each) or is_below(each, path))
-    return next((f"{directory} belongs to the daemon or to an engine" for directory in held), "")
+    denied = (each for each in rules.deny if is_below(path, each) or is_below(each, path))
+    held = (each for each in rules.private if is_below(path, each) or is_below(each, path))
+    return next(
+        itertools.chain(
+            (f"{shown(directory)} is named in paths.deny" for directory in denied),
+            (f"{shown(directory)} belongs to the daemon or to an engine" for directory in held),
+        ),
+        "",
+    )
+
+
+def target_refusal(target: str) -> str:
+    """Say why nothing may be mounted at a path inside; an empty string when it may. Pure."""
+    if not target.startswith("/") or target != posixpath.normpath(target) or target.startswith("//"):
+        return "it must be an absolute path, without . and .. and doubled slashes"
+    if any(is_below(target, tree) for tree in _INSIDE_RESERVED):
+        return "it belongs to the sandbox itself"
+    if target in _INSIDE_OURS:
+        return "it would hide what the sandbox needs"
+    if is_below(target, TARGET):
+        return "a place for it would have to be made in the project"
+    return ""
 
 
 def _unless_allowed(path: str, home: str) -> str:
@@ -120,7 +197,7 @@ def _unless_allowed(path: str, home: str) -> str:
         return "the directory was removed"
     home = home.rstrip("/") or "/nonexistent"
     if path in _TOO_WIDE or is_below(home, path):
-        return f"{path} holds more than a project"
+        return f"{shown(path)} holds more than a project"
     for name in _CREDENTIALS:
         if is_below(path, os.path.join(home, name)):
             return f"~/{name} holds credentials"
@@ -129,9 +206,9 @@ def _unless_allowed(path: str, home: str) -> str:
     if any(is_below(path, tree) for tree in _SYSTEM_TREES) and not any(
         is_below(path, tree) for tree in _EXCEPTED_TREES
     ):
-        return f"{path} belongs to the system"
+        return f"{shown(path)} belongs to the system"
     if path.startswith("/root/") or any(path.startswith(f"{homes}/") for homes in _HOMES):
-        return f"{path} is in another user's home"
+        return f"{shown(path)} is in another user's home"
     return ""
 
 
@@ -196,8 +273,12 @@ class MountSource(msgspec.Struct, frozen=True, kw_only=True):
     inode: int
     read_only: bool
     is_directory: bool = True
+    is_mapped: bool = False
+    """Its ids are to be mapped, where that can be done."""
     overlay: OverlayLayers | None = None
     """What is written goes there, and ``descriptor`` is only read."""
+    engine_overlay: OverlayDirs | None = None
+    """The same, made by the engine: it cannot be mounted by us."""
 
     def detach(self, *, userns_fd: int | None) -> int:
         """Return a mount of it that is nowhere yet: nosuid, nodev, private. The caller attaches and closes it.
@@ -224,18 +305,6 @@ class MountSource(msgspec.Struct, frozen=True, kw_only=True):
                 lower_fd = opened.enter_context(_attached(self.descriptor, f"{scratch}-lower", userns_fd))
                 layers_fd = opened.enter_context(_attached(layers_fd, f"{scratch}-layers", userns_fd))
             return mounts.detached_overlay(lower_fd, layers_fd)
-
-
-def project_source(workspace: OpenedWorkspace, *, read_only: bool) -> MountSource:
-    """The project itself, at its place."""
-    return MountSource(
-        target=TARGET,
-        path=workspace.path,
-        descriptor=workspace.descriptor,
-        device=workspace.device,
-        inode=workspace.inode,
-        read_only=read_only,
-    )
 
 
 def open_directory(path: str) -> int:
@@ -292,6 +361,12 @@ class Stage:
             mounts.attach(tree_fd, target_fd)
         finally:
             os.close(target_fd)
+
+    def link(self, path: str) -> None:
+        """Have a symlink here, for an engine that cannot be told the path itself."""
+        self.clear()
+        os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+        os.symlink(path, self.path)
 
     def clear(self) -> None:
         """Take every mount off and remove what they were on. Idempotent; also clears what a crash left."""

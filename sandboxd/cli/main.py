@@ -36,6 +36,7 @@ FAMILIES = {
     "inspect": "sandboxes",
     "stats": "usage",
     "update": "sandboxes",
+    "workspace": "workspaces",
     "verify": "sandboxes",
     "stop": "sandboxes",
     "start": "sandboxes",

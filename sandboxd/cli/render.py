@@ -185,7 +185,8 @@ def sandbox(info: dict[str, Any], now_ms: int) -> str:
         ("container", _known(info["container_id"])),
         ("pid", _known(info["pid"])),
         ("user", info["user"]),
-        ("workspace", f"{workspace['path']} ({workspace['mode']}, {workspace['mounted']})" if workspace else UNKNOWN),
+        ("workspace", f"{workspace['path']} ({_words_of(workspace)})" if workspace else UNKNOWN),
+        *(("mount", f"{one['path']} at {one['target']} ({one['mode']}, {one['mounted']})") for one in info["mounts"]),
         ("network", info["network"]),
         ("services", _known(" ".join(info["services"]))),
         ("env", _known(" ".join(sorted(info["env"])))),
@@ -199,6 +200,50 @@ def sandbox(info: dict[str, Any], now_ms: int) -> str:
     width = max(len(name) for name, _ in facts)
     text = "".join(f"{name.ljust(width)}{GAP}{value}\n" for name, value in facts)
     return f"{text}\n{limits_table(info['limits'])}"
+
+
+def _words_of(workspace: dict[str, Any]) -> str:
+    words = [workspace["mode"], workspace["mounted"], workspace["backend"]]
+    return ", ".join(word for word in dict.fromkeys(words) if word != "bind")
+
+
+def changes(listed: Sequence[dict[str, Any]]) -> str:
+    """A line per path that a sandbox changed, and their sum."""
+    if not listed:
+        return ""
+    rows = [(change["kind"], _lines_of(change), change_in_words(change)) for change in listed]
+    insertions = sum(change["insertions"] for change in listed)
+    deletions = sum(change["deletions"] for change in listed)
+    return f"{table(('WHAT', 'LINES', 'PATH'), rows)}{len(listed)} changed, +{insertions} -{deletions}\n"
+
+
+def _lines_of(change: dict[str, Any]) -> str:
+    if change["binary"]:
+        return f"{size(change['old_size_bytes'])} > {size(change['new_size_bytes'])}"
+    if change["insertions"] or change["deletions"]:
+        return f"+{change['insertions']} -{change['deletions']}"
+    return UNKNOWN
+
+
+def change_in_words(change: dict[str, Any]) -> str:
+    """The path, and what no patch tells of it."""
+    path = one_line(change["path"]) + ("/" if change["type"] == "dir" else "")
+    old_path = "" if change["old_path"] is None else f"{one_line(change['old_path'])} > "
+    old_mode, new_mode = change["old_mode"], change["new_mode"]
+    mode = f" ({old_mode & 0o777:o} > {new_mode & 0o777:o})" if change["kind"] == "mode" else ""
+    kind = f" ({change['kind']})" if change["type"] == "dir" and change["kind"] != "mode" else ""
+    note = f": {change['note']}" if change["note"] else ""
+    return f"{old_path}{path}{mode}{kind}{note}"
+
+
+def one_line(text: str) -> str:
+    """A name that a sandbox chose, without what moves a terminal's cursor."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+def harmless(text: str) -> str:
+    """Text that a sandbox wrote, line by line and with its tabs, without what moves a terminal's cursor."""
+    return "\n".join("\t".join(one_line(cell) for cell in line.split("\t")) for line in text.split("\n"))
 
 
 def command_list(commands: Sequence[dict[str, Any]], now_ms: int, columns: int | None) -> str:

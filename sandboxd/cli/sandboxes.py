@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 
@@ -43,13 +42,40 @@ def add_create_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         *("-w", "--workspace"), type=verb.not_empty, metavar="DIR", help="the project, seen inside at /workspace"
     )
-    parser.add_argument("--ro", action="store_true", help="the workspace cannot be written to")
     parser.add_argument(
         "--network",
         choices=("none", "allow", "full"),
         help="default: the daemon's, which is none; allow, where there are rules",
     )
     add_network_arguments(parser)
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument(
+        "--ro", dest="mode", action="store_const", const="ro", help="the workspace cannot be written to"
+    )
+    modes.add_argument(
+        "--overlay",
+        dest="mode",
+        action="store_const",
+        const="overlay",
+        help="the workspace is never touched: see sandboxctl workspace",
+    )
+    modes.add_argument(
+        "--copy", dest="mode", action="store_const", const="copy", help="the same, with a copy of the workspace"
+    )
+    parser.add_argument(
+        "--git-common",
+        choices=("ro", "rw", "none"),
+        help="how the repository of a git worktree is seen inside; default: ro",
+    )
+    parser.add_argument(
+        "--mount",
+        dest="mounts",
+        action="append",
+        default=[],
+        type=verb.mount,
+        metavar="SRC:DST[:ro]",
+        help="another directory or file of the host; or type=bind,src=SRC,dst=DST[,ro]",
+    )
     verb.add_env(parser)
     parser.add_argument(
         "--label",
@@ -76,8 +102,16 @@ def create(connection: Connection, arguments: argparse.Namespace, *, ephemeral: 
     """Make the sandbox that the flags describe."""
     workspace = None
     if arguments.workspace is not None:
-        mode = "ro" if arguments.ro else "rw"
-        workspace = wire.part("WorkspaceParams", path=_absolute(arguments.workspace), mode=mode)
+        workspace = wire.part(
+            "WorkspaceParams",
+            mode=arguments.mode,
+            git_common=arguments.git_common,
+            **_path_fields(arguments.workspace, "a workspace"),
+        )
+    mounts = [
+        wire.part("MountParams", target=mount["dst"], mode=mount["mode"], **_path_fields(mount["src"], "a mount"))
+        for mount in arguments.mounts
+    ]
     try:
         sandbox = call(
             connection,
@@ -87,6 +121,7 @@ def create(connection: Connection, arguments: argparse.Namespace, *, ephemeral: 
             engine=arguments.engine,
             image=arguments.image,
             workspace=workspace,
+            mounts=mounts,
             limits=wire.part("LimitsParams", **verb.limits_of(arguments)),
             limits_policy=arguments.degraded,
             env=env_of(arguments.env_file, arguments.env),
@@ -123,17 +158,17 @@ def check_create_arguments(arguments: argparse.Namespace) -> None:
     Raises:
         RpcError: It does.
     """
-    if arguments.ro and arguments.workspace is None:
-        raise RpcError(0, "invalid_argument", "cannot use --ro without a workspace", "it goes with --workspace DIR")
+    for given, flag in ((arguments.mode, f"--{arguments.mode}"), (arguments.git_common, "--git-common")):
+        if given is not None and arguments.workspace is None:
+            raise RpcError(
+                0, "invalid_argument", f"cannot use {flag} without a workspace", "it goes with --workspace DIR"
+            )
 
 
-def _absolute(path: str) -> str:
-    try:
-        return os.path.abspath(path)
-    except FileNotFoundError:
-        raise RpcError(
-            0, "invalid_argument", f"cannot use {path!r} as a workspace", "the current directory was removed", "cd"
-        ) from None
+def _path_fields(path: str, what: str) -> dict[str, Any]:
+    absolute = verb.host_path(path, what)
+    path_bytes = verb.base64_unless_utf8(absolute)
+    return {"path": absolute if path_bytes is None else "", "path_bytes": path_bytes}
 
 
 def _add_create(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ import os
 import sys
 
 from sandboxd.cli.session import USAGE
+from sandboxd.client import RpcError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -197,6 +198,68 @@ def not_empty(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("it must not be empty")
     return text
+
+
+def host_path(path: str, what: str) -> str:
+    """A path as it was typed, made absolute: ``~`` is the caller's home, the rest begins where the caller is.
+
+    Raises:
+        RpcError: The directory that the caller is in was removed.
+    """
+    try:
+        return os.path.abspath(os.path.expanduser(path))
+    except FileNotFoundError:
+        raise RpcError(
+            0, "invalid_argument", f"cannot use {path!r} as {what}", "the current directory was removed", "cd"
+        ) from None
+
+
+def base64_unless_utf8(path: str) -> str | None:
+    """The bytes of a path that is not UTF-8, as the protocol takes them; None: it is."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        import base64
+
+        return base64.b64encode(os.fsencode(path)).decode("ascii")
+    return None
+
+
+MOUNT_KEYS = {"src": "src", "source": "src", "dst": "dst", "target": "dst", "destination": "dst"}
+
+
+def mount(text: str) -> dict[str, str]:
+    """One ``--mount``: ``SRC:DST[:ro]``, or ``type=bind,src=SRC,dst=DST[,ro]``, in which CSV quotes may stand."""
+    if "=" in text.partition(",")[0]:
+        return _mount_of_fields(text)
+    parts = text.split(":")
+    mode = parts.pop() if len(parts) > 2 and parts[-1] in {"ro", "rw"} else "rw"
+    if len(parts) != 2 or not all(parts):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not of the form SRC:DST[:ro]; with other colons: type=bind,src=SRC,dst=DST"
+        )
+    return {"src": parts[0], "dst": parts[1], "mode": mode}
+
+
+def _mount_of_fields(text: str) -> dict[str, str]:
+    import csv
+
+    found = {"mode": "rw"}
+    try:
+        fields = next(csv.reader([text], strict=True))
+    except csv.Error:
+        raise argparse.ArgumentTypeError(f"{text!r} has a quote that does not end") from None
+    for field in fields:
+        name, equals, value = field.partition("=")
+        if name in MOUNT_KEYS and value:
+            found[MOUNT_KEYS[name]] = value
+        elif name in {"ro", "readonly"} and (not equals or value in {"true", "false"}):
+            found["mode"] = "rw" if value == "false" else "ro"
+        elif field != "type=bind":
+            raise argparse.ArgumentTypeError(f"{field!r} is none of type=bind, src=PATH, dst=PATH and ro")
+    if "src" not in found or "dst" not in found:
+        raise argparse.ArgumentTypeError(f"{text!r} needs src=PATH and dst=PATH")
+    return found
 
 
 def pair(text: str) -> tuple[str, str]:

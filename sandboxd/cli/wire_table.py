@@ -55,6 +55,9 @@ PARAMS: dict[str, str] = {
     "service/restart": "ServiceParams",
     "service/backup": "ServiceFileParams",
     "service/restore": "ServiceFileParams",
+    "workspace/diff": "WorkspaceDiffParams",
+    "workspace/apply": "WorkspaceApplyParams",
+    "workspace/reset": "WorkspaceResetParams",
     "image/list": "ImageListParams",
     "image/build": "ImageBuildParams",
     "daemon/info": "NoParams",
@@ -224,6 +227,12 @@ FIELDS: dict[str, dict[str, object]] = {
         "tmp": None,
         "nofile": None,
     },
+    "MountParams": {
+        "path": REQUIRED,
+        "path_bytes": None,
+        "target": REQUIRED,
+        "mode": "rw",
+    },
     "NetworkSetParams": {
         "sandbox": REQUIRED,
         "mode": None,
@@ -258,6 +267,7 @@ FIELDS: dict[str, dict[str, object]] = {
         "engine": None,
         "image": None,
         "workspace": None,
+        "mounts": [],
         "limits": {},
         "limits_policy": None,
         "env": {},
@@ -335,9 +345,30 @@ FIELDS: dict[str, dict[str, object]] = {
         "timeout": None,
         "follow": False,
     },
+    "WorkspaceApplyParams": {
+        "sandbox": REQUIRED,
+        "paths": [],
+        "paths_bytes": [],
+        "force": False,
+        "dry_run": False,
+    },
+    "WorkspaceDiffParams": {
+        "sandbox": REQUIRED,
+        "paths": [],
+        "paths_bytes": [],
+        "patch": True,
+        "offset": 0,
+    },
     "WorkspaceParams": {
         "path": REQUIRED,
+        "path_bytes": None,
         "mode": "rw",
+        "git_common": "ro",
+    },
+    "WorkspaceResetParams": {
+        "sandbox": REQUIRED,
+        "paths": [],
+        "paths_bytes": [],
     },
 }
 

@@ -55,6 +55,8 @@ class CreateOptions(LimitOptions, total=False):
     """A directory of the host, seen at /workspace."""
     read_only: bool
     """The workspace cannot be written to."""
+    workspace_mode: Literal["rw", "ro", "overlay", "copy"]
+    """``overlay`` and ``copy``: the directory itself is never touched."""
     network: Literal["none", "full"]
     allow_internet_access: bool
     """``network``, as others call it."""
@@ -301,7 +303,10 @@ def create_params(
         on_timeout=options.get("on_timeout"),
         workspace=None
         if workspace is None
-        else {"path": os.path.abspath(workspace), "mode": "ro" if options.get("read_only") else "rw"},
+        else {
+            "path": os.path.abspath(os.path.expanduser(workspace)),
+            "mode": options.get("workspace_mode") or ("ro" if options.get("read_only") else "rw"),
+        },
         **limits_params(options),
     )
 

@@ -64,7 +64,7 @@ class SandboxHandlers:
             progress=context.progress,
         ):
             timings.mark("admit")
-            sandbox = await self._manager.create(params, timings)
+            sandbox = await self._manager.create(params, timings, context.progress)
         if params.ephemeral:
             sandbox.on_forgotten = context.on_close(lambda: self._manager.remove_soon(sandbox))
         return _info(sandbox, timings)
@@ -239,13 +239,28 @@ def _info(sandbox: Sandbox, timings: Timings) -> protocol.SandboxInfo:
         workspace=None
         if workspace is None
         else protocol.WorkspaceInfo(
-            path=workspace.path, mode="ro" if workspace.read_only else "rw", mounted=workspace.mounted
+            path=workspace.path,
+            path_bytes=workspace.path_bytes,
+            mode=workspace.mode,
+            mounted=workspace.mounted,
+            backend=workspace.backend,
         ),
         network=mode_of(sandbox),
         services=[
             f"{grant.service}={scope}" if scope else grant.service
             for grant in record.services
             for scope in grant.scopes or ("",)
+        ],
+        mounts=[
+            protocol.MountInfo(
+                path=mount.path,
+                path_bytes=mount.path_bytes,
+                target=mount.target,
+                mode="ro" if mount.read_only else "rw",
+                mounted=mount.mounted,
+                reason=mount.reason,
+            )
+            for mount in record.mounts
         ],
         limits=limits.reports(sandbox.proofs),
         limits_policy=record.limits_policy,

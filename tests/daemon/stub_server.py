@@ -83,6 +83,26 @@ class Spooled:
             self.input = self.terminal = None
 
 
+def _change(path: str, **fields: Any) -> p.WorkspaceChange:
+    plain: dict[str, Any] = {
+        "path_bytes": None,
+        "kind": "modified",
+        "type": "file",
+        "old_path": None,
+        "old_mode": 0o100644,
+        "new_mode": 0o100644,
+        "old_size_bytes": 2,
+        "new_size_bytes": 2,
+        "binary": False,
+        "insertions": 0,
+        "deletions": 0,
+        "patch": None,
+        "patch_bytes": None,
+        "note": "",
+    }
+    return p.WorkspaceChange(path=path, **{**plain, **fields})
+
+
 class Stub:
     def __init__(self, listener: Listener, tasks: TaskGroup) -> None:
         self._listener = listener
@@ -120,7 +140,24 @@ class Stub:
             pid=number,
             user="1000:1000",
             workspace=params.workspace
-            and p.WorkspaceInfo(path=params.workspace.path, mode=params.workspace.mode, mounted="as-is"),
+            and p.WorkspaceInfo(
+                path=params.workspace.path,
+                path_bytes=params.workspace.path_bytes,
+                mode=params.workspace.mode,
+                mounted="as-is",
+                backend="bind",
+            ),
+            mounts=[
+                p.MountInfo(
+                    path=mount.path,
+                    path_bytes=mount.path_bytes,
+                    target=mount.target,
+                    mode=mount.mode,
+                    mounted="as-is",
+                    reason="",
+                )
+                for mount in params.mounts
+            ],
             network=params.network or "none",
             services=[],
             limits=[LIMIT],
@@ -169,6 +206,33 @@ class Stub:
         event = p.EventInfo(seq=7, at_ms=0, kind="removed", sandbox="sb-gone", name="box", data={"reason": "old"})
         context.notify("events/event", event)
         return p.EventsEnd(last_seq=7)
+
+    # --- what they did to their projects
+
+    async def workspace_diff(self, params: p.WorkspaceDiffParams, _: Context) -> p.WorkspaceDiff:
+        """Three changes, one to a page: text, text that is not UTF-8, and a directory."""
+        text = "diff --git a/t b/t\n--- a/t\n+++ b/t\n@@ -1,1 +1,1 @@\n-a\n+\x1b[2Jb\n"
+        pages = [
+            _change("t\x1b[2J", patch=text if params.patch else None, insertions=1, deletions=1),
+            _change("raw", patch_bytes=b"\xff\n" if params.patch else None, insertions=1),
+            _change("d", type="dir", kind="added", new_mode=0o40755, old_mode=None),
+        ]
+        offset = params.offset
+        return p.WorkspaceDiff(
+            changes=[pages[offset]], total=3, next_offset=offset + 1 if offset < 2 else None, timings_ms={}
+        )
+
+    async def workspace_apply(self, params: p.WorkspaceApplyParams, _: Context) -> p.WorkspaceApplied:
+        raw = [path.decode("latin-1") for path in params.paths_bytes]
+        conflicts = [p.WorkspaceProblem(path="clash", path_bytes=None, reason="it was changed in the project")]
+        return p.WorkspaceApplied(
+            applied=[*params.paths, *raw],
+            applied_total=len(params.paths) + len(raw),
+            conflicts=conflicts if params.dry_run or params.force else [],
+            failed=[],
+            dry_run=params.dry_run,
+            timings_ms={},
+        )
 
     async def sandbox_list(self, params: p.SandboxListParams, context: Context) -> p.SandboxList:
         rows = [

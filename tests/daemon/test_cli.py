@@ -71,7 +71,13 @@ def test_create_flags_reach_the_daemon(ctl: Ctl, tmp_path: Path) -> None:
     assert done.returncode == 0
     reply = inspected(ctl, "flags")
     assert (reply["engine"], reply["image"], reply["network"]) == ("docker", "i", "full")
-    assert reply["workspace"] == {"path": str(tmp_path), "mode": "ro", "mounted": "as-is"}
+    assert reply["workspace"] == {
+        "path": str(tmp_path),
+        "path_bytes": None,
+        "mode": "ro",
+        "mounted": "as-is",
+        "backend": "bind",
+    }
     assert reply["metadata"] == {"a": "b", "c": "d=e"}
     assert reply["limits_policy"] == "degraded"
 

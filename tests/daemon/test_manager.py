@@ -76,6 +76,7 @@ class World:
             bin_dir="/bin",
             seccomp_profile="/seccomp.json",
             spools_dir=str(self.boxes.parent / "spools"),
+            layers_dir=str(self.boxes.parent / "layers"),
             private_dirs=(),
         )
         async with anyio.create_task_group() as tasks:

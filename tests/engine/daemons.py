@@ -270,7 +270,7 @@ class Daemon:
 
     def mounts(self) -> list[str]:
         """Mount points on the host that lie in its directory."""
-        with open("/proc/self/mountinfo", encoding="utf-8") as file:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
             targets = [line.split(" ")[4] for line in file]
         return [target for target in targets if target.startswith(f"{self.directory}/")]
 

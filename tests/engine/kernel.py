@@ -69,7 +69,7 @@ def group_of(pid: int, controller: str) -> tuple[str, int]:
 
 
 def _mount(kind: str, option: str) -> tuple[str, str]:
-    with open("/proc/self/mountinfo", encoding="utf-8") as file:
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         for line in file:
             before, _, after = line.partition(" - ")
             fields, (found, _, options) = before.split(), after.split()

@@ -218,6 +218,52 @@ def test_it_is_isolated_as_any_other(rootless: UsersDaemon) -> None:
     assert done.stderr.count(b"No such file") == 1
 
 
+@pytest.mark.parametrize(
+    ("flag", "name"), [("--overlay", "plain"), ("--overlay", "odd: a,b\\c"), ("--copy", "plain")]
+)
+def test_an_overlay_of_podmans_own_is_compared_carried_back_and_reset(
+    rootless: UsersDaemon, user: pwd.struct_passwd, project: Path, flag: str, name: str
+) -> None:
+    """Nobody but Podman may mount there; and its layer is read by an ordinary user, who may not read all of it."""
+    work = project / name
+    work.mkdir()
+    (work / "dir").mkdir()
+    for path in ("text", "gone", "dir/old"):
+        (work / path).write_text("old\n")
+    for path in (work, *work.rglob("*")):
+        os.chown(path, user.pw_uid, user.pw_gid)
+    done = rootless.ctl("create", "--engine", "podman", "--degraded", "--json", "-w", str(work), flag)
+    assert done.returncode == 0, done.stderr
+    box = json.loads(done.stdout)
+    backends = {"--overlay": {"podman-overlay", "fuse-overlayfs"}, "--copy": {"copy", "reflink"}}
+    assert box["workspace"]["backend"] in backends[flag]
+    script = "echo new >> text; rm gone; rm -r dir; mkdir dir; echo x > dir/new; mkdir shut; chmod 0 shut; id -u"
+    done = rootless.ctl("exec", box["id"], "sh", "-c", script)
+    assert done.stdout.split() == [str(user.pw_uid).encode()], done.stderr
+    assert sorted(os.listdir(work)) == ["dir", "gone", "text"]
+
+    reply = rootless.call("workspace/diff", sandbox=box["id"])
+    found = {(change["path"], change["kind"]) for change in reply["changes"]}
+    wanted = {("text", "modified"), ("gone", "removed"), ("dir/old", "removed"), ("dir/new", "added")}
+    assert found == {*wanted, ("shut", "added")}
+    done = rootless.ctl("workspace", "apply", box["id"], "text", "dir")
+    assert done.returncode == 0, done.stderr
+    assert (work / "text").read_text() == "old\nnew\n"
+    assert os.listdir(work / "dir") == ["new"]
+    assert (work / "dir" / "new").stat().st_uid == user.pw_uid
+    assert (work / "gone").exists()
+
+    assert rootless.ctl("stop", box["id"]).returncode == 0
+    done = rootless.ctl("workspace", "reset", box["id"])
+    assert done.returncode == 0, done.stderr
+    assert rootless.ctl("start", box["id"]).returncode == 0
+    done = rootless.ctl("exec", box["id"], "sh", "-c", "cat gone text; ls")
+    assert done.stdout.split() == [b"old", b"old", b"new", b"dir", b"gone", b"text"], done.stderr
+    assert rootless.ctl("rm", "--wait", box["id"]).returncode == 0
+    rootless.assert_nothing_left(("podman",))
+    assert os.listdir(rootless.state / "layers") == []
+
+
 def test_the_home_of_another_user_is_no_project(rootless: UsersDaemon, user: pwd.struct_passwd, place: Path) -> None:
     for path in ("/root", str(place / "home"), "/etc"):
         refusal = rootless.refusal("sandbox/create", engine="podman", workspace={"path": path})

@@ -100,7 +100,7 @@ def test_a_relative_path_allows_nothing(path: str) -> None:
         load_config(f"[paths]\nallow = ['{path}']\n", origin="config.toml", env={})
 
 
-@pytest.mark.parametrize("variable", ["SANDBOXD_DEFAULTS_MEMROY", "SANDBOXD_PATHS_DENY", "SANDBOXD_DAEMON_"])
+@pytest.mark.parametrize("variable", ["SANDBOXD_DEFAULTS_MEMROY", "SANDBOXD_PATHS_REFUSE", "SANDBOXD_DAEMON_"])
 def test_a_misspelt_variable_is_refused(variable: str) -> None:
     """As a misspelt key of the file is."""
     with pytest.raises(InvalidArgument, match=f"cannot use the variable {variable}: there is no such setting"):

@@ -74,7 +74,8 @@ def test_doctor_lists_each_fix_once() -> None:
 def test_the_inspected_environment_is_names_only() -> None:
     """Values may be secrets, and screens are shared."""
     info = {
-        "workspace": {"path": "/p", "mode": "rw", "mounted": "keep-id"},
+        "workspace": {"path": "/p", "mode": "rw", "mounted": "keep-id", "backend": "bind"},
+        "mounts": [],
         "env": {"TOKEN": "hunter2"},
         "metadata": {"a": "b"},
         "limits": [LIMIT],

@@ -1,0 +1,76 @@
+"""Overlays as root mounts them, without an engine: whose files are in the layer, and that no mount stays."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from runtimes.mounts import mounts_below
+from runtimes.userns import open_swapped_userns
+from sandboxd.layers import Layers
+from sandboxd.trees import Budget, changes
+from sandboxd.workspace import SANDBOX_USER, TARGET, MountSource
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(params=[True, False], ids=["idmapped", "plain"])
+def userns_fd(request: pytest.FixtureRequest) -> Iterator[int | None]:
+    if not request.param:
+        yield None
+        return
+    descriptor = open_swapped_userns(outside=0, inside=SANDBOX_USER.uid)
+    yield descriptor
+    os.close(descriptor)
+
+
+def test_an_overlay_is_mounted_nowhere_and_its_layer_belongs_to_whom_the_project_does(
+    tmp_path: Path, userns_fd: int | None
+) -> None:
+    """Id-mapped it can be none itself: its layers are."""
+    project = tmp_path / "low:er,dir\\x"
+    project.mkdir()
+    (project / "file").write_text("old")
+    (project / "gone").write_text("x")
+    layers = Layers(str(tmp_path / "layers"))
+    project_fd = os.open(project, os.O_RDONLY | os.O_DIRECTORY)
+    status = os.fstat(project_fd)
+    layers.make_overlay(project_fd, "overlay")
+    source = MountSource(
+        target=TARGET,
+        path=str(project),
+        descriptor=project_fd,
+        device=status.st_dev,
+        inode=status.st_ino,
+        read_only=False,
+        overlay=layers.for_overlay(scratch=str(tmp_path / "scratch")),
+    )
+    mount_fd = source.detach(userns_fd=userns_fd)
+    try:
+        assert mounts_below(str(tmp_path)) == []
+        seen = Path(f"/proc/self/fd/{mount_fd}")
+        owner = 0 if userns_fd is None else SANDBOX_USER.uid
+        assert (seen / "file").stat().st_uid == owner
+        with open(seen / "file", "a") as file:
+            file.write(" and new")
+        (seen / "gone").unlink()
+        (seen / "dir").mkdir()
+        os.chown(seen / "dir", owner, owner)
+    finally:
+        os.close(mount_fd)
+    assert (project / "file").read_text() == "old"
+    assert Path(layers.upper, "file").stat().st_uid == 0
+    assert Path(layers.upper, "dir").stat().st_uid == 0
+    with layers.opened(project_fd) as trees:
+        found = changes(trees, Budget(entries_max=100, bytes_max=1000_000_000, seconds_max=60))
+    assert [(change.path, change.kind) for change in found] == [
+        (b"dir", "added"),
+        (b"file", "modified"),
+        (b"gone", "removed"),
+    ]
+    os.close(project_fd)
+    layers.erase()
+    assert sorted(os.listdir(tmp_path)) == ["low:er,dir\\x"]

@@ -24,6 +24,9 @@ LOOK_MS_MIN, LOOK_MS_MAX = 200, 10_000
 ACTIVE_CPU_US_PER_S = 2_000
 """Whoever uses less CPU time than this is idle: a server that waits, with its timers. A fifth of a percent."""
 
+LOOK_CPU_US = 5_000
+"""What a look from outside may cost inside, at its beginning and at its end: a worker there is asked how it is."""
+
 CLOCK_JUMP_MS_MIN = 1_000
 
 
@@ -74,9 +77,9 @@ def judge(standing: Standing) -> Verdict:
     return Verdict(ends_in_ms=ends_in_ms, cause=cause, warn=warn, look_in_ms=max(look_in_ms, 1))
 
 
-def was_active(cpu_us: int, over_ms: int) -> bool:
-    """Whether so much CPU time in so long means that somebody worked."""
-    return cpu_us * 1000 > ACTIVE_CPU_US_PER_S * over_ms
+def was_active(cpu_us: int, over_ms: int, looks: int = 0) -> bool:
+    """Whether so much CPU time in so long, with so many looks from outside, means that somebody worked."""
+    return (cpu_us - looks * LOOK_CPU_US) * 1000 > ACTIVE_CPU_US_PER_S * over_ms
 
 
 def duration_ms(value: float | str, option: str) -> int | None:

@@ -60,6 +60,8 @@ class _Watch:
         self.touched_s = time.monotonic()
         self.users = 0
         """Requests under way that use it."""
+        self.looks = 0
+        """Beginnings and ends of requests that only looked at it, since its CPU time was read."""
         self.cpu_us: int | None = None
         self.cpu_read_s = self.touched_s
         self.running = False
@@ -156,12 +158,25 @@ class Lifetimes:
     def used_by(self, method: str, params: object) -> AbstractContextManager[None]:
         """What is entered while a request is carried out: whoever only looks at a sandbox does not use it."""
         reference = getattr(params, "sandbox", None)
-        if reference is None or method in LOOKING:
+        if reference is None:
             return contextlib.nullcontext()
         try:
-            return self.using(self._manager.get(reference))
+            sandbox = self._manager.get(reference)
         except Failure:
             return contextlib.nullcontext()
+        return self._looking(sandbox) if method in LOOKING else self.using(sandbox)
+
+    @contextlib.contextmanager
+    def _looking(self, sandbox: Sandbox) -> Iterator[None]:
+        """What a look costs inside is no work of the sandbox's."""
+        watch = self._watch(sandbox)
+        watch.looks += 1
+        try:
+            yield
+        finally:
+            watch.looks += 1
+            if sandbox.gone.is_set():
+                self._watches.pop(sandbox.record.id, None)
 
     def left_ms(self, sandbox: Sandbox) -> int | None:
         """How long its lifetime still is, by the clock that nobody can set."""
@@ -235,9 +250,10 @@ class Lifetimes:
         if watch.cpu_us is not None and over_ms < expiry.LOOK_MS_MIN:
             return False
         before_us, watch.cpu_us, watch.cpu_read_s = watch.cpu_us, sandbox.cpu_us(), now_s
+        looks, watch.looks = watch.looks, 0
         if watch.cpu_us is None:
             return sandbox.commands.running_count > 0
-        return before_us is not None and expiry.was_active(watch.cpu_us - before_us, over_ms)
+        return before_us is not None and expiry.was_active(watch.cpu_us - before_us, over_ms, looks)
 
     def _warn(self, sandbox: Sandbox, watch: _Watch, verdict: Verdict) -> None:
         if verdict.warn and not watch.warned:

@@ -236,3 +236,16 @@ async def test_nothing_is_kept_of_what_is_gone_and_what_lasts_for_ever_wakes_nob
         house.watch.change(mortal, SandboxTimeoutParams(sandbox=mortal.record.id, lifetime="1ms"))
         await mortal.gone.wait()
         assert (house.watch._watches, house.watch._limited) == ({}, set())
+
+
+async def test_what_a_look_costs_inside_is_no_work(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``inspect`` asks a worker inside how things are: somebody who does that all the time must not keep it alive."""
+    async with watched(world) as house:
+        box = await house.box(idle_timeout_ms=400)
+        used_us = [0]
+        monkeypatch.setattr(box, "cpu_us", lambda: used_us[0])
+        with anyio.fail_after(30):
+            while not box.gone.is_set():
+                with house.watch.used_by("sandbox/get", SandboxParams(sandbox=box.record.id)):
+                    used_us[0] += 3_000
+                await anyio.sleep(0.01)

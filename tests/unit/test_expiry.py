@@ -76,6 +76,8 @@ def test_timers_of_a_server_that_waits_are_no_work() -> None:
     assert not expiry.was_active(0, 10_000)
     assert not expiry.was_active(20_000, 10_000)
     assert expiry.was_active(20_001, 10_000)
+    assert not expiry.was_active(20_001, 10_000, looks=1)
+    assert expiry.was_active(1_000_000, 10_000, looks=100), "a busy sandbox is busy, however often it is looked at"
 
 
 @pytest.mark.parametrize("text", ["none", "never", "0", 0, 0.0, "0s"])

@@ -187,15 +187,9 @@ def exec_argv(
     )
 
 
-def image_exists_argv(client: Client, reference: str) -> list[str]:
-    """Exit status 0 when the engine holds this image, 1 when it does not."""
-    match client.engine:
-        case EngineName.DOCKER:
-            return client.call("image", "inspect", "--format={{.Id}}", image_reference(reference))
-        case EngineName.PODMAN:
-            return client.call("image", "exists", image_reference(reference))
-        case _:
-            assert_never(client.engine)
+def image_id_argv(client: Client, reference: str) -> list[str]:
+    """Prints the id of an image that the engine holds; fails when it holds none."""
+    return client.call("image", "inspect", "--format={{.Id}}", image_reference(reference))
 
 
 def ping_argv(client: Client) -> list[str]:

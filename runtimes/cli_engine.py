@@ -19,7 +19,7 @@ from runtimes.argv import (
     Client,
     exec_argv,
     find_argv,
-    image_exists_argv,
+    image_id_argv,
     inspect_argv,
     list_argv,
     pause_argv,
@@ -208,15 +208,16 @@ class CliEngine(ABC):
         )
         return finished.returncode
 
-    async def image_exists(self, reference: str) -> bool:
-        """See ``Engine.image_exists``.
+    async def image_id(self, reference: str) -> str | None:
+        """See ``Engine.image_id``.
 
         Not through python-on-whales, which tells a missing image from a missing engine by the text of stderr.
         """
-        finished = await self._ask(image_exists_argv(self._client, reference), "image")
+        finished = await self._ask(image_id_argv(self._client, reference), "image")
         if finished.returncode != 0:
             await self.ping()
-        return finished.returncode == 0
+            return None
+        return parse.image_id(finished.stdout.decode(errors="replace"))
 
     async def list_images(self) -> list[ImageFacts]:
         """See ``Engine.list_images``."""
@@ -297,7 +298,7 @@ class CliEngine(ABC):
         return ContainerNotFound(f"cannot {verb} the container {container_id[:12]}: there is none with this id")
 
     async def _why_not_created(self, spec: ContainerSpec, finished: Finished) -> RuntimeFailure:
-        if not await self.image_exists(spec.image):
+        if await self.image_id(spec.image) is None:
             return ImageNotFound(
                 f"cannot create a container: {self.name.value} does not hold the image {spec.image}",
                 hint="sandboxctl image build",

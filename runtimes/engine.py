@@ -156,8 +156,8 @@ class Engine(Protocol):
         """
         ...
 
-    async def image_exists(self, reference: str) -> bool:
-        """Whether the engine holds this image. Nothing is pulled."""
+    async def image_id(self, reference: str) -> str | None:
+        """The id of the image that the engine holds under this name, None when it holds none. Nothing is pulled."""
         ...
 
     async def list_images(self) -> list[ImageFacts]:

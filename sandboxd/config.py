@@ -23,12 +23,15 @@ from runtimes.quantities import (
     PIDS_MIN,
     QuantityError,
     parse_cpus,
+    parse_duration_ms,
     parse_memory,
     parse_optional_duration_ms,
 )
 from sandboxd.egress_rules import address_of, authority
-from sandboxd.failures import InvalidArgument
-from sandboxd.protocol import ConfigEntry, EngineChoice, LimitsPolicy, OnTimeout, ServiceName
+from sandboxd.failures import InvalidArgument, NotFound
+from sandboxd.protocol import ConfigEntry, EngineChoice, LimitsPolicy, OnTimeout, ServiceName, TemplateName
+
+DEFAULT_TEMPLATE = "default"
 
 DEFAULT_IMAGE = "localhost/sandboxd/default:latest"
 
@@ -43,6 +46,9 @@ OUTPUT_BYTES_MAX = 2**40
 """Of what is kept of one stream: a head and a tail that say something, and no more than a disk holds."""
 
 SIZE_BYTES_MAX = 2**60
+SLOTS_MAX = 512
+"""Warm slots of one template."""
+
 COUNT_MAX = 2**30
 """Of a default, which is cut to what the host has; this only bounds the arithmetic."""
 
@@ -158,16 +164,51 @@ class Service(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     memory: str = "2g"
 
 
+class Pool(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Warm slots, of every template that does not say otherwise."""
+
+    min: Annotated[int, Meta(ge=0, le=SLOTS_MAX, description="Slots that are always kept warm.")] = 0
+    max: Annotated[
+        int, Meta(ge=0, le=SLOTS_MAX, description="Slots at most, however many are asked for; 0: no pool.")
+    ] = 8
+    idle: Annotated[str, Meta(description="How long a demand is remembered before its slots are let go.")] = "10m"
+    age_max: Annotated[str, Meta(description="A slot that is older is replaced.")] = "6h"
+    fills_max: Annotated[int, Meta(ge=1, le=16, description="Slots made at once.")] = 2
+    memory_reserve: Annotated[
+        str, Meta(description="No slot is made when the host has less memory than this to give.")
+    ] = "1g"
+
+
+class Template(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A named recipe for sandboxes: what it does not say is as in ``defaults``."""
+
+    description: Annotated[str, Meta(max_length=200)] = ""
+    engine: EngineChoice | Literal["auto"] | None = None
+    image: str | None = None
+    memory: str | None = None
+    cpus: str | None = None
+    pids: Annotated[int, Meta(ge=PIDS_MIN, le=COUNT_MAX)] | None = None
+    shm: str | None = None
+    tmp: str | None = None
+    nofile: Annotated[int, Meta(ge=NOFILE_MIN, le=COUNT_MAX)] | None = None
+    network: Literal["none", "full"] | None = None
+    env: dict[str, str] = {}
+    pool_min: Annotated[int, Meta(ge=0, le=SLOTS_MAX)] | None = None
+    pool_max: Annotated[int, Meta(ge=0, le=SLOTS_MAX)] | None = None
+
+
 class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All settings."""
 
     defaults: Defaults = Defaults()
+    pool: Pool = Pool()
     paths: Paths = Paths()
     workspaces: Workspaces = Workspaces()
     daemon: Daemon = Daemon()
     capacity: Capacity = Capacity()
     chroma: Chroma = Chroma()
     services: dict[str, Service] = {}
+    templates: dict[str, Template] = {}
 
 
 def load_config(text: str, *, origin: str, env: Mapping[str, str]) -> tuple[Config, list[ConfigEntry]]:
@@ -185,14 +226,15 @@ def load_config(text: str, *, origin: str, env: Mapping[str, str]) -> tuple[Conf
     """
     read = _parsed(text, origin)
     services = _services(read.pop("services", {}), origin)
+    templates = _templates(read.pop("templates", {}), origin)
     given = _from_file(read, origin) | _from_environment(env)
-    sections: dict[str, dict[str, Any]] = {section: {} for section in get_type_hints(Config)}
+    sections: dict[str, dict[str, Any]] = {section: {} for section in _SECTIONS}
     for (section, key), kind in _SETTINGS.items():
         if (section, key) in given:
             sections[section][key] = _checked(f"{section}.{key}", kind, given[section, key])
-    config = msgspec.structs.replace(msgspec.convert(sections, Config), services=services)
+    config = msgspec.structs.replace(msgspec.convert(sections, Config), services=services, templates=templates)
     entries = _entries(config, {key: value.origin for key, value in given.items()})
-    return config, entries + _service_entries(services, origin)
+    return config, entries + _service_entries(services, origin) + _template_entries(templates, origin)
 
 
 class _Given(NamedTuple):
@@ -209,12 +251,13 @@ def _settings() -> dict[tuple[str, str], Any]:
     return {
         (section, key): hint
         for section, struct in get_type_hints(Config).items()
-        if section != "services"
+        if section not in ("services", "templates")
         for key, hint in get_type_hints(struct, include_extras=True).items()
     }
 
 
 _SETTINGS = _settings()
+_SECTIONS = tuple(dict.fromkeys(section for section, _ in _SETTINGS))
 
 
 def _edit(origin: str) -> str:
@@ -301,7 +344,7 @@ def _from_file(sections: Mapping[str, Any], origin: str) -> dict[tuple[str, str]
 
 def _from_environment(env: Mapping[str, str]) -> dict[tuple[str, str], _Given]:
     names = {f"SANDBOXD_{section}_{key}".upper(): (section, key) for section, key in _SETTINGS}
-    prefixes = tuple(f"SANDBOXD_{section}_".upper() for section in Config.__struct_fields__)
+    prefixes = tuple(f"SANDBOXD_{section}_".upper() for section in _SECTIONS)
     given = {}
     for variable in sorted(name for name in env if name.startswith(prefixes)):
         hint = f"unset {variable}"
@@ -335,6 +378,43 @@ def _checked(key: str, kind: Any, given: _Given) -> object:
     raise InvalidArgument(f"cannot use {given.value!r} for {key} in {given.origin}", detail=detail, hint=given.hint)
 
 
+def _templates(tables: object, origin: str) -> dict[str, Template]:
+    """The templates that a user writes down, every value as strictly looked at as that of ``[defaults]``."""
+    try:
+        templates = msgspec.convert(tables, dict[TemplateName, Template])
+    except msgspec.ValidationError as error:
+        raise InvalidArgument(
+            f"cannot use the templates in {origin}", detail=str(error), hint=_edit(origin)
+        ) from None
+    for template in templates.values():
+        for key, value in msgspec.structs.asdict(template).items():
+            if value is not None and ("defaults", key) in _SETTINGS:
+                _checked(f"defaults.{key}", _SETTINGS["defaults", key], _Given(value, origin, _edit(origin)))
+    return templates
+
+
+def template_defaults(config: Config, name: str) -> tuple[Template, Defaults]:
+    """A template, and the defaults of a sandbox that is made of it. ``default`` needs not be written down.
+
+    Raises:
+        NotFound: there is none of this name.
+    """
+    template = config.templates.get(name)
+    if template is None and name != DEFAULT_TEMPLATE:
+        raise NotFound(
+            f"cannot find the template {name!r}",
+            detail=f"there are {', '.join(sorted({DEFAULT_TEMPLATE, *config.templates}))}",
+            hint="sandboxctl template list",
+        )
+    template = template or Template()
+    said = {
+        key: value
+        for key, value in msgspec.structs.asdict(template).items()
+        if value is not None and key in Defaults.__struct_fields__
+    }
+    return template, msgspec.structs.replace(config.defaults, **said)
+
+
 def _refuse_relative(paths: list[str]) -> None:
     for path in paths:
         host_path(path)
@@ -354,8 +434,25 @@ _CHECKS: Mapping[str, Callable[[Any], object]] = {
     "chroma.memory": partial(parse_memory, bytes_max=SIZE_BYTES_MAX),
     "paths.deny": _refuse_relative,
     "workspaces.copy_bytes": partial(parse_memory, bytes_max=SIZE_BYTES_MAX),
+    "pool.idle": partial(parse_duration_ms, option="pool.idle"),
+    "pool.age_max": partial(parse_duration_ms, option="pool.age_max"),
+    "pool.memory_reserve": partial(parse_memory, bytes_max=SIZE_BYTES_MAX),
 }
 """What a type cannot say. Raise QuantityError or Unsupported. What is more than this host has is cut later."""
+
+
+def _template_entries(templates: Mapping[str, Template], origin: str) -> list[ConfigEntry]:
+    return [
+        ConfigEntry(
+            key=f"templates.{name}.{key}",
+            value=" ".join(value) if isinstance(value, dict) else str(value),
+            origin=origin,
+            description="Of a template; of its variables only the names are shown.",
+        )
+        for name, template in templates.items()
+        for key, value in msgspec.structs.asdict(template).items()
+        if value not in (None, "", {})
+    ]
 
 
 def _entries(config: Config, origins: Mapping[tuple[str, str], str]) -> list[ConfigEntry]:

@@ -33,6 +33,8 @@ from runtimes.errors import RuntimeFailure
 from runtimes.init.wire import InitError
 from runtimes.inotify import Inotify
 from runtimes.model import EngineInfo, EngineName, User
+from runtimes.mounter.binary import mounter_binary_path
+from runtimes.mounter.mounter import Mounter
 from runtimes.podman import PodmanEngine
 from runtimes.userns import open_swapped_userns
 from sandboxd import __version__
@@ -50,6 +52,7 @@ from sandboxd.handlers.dispatch import Dispatcher
 from sandboxd.handlers.events import EventHandlers
 from sandboxd.handlers.files import FileHandlers
 from sandboxd.handlers.network import NetworkHandlers
+from sandboxd.handlers.pools import PoolHandlers
 from sandboxd.handlers.sandboxes import SandboxHandlers
 from sandboxd.handlers.services import ServiceHandlers
 from sandboxd.handlers.shells import ShellHandlers
@@ -212,15 +215,18 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 NetworkHandlers(manager, services, attachments),
                 ServiceHandlers(manager, services),
                 WorkspaceHandlers(manager),
+                PoolHandlers(manager),
                 daemon,
             )
             dispatcher = Dispatcher((family.table() for family in families), lifetimes.used_by)
             await ground.engines.refresh()
             await clients.wait_for_clients(owner_label_argument(ground.owner), deadline_s=LEFT_CLIENTS_DEADLINE_S)
             await recovery.recover()
+            manager.keep_pools()
             async with _serving(listener, dispatcher):
                 tasks.start_soon(recovery.sweep_periodically)
                 tasks.start_soon(lifetimes.run)
+                tasks.start_soon(manager.pools.run)
                 logger.info("listening on %s", listener.path)
                 activation.tell("READY=1")
                 if ready_fd is not None:
@@ -228,6 +234,7 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 await stop.wait()
                 logger.info("stopping")
                 activation.tell("STOPPING=1")
+                manager.pools.close()
                 await dispatcher.drain(deadline_s=DRAIN_DEADLINE_S)
             await manager.finish_removals(deadline_s=REMOVALS_DEADLINE_S)
             manager.disconnect_all()
@@ -298,6 +305,8 @@ def _prepare(
             userns_fd=userns_fd,
             inotify=held.enter_context(Inotify()),
             tell=events.publish,
+            mounter=held.enter_context(contextlib.closing(Mounter(mounter_binary_path()))),
+            memory_available=_memory_available,
         ),
         recovery=functools.partial(Recovery, engines=engines, journal=journal, places=places),
     )
@@ -369,6 +378,11 @@ def _home(env: Mapping[str, str]) -> str:
 
 def _caller(env: Mapping[str, str]) -> Caller:
     return Caller(user=User(uid=os.geteuid(), gid=os.getegid()), home=os.path.realpath(_home(env)))
+
+
+def _memory_available() -> int:
+    available: int = psutil.virtual_memory().available
+    return available
 
 
 def _host() -> Host:

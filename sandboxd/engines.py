@@ -66,16 +66,22 @@ class EngineRoom:
             raise EngineUnavailable(f"cannot use {name}", hint="sandboxctl doctor")
         return engine
 
+    def chosen(self, name: str) -> Engine:
+        """The engine for a new sandbox, by what is known of the host now.
+
+        Raises:
+            EngineUnavailable: none can be used, with a reason for each.
+        """
+        return self.get(choose(self.infos, None if name == "auto" else EngineName(name)).name)
+
     async def choose(self, name: str) -> Engine:
         """The engine for a new sandbox; ``auto`` takes the best that works. Looks again before it gives up.
 
         Raises:
             EngineUnavailable: none can be used, with a reason for each.
         """
-        preferred = None if name == "auto" else EngineName(name)
         try:
-            info = choose(self.infos, preferred)
+            return self.chosen(name)
         except EngineUnavailable:
             await self.refresh()
-            info = choose(self.infos, preferred)
-        return self.get(info.name)
+            return self.chosen(name)

@@ -31,6 +31,7 @@ BLOCK = 100_000
 
 _KINDS = {
     Event.CREATED: "created",
+    Event.CLAIMED: "created",
     Event.PAUSE: "paused",
     Event.STOP: "stopping",
     Event.EXITED: "stopped",

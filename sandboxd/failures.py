@@ -102,6 +102,13 @@ class NotEnoughSpace(Failure):
     code = -32014
 
 
+class PoolExhausted(Failure):
+    """No warm slot, and the caller wanted nothing else."""
+
+    type = "pool_exhausted"
+    code = -32006
+
+
 class SandboxGone(Failure):
     """The sandbox went away, or its init no longer answers."""
 
@@ -164,6 +171,7 @@ FAILURES: tuple[type[Failure], ...] = (
     LimitNotEnforceable,
     CapacityExceeded,
     NotEnoughSpace,
+    PoolExhausted,
     SandboxGone,
     EngineUnavailableFailure,
     Unauthorized,

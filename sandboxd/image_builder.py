@@ -64,7 +64,7 @@ class ImageBuilder:
         engines = await self._chosen(params.engine)
         async with self._building:
             if not params.force:
-                engines = [each for each in engines if not await each.image_exists(reference)]
+                engines = [each for each in engines if await each.image_id(reference) is None]
             source = "present"
             if engines:
                 source = await self._make(engines, reference, params.source, progress)
@@ -145,6 +145,6 @@ def _same_reference(tag: str, reference: str) -> bool:
 async def has_image(engine: Engine, reference: str) -> bool:
     """Whether the engine holds the image; False also when it does not answer."""
     try:
-        return await engine.image_exists(reference)
+        return await engine.image_id(reference) is not None
     except RuntimeFailure:
         return False

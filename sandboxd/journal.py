@@ -14,11 +14,12 @@ import os
 import sqlite3
 import uuid
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from runtimes.model import Limits, Network, User
+from sandboxd.config import DEFAULT_TEMPLATE
 from sandboxd.failures import Failure
 from sandboxd.lifecycle import State
 from sandboxd.protocol import CommandEnd
@@ -60,6 +61,9 @@ class WorkspaceRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What is written goes to: ``overlay`` or ``copy``; empty: to the project, if it may be written at all."""
     backend: str = "bind"
     """What it is carried out with: see ``protocol.WorkspaceInfo``."""
+    device: int = 0
+    inode: int = 0
+    """Which directory it was when it was mounted."""
 
     @property
     def mode(self) -> str:
@@ -150,6 +154,16 @@ class SandboxRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What its proxy lets through; None: it has none."""
     services: tuple[GrantRecord, ...] = ()
     forwards: tuple[ForwardRecord, ...] = ()
+    template: str = DEFAULT_TEMPLATE
+    slot: bool = False
+    """Nobody's yet."""
+    image_id: str | None = None
+    """What its image was when it was made, where that was asked."""
+    changed_late: bool = False
+    """What the engine knows of it is what the slot was: project, sizes and name came after the start."""
+    launch: Literal["warm", "cold"] = "cold"
+    miss_reason: str = ""
+    """Why it was not claimed from the pool."""
 
 
 class CommandRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,6 +16,10 @@ class State(StrEnum):
 
     CREATING = "creating"
     """Written down; the engine may or may not have a container yet."""
+    WARM = "warm"
+    """A slot: it runs, its limits are proven, and it is nobody's."""
+    RESERVED = "reserved"
+    """A slot that is being made into somebody's sandbox."""
     RUNNING = "running"
     """The container runs and its init answers."""
     PAUSED = "paused"
@@ -36,6 +40,9 @@ class Event(StrEnum):
     """What can happen to a sandbox."""
 
     CREATED = "created"
+    FILLED = "filled"
+    RESERVE = "reserve"
+    CLAIMED = "claimed"
     STOP = "stop"
     START = "start"
     PAUSE = "pause"
@@ -52,6 +59,8 @@ class Event(StrEnum):
 
 _ALIVE = (
     State.CREATING,
+    State.WARM,
+    State.RESERVED,
     State.RUNNING,
     State.PAUSED,
     State.STOPPING,
@@ -62,6 +71,13 @@ _ALIVE = (
 
 TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.CREATING, Event.CREATED): State.RUNNING,
+    (State.CREATING, Event.FILLED): State.WARM,
+    (State.WARM, Event.ADOPTED): State.WARM,
+    (State.WARM, Event.RESERVE): State.RESERVED,
+    (State.RESERVED, Event.CLAIMED): State.RUNNING,
+    (State.RESERVED, Event.ADOPTED): State.RESERVED,
+    (State.WARM, Event.EXITED): State.STOPPED,
+    (State.RESERVED, Event.EXITED): State.STOPPED,
     (State.RUNNING, Event.STOP): State.STOPPING,
     (State.PAUSED, Event.STOP): State.STOPPING,
     (State.BROKEN, Event.STOP): State.STOPPING,

@@ -44,6 +44,7 @@ from runtimes.model import (
     Tmpfs,
     User,
 )
+from runtimes.mounter.mounter import Mounter
 from runtimes.quantities import format_bytes
 from sandboxd import admission, expiry, reconcile
 from sandboxd.attaching import Attachments, changed_egress, egress_of
@@ -57,19 +58,25 @@ from sandboxd.failures import (
     InvalidArgument,
     LimitNotEnforceable,
     NotFound,
+    PoolExhausted,
     SandboxGone,
     Unsupported,
 )
 from sandboxd.journal import Journal, LifetimeRecord, SandboxRecord
 from sandboxd.lifecycle import Event, State, next_state
 from sandboxd.limits import Host, merged, output_bytes_max, resolve, resolve_update
+from sandboxd.planner import PoolSettings
+from sandboxd.pool import Pools
 from sandboxd.protocol import NetworkSetParams, SandboxCreateParams, SandboxUpdateParams
+from sandboxd.recipe import Recipe
+from sandboxd.running import seconds
 from sandboxd.sandbox import INSIDE_BIN, INSIDE_RUN, TMPFS_TARGETS, Sandbox, Tell, container_id_of
 from sandboxd.services.room import ServiceRoom
 from sandboxd.spool import SpoolDirectory
 from sandboxd.staging import Staging
+from sandboxd.templates import Templates
 from sandboxd.timings import Timings, now_ms
-from sandboxd.workspace import Identity, MountSource, Rules, identify
+from sandboxd.workspace import TARGET, Identity, MountSource, Rules, identify
 from sandboxd.workspaces import Opened, Progress, Workspaces, copy_bounds, silent
 
 logger = logging.getLogger(__name__)
@@ -125,11 +132,14 @@ class Manager:
         inotify: Inotify,
         services: ServiceRoom,
         attachments: Attachments,
+        mounter: Mounter | None,
+        memory_available: Callable[[], int],
         tell: Tell | None = None,
     ) -> None:
         self._config = config
         self._services = services
         self._attachments = attachments
+        self.templates = Templates(config, host)
         self._inotify = inotify
         self._output_bytes_max = output_bytes_max(config.defaults)
         self._host = host
@@ -154,13 +164,22 @@ class Manager:
             idmap_works=userns_fd is not None,
         )
         """What they see of the host, and what they did to it."""
-        self._staging = Staging(may_mount=caller.user.uid == 0, userns_fd=userns_fd)
+        self._staging = Staging(may_mount=caller.user.uid == 0, userns_fd=userns_fd, mounter=mounter)
         self._sandboxes: dict[str, Sandbox] = {}
         self._tell = tell
         self.watchers: list[Callable[[Sandbox], None]] = []
         """Called with each sandbox whenever it has changed, or is gone; must be cheap."""
         self._removing: set[str] = set()
         """The sandboxes that a task in the background removes."""
+        self.pools = Pools(
+            background,
+            settings_of=self._pool_settings,
+            fill=self._fill_slot,
+            discard=self.remove_soon,
+            image_id=self._image_id,
+            spare_slots=lambda: self.templates.spare_slots(memory_available()),
+            fills_max=config.pool.fills_max,
+        )
 
     # --- finding --------------------------------------------------------------------------------------
 
@@ -169,8 +188,8 @@ class Manager:
         return list(self._sandboxes.values())
 
     def present(self) -> list[Sandbox]:
-        """All but those that are as good as gone."""
-        return [sandbox for sandbox in self._sandboxes.values() if not sandbox.leaving]
+        """All but those that are as good as gone, and slots, which are nobody's."""
+        return [sandbox for sandbox in self._sandboxes.values() if not sandbox.leaving and not sandbox.record.slot]
 
     def find(self, sandbox_id: str) -> Sandbox | None:
         """The sandbox with exactly this id."""
@@ -188,7 +207,7 @@ class Manager:
             InvalidArgument: the prefix fits several.
         """
         exact = self._sandboxes.get(reference)
-        if exact is not None and (leaving or not exact.leaving):
+        if exact is not None and not exact.record.slot and (leaving or not exact.leaving):
             return exact
         present = self.present()
         named = [sandbox for sandbox in present if sandbox.record.name == reference]
@@ -215,8 +234,10 @@ class Manager:
 
         Raises:
             InvalidArgument: one of them is nonsense, or more than the host has.
+            NotFound: there is no such template.
         """
-        return resolve(params.limits, self._config.defaults, self._host, nofile_hard_max=None).limits
+        defaults = self.templates.defaults(params.template)
+        return resolve(params.limits, defaults, self._host, nofile_hard_max=None).limits
 
     def limits_after(self, sandbox: Sandbox, params: SandboxUpdateParams) -> Limits:
         """The limits that a sandbox has after this request.
@@ -237,20 +258,19 @@ class Manager:
             LimitNotEnforceable: this host cannot enforce what was asked; nothing is left.
             Failure: anything else; nothing is left.
         """
-        resolved = resolve(params.limits, self._config.defaults, self._host, nofile_hard_max=None)
+        defaults = self.templates.defaults(params.template)
+        resolve(params.limits, defaults, self._host, nofile_hard_max=None)
         lifetime = self._lifetime(params)
         egress = egress_of(params.network, params.allow, params.deny)
         self._check_room(params.name)
         with contextlib.ExitStack() as opened:
             places = await self.workspaces.open(params.workspace, params.mounts, opened)
-            engine = await self._engines.choose(params.engine or self._config.defaults.engine)
+            engine = await self._engines.choose(params.engine or defaults.engine)
             timings.mark("choose")
-            resolved = resolve(
-                params.limits, self._config.defaults, self._host, nofile_hard_max=engine.info.nofile_hard_max
-            )
+            resolved = resolve(params.limits, defaults, self._host, nofile_hard_max=engine.info.nofile_hard_max)
             limits = self._packed(resolved.limits, engine.info)
             require_pausable(engine, lifetime.on_timeout)
-            policy = params.limits_policy or self._config.defaults.limits_policy
+            policy = params.limits_policy or defaults.limits_policy
             self._check_enforceable(limits, engine.info, policy)
             identity = identify(
                 engine.info,
@@ -265,21 +285,19 @@ class Manager:
                 state=State.CREATING,
                 state_reason="",
                 engine=engine.name.value,
-                image=params.image or self._config.defaults.image,
+                image=params.image or defaults.image,
                 container_id=None,
                 user=identity.user,
                 keep_id=identity.keep_id,
                 workspace=self.workspaces.workspace_record(params.workspace, places, identity, engine.info),
                 mounts=self.workspaces.mount_records(places, identity),
-                network=Network.NONE
-                if egress is not None
-                else Network(params.network or self._config.defaults.network),
+                network=Network.NONE if egress is not None else Network(params.network or defaults.network),
                 egress=egress,
                 services=self._services.grants(params.services, sandbox_id=sandbox_id),
                 limits=limits,
                 tmp_bytes_max=resolved.tmp_bytes_max,
                 limits_policy=policy,
-                env=params.env,
+                env={**self.templates.env(params.template), **params.env},
                 metadata=params.metadata,
                 ephemeral=params.ephemeral,
                 created_at_ms=now_ms(),
@@ -287,23 +305,274 @@ class Manager:
                 bin_dir=self._places.bin_dir,
                 lifetime=lifetime,
                 cpus_packed=limits is not resolved.limits,
+                template=params.template,
             )
-            # Again, for others may have come in between; from here to the registration nothing waits.
-            self._check_room(params.name)
-            self._journal.put(record)
-            sandbox = self.register(record)
-            timings.mark("journal")
-            # Nobody has it yet, and nobody gets it before it is made.
-            sandbox.lock.acquire_nowait()
-            try:
-                await self._fill(sandbox, places, progress)
-                timings.mark("layers")
-                with anyio.CancelScope(shield=True):
-                    await self._make(sandbox, engine, places, timings)
-            finally:
-                sandbox.lock.release()
+            slot, miss_reason = await self._slot_for(record, engine, params)
+            sandbox = None
+            if slot is not None:
+                grants = self._services.grants(params.services, sandbox_id=slot.record.id)
+                before = self._reserve(slot, msgspec.structs.replace(record, services=grants), engine)
+                timings.mark("reserve")
+                sandbox, miss_reason = await self._claim(slot, before, engine, places, timings, progress)
+            if sandbox is None:
+                record = msgspec.structs.replace(record, miss_reason=miss_reason)
+                sandbox = await self._launch_cold(record, engine, places, timings, progress)
         await self._unless_cancelled(sandbox)
         return sandbox
+
+    async def _launch_cold(
+        self, record: SandboxRecord, engine: Engine, places: Opened, timings: Timings, progress: Progress
+    ) -> Sandbox:
+        # Again, for others may have come in between; from here to the registration nothing waits.
+        self._check_room(record.name)
+        self._journal.put(record)
+        sandbox = self.register(record)
+        timings.mark("journal")
+        # Nobody has it yet, and nobody gets it before it is made.
+        sandbox.lock.acquire_nowait()
+        try:
+            await self._fill_layers(sandbox, places, progress)
+            timings.mark("layers")
+            with anyio.CancelScope(shield=True):
+                await self._make(sandbox, engine, places, timings, Event.CREATED)
+        finally:
+            sandbox.lock.release()
+        return sandbox
+
+    # --- warm slots -----------------------------------------------------------------------------------
+
+    async def _slot_for(
+        self, record: SandboxRecord, engine: Engine, params: SandboxCreateParams
+    ) -> tuple[Sandbox | None, str]:
+        """A slot to be claimed, or the reason why a container has to be made.
+
+        Raises:
+            PoolExhausted: the caller wants a slot and nothing else.
+        """
+        if params.launch == "cold":
+            return None, ""
+        recipe = self._recipe(record, engine)
+        unfit = self._unfit(record, recipe, engine)
+        if unfit:
+            if params.launch != "auto":
+                raise PoolExhausted(
+                    f"cannot claim a sandbox of template {params.template!r}",
+                    detail=f"fixed when a container is made, and unlike the template: {', '.join(unfit)}",
+                    hint="leave that out, make a template of it, or take a cold one: --launch cold",
+                )
+            return None, ", ".join(unfit)
+        if params.launch == "wait":
+            return await self.pools.wait(recipe, deadline_s=seconds(params.wait, option="--wait")), ""
+        taken = self.pools.take(recipe)
+        if taken is None and params.launch == "warm":
+            raise PoolExhausted(
+                f"cannot claim a sandbox of template {params.template!r}",
+                detail="no slot is warm",
+                hint="sandboxctl pool list, or wait for one: --launch wait",
+            )
+        return taken, "" if taken else "empty"
+
+    def _recipe(self, record: SandboxRecord, engine: Engine) -> Recipe:
+        return self.templates.recipe_of(record, late=self._staging.changes_late(engine.info))
+
+    def _unfit(self, record: SandboxRecord, recipe: Recipe, engine: Engine) -> tuple[str, ...]:
+        """Why no slot will do, in the words of the command line."""
+        workspace = record.workspace
+        layered = workspace is not None and bool(workspace.layer)
+        by_engine = workspace is not None and workspace.layer == "overlay" and workspace.backend != "overlay"
+        return (
+            *self.templates.unfit(recipe, engine.info),
+            *(("mounts",) if record.mounts else ()),
+            *(("workspace",) if by_engine or (layered and recipe.prebound is not None) else ()),
+        )
+
+    def _reserve(self, slot: Sandbox, record: SandboxRecord, engine: Engine) -> SandboxRecord:
+        """Write a slot down as the caller's; returns what it was. Waits for nobody, so that no name is given twice.
+
+        Raises:
+            Conflict: the name was taken meanwhile; the slot stays one.
+            Failure: the journal cannot be written; likewise.
+        """
+        before = slot.record
+        try:
+            self._check_room(record.name)
+            slot.claim(msgspec.structs.replace(record, changed_late=self._staging.changes_late(engine.info)))
+        except Failure:
+            self.pools.give_back(self._recipe(before, engine), slot)
+            raise
+        return before
+
+    async def _claim(
+        self,
+        slot: Sandbox,
+        before: SandboxRecord,
+        engine: Engine,
+        places: Opened,
+        timings: Timings,
+        progress: Progress,
+    ) -> tuple[Sandbox | None, str]:
+        """Make a slot the caller's: no engine call, unless its limits cannot be written but by the engine.
+
+        Returns:
+            The sandbox; or None, and why a container has to be made after all.
+
+        Raises:
+            LimitNotEnforceable: this host cannot enforce what was asked; nothing is left.
+            Failure: its layers cannot be made; likewise.
+        """
+        async with slot.lock:
+            try:
+                await self.workspaces.fill(slot, places, progress)
+                with anyio.CancelScope(shield=True):
+                    await self._change_to_claimed(slot, before, engine, places, timings)
+            except RuntimeFailure as error:
+                logger.warning("cannot claim slot %s: %s", slot.record.id, error)
+                self.remove_soon(slot)
+                return None, f"claim failed: {error.brief}"
+            except BaseException:
+                self.remove_soon(slot)
+                raise
+        return slot, ""
+
+    async def _change_to_claimed(
+        self, slot: Sandbox, before: SandboxRecord, engine: Engine, places: Opened, timings: Timings
+    ) -> None:
+        if slot.record.changed_late:
+            with contextlib.ExitStack() as opened:
+                await self._change_late(slot, before, self.workspaces.sources(slot, places, opened))
+        timings.mark("workspace")
+        await self._claim_limits(slot, engine, before.limits)
+        timings.mark("limits")
+        self.prove(slot)
+        self._require_proof(slot)
+        timings.mark("verify")
+        await self._attach(slot)
+        timings.mark("network")
+        slot.change(Event.CLAIMED)
+        timings.mark("ready")
+
+    async def _change_late(
+        self, sandbox: Sandbox, made: SandboxRecord | None, sources: Sequence[MountSource]
+    ) -> None:
+        """Make a container what its record says, in all that its engine fixed when it was made.
+
+        Args:
+            sandbox: Whose.
+            made: What its container is now; None: not known.
+            sources: Its project, or nothing.
+        """
+        record = sandbox.record
+        tmpfs_bytes = {}
+        if made is None or record.tmp_bytes_max != made.tmp_bytes_max:
+            tmpfs_bytes = _tmpfs_bytes(record.tmp_bytes_max, has_workspace=record.workspace is not None)
+        shm = record.limits.shm_bytes_max
+        if shm is not None and (made is None or shm != made.limits.shm_bytes_max):
+            tmpfs_bytes["/dev/shm"] = shm  # noqa: S108  (inside the sandbox)
+        source = next(iter(sources), None)
+        await self._staging.change(sandbox, source, tmpfs_bytes=tmpfs_bytes, hostname=record.name)
+
+    async def _claim_limits(self, slot: Sandbox, engine: Engine, before: Limits) -> None:
+        """Straight into the control group; where that belongs to somebody else, through the engine."""
+        changed = _changed(before, _passable(slot.record.limits, engine.info))
+        if changed == Limits():
+            return
+        try:
+            slot.write_limits(changed)
+        except CgroupUnreadable:
+            await self._write_limits(slot, engine, changed)
+
+    async def _fill_slot(self, recipe: Recipe) -> Sandbox:
+        """Make a slot: a container of the recipe, checked, and nobody's.
+
+        Raises:
+            Failure, RuntimeFailure: it cannot be made; nothing is left.
+        """
+        engine = self._engines.get(EngineName(recipe.engine))
+        resolved = self.templates.limits(recipe.template, engine.info)
+        policy = self.templates.defaults(recipe.template).limits_policy
+        self._check_enforceable(resolved.limits, engine.info, policy)
+        record = SandboxRecord(
+            id=self._new_id(),
+            name=None,
+            state=State.CREATING,
+            state_reason="",
+            engine=recipe.engine,
+            image=recipe.image,
+            container_id=None,
+            user=recipe.user,
+            keep_id=recipe.keep_id,
+            workspace=recipe.prebound,
+            network=recipe.network,
+            limits=resolved.limits,
+            tmp_bytes_max=resolved.tmp_bytes_max,
+            limits_policy=policy,
+            env={},
+            metadata={},
+            ephemeral=False,
+            created_at_ms=now_ms(),
+            bin_dir=self._places.bin_dir,
+            template=recipe.template,
+            slot=True,
+        )
+        with contextlib.ExitStack() as opened:
+            places = await self.workspaces.reopen(record, opened)
+            project = places.project
+            bound = recipe.prebound
+            if bound and project and (project.device, project.inode) != (bound.device, bound.inode):
+                raise InvalidArgument(f"cannot make a slot for {bound.path}", detail="it is another directory now")
+            self._journal.put(record)
+            slot = self.register(record)
+            with anyio.CancelScope(shield=True):
+                async with slot.lock:
+                    await self._make(slot, engine, places, Timings(), Event.FILLED)
+                facts = await self.facts(slot)
+        if facts is not None:
+            slot.put(image_id=facts.image_id)
+        return slot
+
+    def keep_pools(self) -> None:
+        """Have the pools that the configuration wants, with the slots of a former daemon."""
+        for slot in self.all():
+            if slot.record.state is State.WARM:
+                engine = self.engine_of(slot)
+                recipe = self._recipe(slot.record, engine)
+                if slot.connected and not self.templates.unfit(recipe, engine.info):
+                    self.pools.adopt(recipe, slot, age_s=(now_ms() - slot.record.created_at_ms) / 1000)
+                else:
+                    self.remove_soon(slot)
+        for name in self.templates.names:
+            own = self._own_recipe(name)
+            if own is not None:
+                self.pools.keep(own)
+
+    def _own_recipe(self, template: str) -> Recipe | None:
+        """The recipe of a template's own slots: without a project, on the engine that it takes."""
+        defaults = self.templates.defaults(template)
+        try:
+            engine = self._engines.chosen(defaults.engine)
+        except EngineUnavailable:
+            return None
+        resolved = self.templates.limits(template, engine.info)
+        identity = identify(engine.info, None, caller=self._caller.user, idmap_works=self._idmap_works)
+        late = self._staging.changes_late(engine.info)
+        return Recipe(
+            template=template,
+            engine=engine.name.value,
+            image=defaults.image,
+            user=identity.user,
+            keep_id=identity.keep_id,
+            network=Network(defaults.network),
+            nofile_max=resolved.limits.nofile_max,
+            tmp_bytes_max=None if late else resolved.tmp_bytes_max,
+            shm_bytes_max=None if late else resolved.limits.shm_bytes_max,
+        )
+
+    def _pool_settings(self, recipe: Recipe) -> PoolSettings:
+        is_variant = recipe != self._own_recipe(recipe.template)
+        return self.templates.pool_settings(recipe.template, is_variant=is_variant)
+
+    async def _image_id(self, recipe: Recipe) -> str | None:
+        return await self._engines.get(EngineName(recipe.engine)).image_id(recipe.image)
 
     async def _unless_cancelled(self, sandbox: Sandbox) -> None:
         """Remove what was made for a caller who went away meanwhile: nobody will ever know its id."""
@@ -314,7 +583,7 @@ class Manager:
                 await self.remove(sandbox, Timings())
             raise
 
-    async def _fill(self, sandbox: Sandbox, places: Opened, progress: Progress) -> None:
+    async def _fill_layers(self, sandbox: Sandbox, places: Opened, progress: Progress) -> None:
         """Make its layers. That may take long, and so ends when the caller goes away."""
         try:
             await self.workspaces.fill(sandbox, places, progress)
@@ -322,10 +591,10 @@ class Manager:
             self.forget(sandbox)
             raise
 
-    async def _make(self, sandbox: Sandbox, engine: Engine, places: Opened, timings: Timings) -> None:
+    async def _make(self, sandbox: Sandbox, engine: Engine, places: Opened, timings: Timings, made: Event) -> None:
         try:
             container_id = await self._run(sandbox, engine, places, timings)
-            sandbox.change(Event.CREATED, container_id=container_id)
+            sandbox.change(made, container_id=container_id)
             self.prove(sandbox)
             self._require_proof(sandbox)
             timings.mark("verify")
@@ -451,7 +720,7 @@ class Manager:
         Raises:
             InvalidArgument: it is no duration.
         """
-        defaults = self._config.defaults
+        defaults = self.templates.defaults(params.template)
         return expiry.begun(
             expiry.duration_ms(defaults.lifetime if params.lifetime is None else params.lifetime, "--lifetime"),
             expiry.duration_ms(
@@ -556,7 +825,7 @@ class Manager:
             Mount(source=io_dir, target=INSIDE_RUN),
             *mounts,
         ]
-        tmp = record.tmp_bytes_max
+        tmpfs_bytes = _tmpfs_bytes(record.tmp_bytes_max, has_workspace=any(each.target == TARGET for each in mounts))
         return ContainerSpec(
             sandbox_id=record.id,
             owner=self.owner,
@@ -567,9 +836,9 @@ class Manager:
             hostname=record.name or record.id,
             limits=_passable(record.limits, info),
             mounts=tuple(binds),
-            tmpfs=(
-                *(Tmpfs(target=target, size_bytes_max=tmp, executable=True) for target in TMPFS_TARGETS),
-                Tmpfs(target="/run", size_bytes_max=min(tmp, RUN_TMPFS_BYTES_MAX)),
+            tmpfs=tuple(
+                Tmpfs(target=target, size_bytes_max=size_bytes, executable=target != "/run")
+                for target, size_bytes in tmpfs_bytes.items()
             ),
             network=record.network,
             seccomp_profile=self._places.seccomp_profile,
@@ -695,10 +964,13 @@ class Manager:
         with contextlib.ExitStack() as opened:
             places = await self.workspaces.reopen(record, opened)
             sources = self.workspaces.sources(sandbox, places, opened)
-            mounts = opened.enter_context(self._staging.staged(sandbox, sources))
+            staged = [] if record.changed_late else sources
+            mounts = opened.enter_context(self._staging.staged(sandbox, staged))
             await engine.start(container_id)
             timings.mark("engine")
-            await self._connect(sandbox, container_id, engine, sources, mounts, timings)
+            await self._connect(sandbox, container_id, engine, staged, mounts, timings)
+            if record.changed_late:
+                await self._change_late(sandbox, None, sources)
         self._prove_again(sandbox)
         timings.mark("verify")
         self._require_proof(sandbox)
@@ -806,6 +1078,9 @@ class Manager:
     # --- noticing what happened -----------------------------------------------------------------------
 
     def _on_init_lost(self, sandbox: Sandbox) -> None:
+        if sandbox.record.slot:
+            self.pools.lost(sandbox)
+            return
         self._background.start(self._look_into, sandbox)
 
     async def _look_into(self, sandbox: Sandbox) -> None:
@@ -1008,6 +1283,18 @@ def _passable(limits: Limits, info: EngineInfo) -> Limits:
     return msgspec.structs.replace(
         limits, **{field: None for name, field in _FIELD_BY_LIMIT.items() if name in missing}
     )
+
+
+def _tmpfs_bytes(tmp_bytes_max: int, *, has_workspace: bool) -> dict[str, int]:
+    """Target to size of everything that is writable inside, besides a workspace."""
+    sizes = dict.fromkeys(TMPFS_TARGETS if has_workspace else (*TMPFS_TARGETS, TARGET), tmp_bytes_max)
+    return {**sizes, "/run": min(tmp_bytes_max, RUN_TMPFS_BYTES_MAX)}
+
+
+def _changed(before: Limits, after: Limits) -> Limits:
+    """The limits of ``after`` that are not those of ``before``."""
+    old = msgspec.structs.asdict(before)
+    return Limits(**{name: value for name, value in msgspec.structs.asdict(after).items() if value != old[name]})
 
 
 def _above(used: int | None, limit: int | None) -> bool:

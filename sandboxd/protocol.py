@@ -59,8 +59,20 @@ ServiceGrants = Annotated[
 ]
 OnTimeout = Literal["kill", "pause"]
 SandboxState = Literal[
-    "creating", "running", "paused", "stopping", "stopped", "starting", "removing", "broken", "lost"
+    "creating",
+    "warm",
+    "reserved",
+    "running",
+    "paused",
+    "stopping",
+    "stopped",
+    "starting",
+    "removing",
+    "broken",
+    "lost",
 ]
+TemplateName = Annotated[str, Meta(pattern=r"^[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?\Z")]
+SlotCount = Annotated[int, Meta(ge=0, le=512)]
 
 
 class Params(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -176,6 +188,12 @@ class SandboxCreateParams(Params, frozen=True):
     wait_capacity: Quantity | None = None
     """Seconds, or text such as ``30s``: how long to wait in the queue where this host has no room. ``$/progress``
     says the place. Default: not at all, which is ``capacity_exceeded``."""
+    template: TemplateName = "default"
+    launch: Literal["auto", "warm", "wait", "cold"] = "auto"
+    """auto: a warm slot when there is one, else a new container. warm: a slot, or fail at once. wait: a slot, as soon
+    as it is this caller's turn. cold: always a new container."""
+    wait: Quantity = 30
+    """How long a launch of ``wait`` may wait, as a duration."""
 
 
 class SandboxParams(Params, frozen=True):
@@ -316,7 +334,10 @@ class SandboxInfo(Reply, frozen=True, kw_only=True):
     """Milliseconds since the epoch."""
     ephemeral: bool
     commands_running: int
-    launch: str
+    template: str
+    launch: Literal["warm", "cold"]
+    miss_reason: str
+    """Why it was not claimed from the pool; empty when it was, or was not to be."""
     """``cold``: made for this request."""
     warnings: list[str]
     problems: list[Problem] = []
@@ -1528,6 +1549,104 @@ class ProgressParams(Reply, frozen=True):
     """Of a transfer."""
 
 
+# --- pools and templates --------------------------------------------------------------------------------
+
+
+class TemplateParams(Params, frozen=True):
+    """Name one template."""
+
+    template: TemplateName = "default"
+
+
+class TemplateInfo(Reply, frozen=True):
+    """A named recipe for sandboxes."""
+
+    name: str
+    description: str
+    engine: str
+    image: str
+    memory: str
+    cpus: str
+    pids: int
+    shm: str
+    tmp: str
+    nofile: int
+    network: str
+    env: dict[str, str]
+    pool_min: int
+    pool_max: int
+
+
+class TemplateList(Reply, frozen=True):
+    """All templates."""
+
+    templates: list[TemplateInfo]
+
+
+class PoolResizeParams(TemplateParams, frozen=True):
+    """Change the bounds of a pool until the daemon ends; also ends a drain."""
+
+    min: SlotCount | None = None
+    max: SlotCount | None = None
+
+
+class PoolWarmParams(TemplateParams, frozen=True):
+    """Make slots now, as if they had just been asked for."""
+
+    count: Annotated[int, Meta(ge=1, le=512)] = 1
+    timeout: Quantity = 120
+    """How long to wait for them, as a duration."""
+
+
+class PoolInfo(Reply, frozen=True):
+    """The slots of one recipe: a template, as it is on one engine, for one user."""
+
+    template: str
+    engine: str
+    image: str
+    user: str
+    """uid:gid inside."""
+    workspace: str | None
+    """The project that is mounted into its slots, where that cannot be done later."""
+    min: int
+    max: int
+    target: int
+    """How many there should be now."""
+    warm: int
+    filling: int
+    waiting: int
+    """Callers who wait for a slot."""
+    drained: bool
+    made: int
+    hits: int
+    misses: dict[str, int]
+    """By reason."""
+    lost: int
+    """Slots that died."""
+    ready_ms: float | None
+    """How long a slot takes to be made; a moving average."""
+    failure: str
+    """Why the last slot could not be made; empty once one could."""
+
+
+class PoolList(Reply, frozen=True):
+    """All pools."""
+
+    pools: list[PoolInfo]
+
+
+class PoolDrained(Reply, frozen=True):
+    """How many slots were let go."""
+
+    drained: int
+
+
+class PoolWarmed(Reply, frozen=True):
+    """How many slots are warm."""
+
+    warm: int
+
+
 # --- the table ------------------------------------------------------------------------------------------
 
 
@@ -1602,6 +1721,12 @@ METHODS: tuple[Method, ...] = (
     Method("workspace/diff", WorkspaceDiffParams, WorkspaceDiff, "What a sandbox changed of its project."),
     Method("workspace/apply", WorkspaceApplyParams, WorkspaceApplied, "Carry changes back to the project."),
     Method("workspace/reset", WorkspaceResetParams, WorkspaceApplied, "Undo what a sandbox changed."),
+    Method("pool/list", NoParams, PoolList, "Warm slots, and how they were used."),
+    Method("pool/resize", PoolResizeParams, PoolList, "Change how many slots a template has."),
+    Method("pool/drain", TemplateParams, PoolDrained, "Let all slots of a template go, and make no more."),
+    Method("pool/warm", PoolWarmParams, PoolWarmed, "Make slots of a template now."),
+    Method("template/list", NoParams, TemplateList, "The named recipes for sandboxes."),
+    Method("template/get", TemplateParams, TemplateInfo, "One of them."),
     Method("image/list", ImageListParams, ImageList, "Images that the engines hold."),
     Method("image/build", ImageBuildParams, ImageBuilt, "Make the default image, without a registry if need be."),
     Method("daemon/info", NoParams, DaemonInfo, "The daemon and the engines that it drives."),

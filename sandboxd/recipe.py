@@ -4,18 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from runtimes.model import Limits, Network, User
-
-
-class Prebound(msgspec.Struct, frozen=True, kw_only=True):
-    """A project that is mounted into the slot already, where it cannot be mounted later."""
-
-    path: str
-    device: int
-    inode: int
-    read_only: bool
-    mounted: str
-    """How ownership is made right; see ``Identity.mounted``."""
+from runtimes.model import Network, User
+from sandboxd.journal import WorkspaceRecord
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,10 +17,12 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     user: User
     keep_id: bool
     network: Network
-    tmp_bytes_max: int
-    shm_bytes_max: int | None
     nofile_max: int | None
-    prebound: Prebound | None = None
+    tmp_bytes_max: int | None
+    shm_bytes_max: int | None
+    """The sizes of its tmpfs; None: they can be changed later."""
+    prebound: WorkspaceRecord | None = None
+    """The project that is mounted into the slot already, where it cannot be mounted later."""
 
 
 _WORDS = {
@@ -50,8 +42,3 @@ def differences(wanted: Recipe, template: Recipe) -> tuple[str, ...]:
     return tuple(
         dict.fromkeys(word for field, word in _WORDS.items() if getattr(wanted, field) != getattr(template, field))
     )
-
-
-def fixed(limits: Limits) -> tuple[int | None, int | None]:
-    """The limits that cannot be changed later: shm in bytes, open files."""
-    return limits.shm_bytes_max, limits.nofile_max

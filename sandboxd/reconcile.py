@@ -98,6 +98,11 @@ def _judge(record: SandboxRecord, container: ContainerSummary | None, *, answere
         return Action.NOTE_UNREACHABLE, f"{record.engine} does not answer"
     if record.state is State.CREATING:
         return Action.FORGET, "the daemon ended while it was created"
+    if record.state is State.RESERVED:
+        return Action.FORGET, "the daemon ended while it was claimed"
+    runs = container is not None and container.state is ContainerState.RUNNING
+    if record.slot and not (runs and record.state is State.WARM):
+        return Action.FORGET, "a slot that does not run"
     if record.state is State.REMOVING:
         return Action.FORGET, "the daemon ended while it was removed"
     if record.ephemeral:

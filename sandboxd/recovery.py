@@ -152,7 +152,7 @@ class Recovery:
             return False
         match decision.action:
             case reconcile.Action.FORGET:
-                return sandbox.record.state is State.REMOVING
+                return sandbox.record.state is State.REMOVING or sandbox.record.slot
             case reconcile.Action.ADOPT | reconcile.Action.NOTE_STOPPED:
                 # Running, and yet not connected: whoever noticed could not write it down.
                 silent = sandbox.record.state is State.RUNNING and not sandbox.connected

@@ -129,10 +129,9 @@ def check_name(name: str) -> str:
     return name
 
 
-def working_dir(cwd: str | None, *, has_workspace: bool) -> str:
+def working_dir(cwd: str | None) -> str:
     """Where a command starts: as given, relative to the workspace."""
-    base = TARGET if has_workspace else "/"
-    return base if cwd is None else posixpath.join(base, cwd)
+    return TARGET if cwd is None else posixpath.join(TARGET, cwd)
 
 
 def spawn_request(sandbox: Sandbox, params: CommandParams) -> SpawnRequest:
@@ -148,7 +147,7 @@ def spawn_request(sandbox: Sandbox, params: CommandParams) -> SpawnRequest:
             cpus=cpu_environment(record.limits, len(os.sched_getaffinity(0))),
         ),
         inherit_env=True,
-        cwd=working_dir(params.cwd, has_workspace=record.workspace is not None).encode(),
+        cwd=working_dir(params.cwd).encode(),
         pty=None if params.pty is None else PtySize(params.pty.rows, params.pty.cols),
     )
 
@@ -318,7 +317,7 @@ async def run_as_other_user(
             params.argv,
             user=user,
             env=list(env.items()),
-            working_dir=working_dir(params.cwd, has_workspace=sandbox.record.workspace is not None),
+            working_dir=working_dir(params.cwd),
             descriptors=(passed[0], passed[1], passed[2]),
             timeout_s=times.timeout_s,
         )

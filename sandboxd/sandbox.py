@@ -147,8 +147,9 @@ class Sandbox:
             self.tell(kind, reason=reason)
 
     def tell(self, kind: str, **data: str | int | None) -> None:
-        """Have whoever listens told what happened to it."""
-        self.on_told(kind, self.record.id, self.record.name, data)
+        """Have whoever listens told what happened to it; slots are nobody's business."""
+        if not self.record.slot:
+            self.on_told(kind, self.record.id, self.record.name, data)
 
     def _tell_of_command(self, kind: str, command: Command) -> None:
         data: dict[str, str | int | None] = {"command_id": format_command_id(command.id)}
@@ -159,6 +160,25 @@ class Sandbox:
             self.tell(kind, **data, status=end.status, exit_code=end.exit_code, oom_kills=end.oom_kills)
             if end.oom_kills:
                 self.tell("oom", **data, oom_kills=end.oom_kills)
+
+    def claim(self, record: SandboxRecord) -> None:
+        """Become the sandbox of a caller: all that the record says, but what belongs to the container.
+
+        Raises:
+            Conflict: it is no slot any more.
+        """
+        slot = self.record
+        record = msgspec.structs.replace(
+            record,
+            id=slot.id,
+            container_id=slot.container_id,
+            bin_dir=slot.bin_dir,
+            image_id=slot.image_id,
+            state=next_state(slot.state, Event.RESERVE),
+            launch="warm",
+        )
+        self._journal.put(record)
+        self.record = record
 
     def put(self, **changes: object) -> None:
         """Change fields of the record, and write it down."""
@@ -344,7 +364,7 @@ class Sandbox:
     @property
     def files_base(self) -> bytes:
         """Where relative paths start."""
-        return TARGET.encode() if self.record.workspace else b"/"
+        return TARGET.encode()
 
     async def take_file_worker(self) -> socket.socket:
         """A file worker for the caller alone, who closes it: see ``InitChannel.take_file_worker``.

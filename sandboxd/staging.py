@@ -6,13 +6,16 @@ By descriptor where we may mount, else by path, with a look at what arrived.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import msgspec
 
 from runtimes.errors import Unsupported
-from runtimes.model import Mount
+from runtimes.model import EngineInfo, Mount
+from runtimes.mounter.mounter import LateMount, Mounter
 from runtimes.mountinfo import covering
 from runtimes.mounts import mounts_below, mounts_of
 from sandboxd.failures import InvalidArgument
@@ -23,6 +26,14 @@ from sandboxd.workspace import TARGET, MountSource, Stage, shown
 OVERLAYS = {"overlay": "podman-overlay", "fuse.fuse-overlayfs": "fuse-overlayfs"}
 """What the kernel calls the overlays that engines make, and what we do."""
 
+_Made_co = TypeVar("_Made_co", covariant=True)
+
+
+class _Mount(Protocol[_Made_co]):
+    """Mounts something, with ids as a namespace maps them."""
+
+    def __call__(self, *, userns_fd: int | None) -> _Made_co: ...
+
 
 class Staging:
     """How this daemon gets directories into containers that start.
@@ -30,11 +41,53 @@ class Staging:
     Args:
         may_mount: The daemon is root, and mounts by descriptor.
         userns_fd: The namespace to map ids with; None: ids cannot be mapped here.
+        mounter: Mounts into containers that run; None: this host cannot.
     """
 
-    def __init__(self, *, may_mount: bool, userns_fd: int | None) -> None:
+    def __init__(self, *, may_mount: bool, userns_fd: int | None, mounter: Mounter | None) -> None:
         self._may_mount = may_mount
         self._userns_fd = userns_fd
+        self._mounter = mounter
+
+    def changes_late(self, engine: EngineInfo) -> bool:
+        """Whether a container of this engine that runs already can be changed: mounts, sizes of tmpfs, its name.
+
+        As root always; else where the container's user namespace is ours. Not one of an engine's daemon that is root.
+        """
+        return self._mounter is not None and (self._may_mount or bool(engine.rootless))
+
+    async def change(
+        self,
+        sandbox: Sandbox,
+        source: MountSource | None,
+        *,
+        tmpfs_bytes: Mapping[str, int],
+        hostname: str | None,
+    ) -> None:
+        """Change a container that runs, and see that it was done: a mount, sizes of tmpfs, the host name.
+
+        Raises:
+            Unsupported: the kernel or the file system cannot.
+            UnreadableAnswer: anything else; what the container sees now is not known.
+        """
+        if source is None and not tmpfs_bytes and hostname is None:
+            return
+        if self._mounter is None or sandbox.pid is None:
+            raise Unsupported("cannot change a running container here", detail="there is no helper for it")
+        with contextlib.ExitStack() as opened:
+            mount = None
+            if source is not None:
+                source_fd = source.descriptor
+                if self._may_mount:
+                    source_fd = self._mapped(sandbox, source, source.detach)
+                    opened.callback(os.close, source_fd)
+                mount = LateMount(
+                    source_fd=source_fd,
+                    source_path=source.path,
+                    target=source.target,
+                    read_only=source.read_only,
+                )
+            await self._mounter.change(sandbox.pid, mount=mount, tmpfs_bytes=tmpfs_bytes, hostname=hostname)
 
     @contextlib.contextmanager
     def staged(self, sandbox: Sandbox, sources: Sequence[MountSource]) -> Iterator[list[Mount]]:
@@ -56,14 +109,19 @@ class Staging:
             yield mounts
 
     def _put(self, sandbox: Sandbox, source: MountSource, stage: Stage) -> None:
+        self._mapped(sandbox, source, functools.partial(stage.put, source))
+
+    def _mapped(self, sandbox: Sandbox, source: MountSource, mount: _Mount[_Made_co]) -> _Made_co:
+        """Mount with ids mapped where they are to be; where that cannot be done, as they are, and say so."""
         userns_fd = self._userns_fd if source.is_mapped else None
         try:
-            stage.put(source, userns_fd=userns_fd)
+            return mount(userns_fd=userns_fd)
         except Unsupported:
             if userns_fd is None:
                 raise
-            stage.put(source, userns_fd=None)
+            made = mount(userns_fd=None)
             _note_unmapped(sandbox, source)
+            return made
 
     async def check_arrived(self, sandbox: Sandbox, sources: Sequence[MountSource]) -> None:
         """Where the engine mounted by path, see that it was what we had opened and judged.

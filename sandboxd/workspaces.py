@@ -235,6 +235,8 @@ class Workspaces:
             mounted=identity.mounted,
             layer=params.mode if params.mode in {"overlay", "copy"} else "",
             backend=self._backend(params.mode, engine),
+            device=opened.project.device,
+            inode=opened.project.inode,
         )
 
     def mount_records(self, opened: Opened, identity: Identity) -> tuple[MountRecord, ...]:

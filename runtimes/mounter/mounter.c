@@ -1,5 +1,6 @@
 /*
- * sandbox-mounter: mounts a directory of the host into a container that already runs.
+ * sandbox-mounter: changes a container that already runs: mounts a directory of the host into it, gives its tmpfs
+ * other sizes, and it another host name.
  *
  * The daemon starts one and keeps it. Requests arrive on the socket that is its stdin (SOCK_SEQPACKET), each with
  * a pipe to answer on and with the namespaces to enter, as descriptors. Every request is carried out by a child of
@@ -7,9 +8,9 @@
  * must hold up nobody else. The child answers and ends; no answer means that it died. The mounter ends when the
  * daemon's end of the socket is closed.
  *
- * As root, the tree is cloned from the descriptor that the daemon had opened and judged. As an ordinary user, it
- * is cloned inside the container's user namespace, where a descriptor from outside cannot be cloned: there the
- * path is opened once more, without following a symlink, and must be the same directory.
+ * A daemon that is root sends a mount that is ready and nowhere yet. One of an ordinary user cannot make any: its
+ * directory is cloned here, inside the container's user namespace. A descriptor from outside cannot be cloned
+ * there, so the path is opened once more, without following a symlink, and must be the same directory.
  *
  * Nothing that lies inside the container is executed or loaded, and no path of the container is followed through
  * a symlink. After the mount, what is seen at the target must be what was to be mounted.
@@ -35,6 +36,8 @@
 /* The numbers are the same on every architecture, as for all system calls since Linux 5.1. */
 #define SYS_OPEN_TREE 428
 #define SYS_MOVE_MOUNT 429
+#define SYS_FSCONFIG 431
+#define SYS_FSPICK 433
 #define SYS_OPENAT2 437
 #define SYS_MOUNT_SETATTR 442
 
@@ -45,20 +48,31 @@
 #define ATTR_RDONLY 0x1u
 #define ATTR_NOSUID 0x2u
 #define ATTR_NODEV 0x4u
-#define ATTR_IDMAP 0x100000u
 #define PROPAGATION_PRIVATE (1u << 18)
+#define PICK_CLOEXEC 0x1u
+#define PICK_NO_FOLLOW 0x2u
+#define PICK_EMPTY_PATH 0x8u
+#define CONFIG_SET_STRING 1u
+#define CONFIG_RECONFIGURE 7u
 #define NO_MAGICLINKS 0x02u
 #define NO_SYMLINKS 0x04u
 
-enum { PATH_BYTES_MAX = 4096, HOSTNAME_BYTES_MAX = 64, DESCRIPTORS_MAX = 6 };
+enum {
+    PATH_BYTES_MAX = 4096,
+    HOSTNAME_BYTES_MAX = 64,
+    SIZES_MAX = 6,
+    SIZE_PATH_BYTES_MAX = 256,
+    DECIMAL_BYTES_MAX = 24,
+    DESCRIPTORS_MAX = 5
+};
 
-/* What a request asks for. The descriptors come in the order of these bits, after those of the answer,
- * the source and the mount namespace, which are always there. */
+/* What a request asks for. */
 enum flag {
-    MOUNT_READ_ONLY = 1,
-    MOUNT_IDMAPPED = 2,   /* a user namespace whose map the mount shows */
-    ENTER_USER_NS = 4,    /* the container's user namespace: we are no root */
-    SET_HOSTNAME = 8,     /* the container's UTS namespace */
+    ENTER_USER_NS = 1,  /* we are no root: the source is to be cloned */
+    MOUNT_SOURCE = 2,
+    SET_HOSTNAME = 4,
+    MOUNT_READ_ONLY = 8,
+    KNOWN_FLAGS = 15,
 };
 
 /* Where a request failed; `runtimes/mounter/mounter.py` has words for them. */
@@ -72,7 +86,13 @@ enum stage {
     OPENING_TARGET,
     MOVING,
     CHECKING,
+    RESIZING,
     NAMING,
+};
+
+struct size {
+    char target[SIZE_PATH_BYTES_MAX];
+    char bytes[DECIMAL_BYTES_MAX];
 };
 
 struct request {
@@ -82,6 +102,7 @@ struct request {
     char source[PATH_BYTES_MAX];
     char target[PATH_BYTES_MAX];
     char hostname[HOSTNAME_BYTES_MAX];
+    struct size sizes[SIZES_MAX]; /* as many as have a target */
 };
 
 struct reply {
@@ -102,7 +123,9 @@ struct open_how_v0 {
     uint64_t resolve;
 };
 
-enum { REPLY_FD, SOURCE_FD, MOUNT_NS_FD, FIRST_OPTIONAL_FD };
+/* The order in which descriptors come. After these: the source, the UTS namespace and the user namespace, each where
+ * the flags ask for it. */
+enum { REPLY_FD, MOUNT_NS_FD, FIRST_OPTIONAL_FD };
 
 static struct request request;
 static int descriptors[DESCRIPTORS_MAX];
@@ -138,8 +161,8 @@ static bool is_wanted(int fd)
     return fstat(fd, &status) == 0 && status.st_dev == request.device && status.st_ino == request.inode;
 }
 
-/* Clones the tree; its attributes are set before anybody can see it. */
-static int clone_tree(int source_fd, int idmap_fd)
+/* Clones the directory; its attributes are set before anybody can see it. */
+static int clone_tree(int source_fd)
 {
     struct attributes attributes = {.set = ATTR_NOSUID | ATTR_NODEV, .propagation = PROPAGATION_PRIVATE};
     int tree_fd = (int)syscall(SYS_OPEN_TREE, source_fd, "",
@@ -148,10 +171,6 @@ static int clone_tree(int source_fd, int idmap_fd)
         fail(CLONING);
     if (request.flags & MOUNT_READ_ONLY)
         attributes.set |= ATTR_RDONLY;
-    if (request.flags & MOUNT_IDMAPPED) {
-        attributes.set |= ATTR_IDMAP;
-        attributes.userns_fd = (uint64_t)idmap_fd;
-    }
     if (syscall(SYS_MOUNT_SETATTR, tree_fd, "", AT_EMPTY_PATH | AT_RECURSIVE_TREE, &attributes, sizeof attributes) != 0)
         fail(SETTING_ATTRIBUTES);
     return tree_fd;
@@ -172,16 +191,12 @@ static void attach_tree(int tree_fd)
         fail(CHECKING);
 }
 
-static void carry_out(void)
+/* The source, as a mount that is nowhere yet. */
+static int detached_tree(int source_fd)
 {
-    size_t next = FIRST_OPTIONAL_FD;
-    int idmap_fd = request.flags & MOUNT_IDMAPPED ? descriptors[next++] : -1;
-    int userns_fd = request.flags & ENTER_USER_NS ? descriptors[next++] : -1;
-    int uts_fd = request.flags & SET_HOSTNAME ? descriptors[next++] : -1;
-    int source_fd = descriptors[SOURCE_FD];
-
-    if (userns_fd >= 0) {
-        if (setns(userns_fd, CLONE_NEWUSER) != 0 || unshare(CLONE_NEWNS) != 0)
+    bool to_clone = request.flags & ENTER_USER_NS;
+    if (to_clone) {
+        if (unshare(CLONE_NEWNS) != 0)
             fail(ENTERING);
         source_fd = open_directory(request.source);
         if (source_fd < 0)
@@ -190,11 +205,38 @@ static void carry_out(void)
     errno = ESTALE;
     if (!is_wanted(source_fd))
         fail(SOURCE_CHANGED);
-    int tree_fd = clone_tree(source_fd, idmap_fd);
-    if (setns(descriptors[MOUNT_NS_FD], CLONE_NEWNS) != 0)
+    return to_clone ? clone_tree(source_fd) : source_fd;
+}
+
+/* Only what is mounted at the target itself, and only its size: its flags stay as they are. */
+static void resize(const struct size *size)
+{
+    int target_fd = open_directory(size->target);
+    if (target_fd < 0)
+        fail(OPENING_TARGET);
+    int picked_fd = (int)syscall(SYS_FSPICK, target_fd, "", PICK_CLOEXEC | PICK_NO_FOLLOW | PICK_EMPTY_PATH);
+    if (picked_fd < 0 || syscall(SYS_FSCONFIG, picked_fd, CONFIG_SET_STRING, "size", size->bytes, 0) != 0 ||
+        syscall(SYS_FSCONFIG, picked_fd, CONFIG_RECONFIGURE, NULL, NULL, 0) != 0)
+        fail(RESIZING);
+}
+
+static void carry_out(void)
+{
+    size_t next = FIRST_OPTIONAL_FD;
+    int source_fd = request.flags & MOUNT_SOURCE ? descriptors[next++] : -1;
+    int uts_fd = request.flags & SET_HOSTNAME ? descriptors[next++] : -1;
+    int userns_fd = request.flags & ENTER_USER_NS ? descriptors[next++] : -1;
+
+    if (userns_fd >= 0 && setns(userns_fd, CLONE_NEWUSER) != 0)
         fail(ENTERING);
-    attach_tree(tree_fd);
-    if (uts_fd >= 0 && (setns(uts_fd, CLONE_NEWUTS) != 0 || sethostname(request.hostname, strlen(request.hostname)) != 0))
+    int tree_fd = source_fd >= 0 ? detached_tree(source_fd) : -1;
+    if (setns(descriptors[MOUNT_NS_FD], CLONE_NEWNS) != 0 || (uts_fd >= 0 && setns(uts_fd, CLONE_NEWUTS) != 0))
+        fail(ENTERING);
+    if (tree_fd >= 0)
+        attach_tree(tree_fd);
+    for (size_t i = 0; i < SIZES_MAX && request.sizes[i].target[0] != 0; i++)
+        resize(&request.sizes[i]);
+    if (uts_fd >= 0 && sethostname(request.hostname, strlen(request.hostname)) != 0)
         fail(NAMING);
     answer(DONE, 0);
 }
@@ -215,16 +257,29 @@ static bool is_text(const char *text, size_t size)
     return memchr(text, 0, size) != NULL;
 }
 
+static bool is_path(const char *text, size_t size)
+{
+    return is_text(text, size) && text[0] == '/';
+}
+
 static bool is_well_formed(ssize_t length)
 {
     size_t wanted = FIRST_OPTIONAL_FD;
-    if (length != (ssize_t)sizeof request)
-        return false;
-    for (uint64_t flag = MOUNT_IDMAPPED; flag <= SET_HOSTNAME; flag <<= 1)
+    for (uint64_t flag = ENTER_USER_NS; flag <= SET_HOSTNAME; flag <<= 1)
         wanted += (request.flags & flag) != 0;
-    return request.flags < 2 * SET_HOSTNAME && descriptor_count == wanted && is_text(request.source, sizeof request.source) &&
-           is_text(request.target, sizeof request.target) && is_text(request.hostname, sizeof request.hostname) &&
-           request.target[0] == '/' && request.source[0] == '/';
+    if (length != (ssize_t)sizeof request || request.flags > KNOWN_FLAGS || descriptor_count != wanted)
+        return false;
+    if (request.flags & MOUNT_SOURCE && !(is_path(request.source, sizeof request.source) &&
+                                          is_path(request.target, sizeof request.target)))
+        return false;
+    for (size_t i = 0; i < SIZES_MAX; i++) {
+        const struct size *size = &request.sizes[i];
+        if (!is_text(size->target, sizeof size->target) || !is_text(size->bytes, sizeof size->bytes))
+            return false;
+        if (size->target[0] != 0 && (size->target[0] != '/' || size->bytes[0] == 0))
+            return false;
+    }
+    return is_text(request.hostname, sizeof request.hostname);
 }
 
 /* Takes one message with its descriptors. False: the daemon is gone. */

@@ -1,8 +1,10 @@
-"""Mounting a directory of the host into a container that already runs, by the resident ``sandbox-mounter``.
+"""Changing a container that already runs, by the resident ``sandbox-mounter``.
 
 A mount made by the engine costs an engine call, and only a container that is being created can have one. This
 one is made in the container's own mount namespace through the kernel's new mount API: by descriptor, so that no
 symlink can swap the directory; nosuid, nodev, private. It ends with the container, and is never seen on the host.
+With the same request its tmpfs get other sizes, and it another host name: all that an engine fixes at creation and
+the kernel does not.
 
 Works as root, and as an ordinary user for containers in user namespaces of that user (rootless Podman).
 """
@@ -15,6 +17,7 @@ import errno
 import os
 import socket
 import struct
+from collections.abc import Mapping
 
 import anyio
 import msgspec
@@ -23,17 +26,20 @@ from runtimes.errors import UnreadableAnswer, Unsupported
 from runtimes.process import Helper, start_helper
 
 DEADLINE_S = 2.0
-"""For one mount. Only a file system that does not answer takes longer than some milliseconds."""
+"""For one request. Only a file system that does not answer takes longer than some milliseconds."""
 
 _PATH_BYTES = 4096
 _HOSTNAME_BYTES = 64
+_SIZES_MAX = 6
+_SIZE_PATH_BYTES = 256
+_SIZE = struct.Struct(f"={_SIZE_PATH_BYTES}s24s")
 _REQUEST = struct.Struct(f"=QQQ{_PATH_BYTES}s{_PATH_BYTES}s{_HOSTNAME_BYTES}s")
 _REPLY = struct.Struct("=Ii")
 
-_READ_ONLY = 1
-_IDMAPPED = 2
-_ENTER_USER_NS = 4
-_SET_HOSTNAME = 8
+_ENTER_USER_NS = 1
+_MOUNT_SOURCE = 2
+_SET_HOSTNAME = 4
+_READ_ONLY = 8
 
 _STAGES = (
     "done",
@@ -45,31 +51,28 @@ _STAGES = (
     "cannot open the place to mount at",
     "cannot mount there",
     "something else is seen where it was mounted",
+    "cannot change the size of a tmpfs",
     "cannot set the host name",
 )
 """As in ``enum stage`` of mounter.c."""
 
-_KERNEL_STAGES = frozenset({4, 5, 7})
+_KERNEL_STAGES = frozenset({4, 5, 7, 9})
 _CANNOT = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP})
 """At these stages: the kernel is too old, or the file system cannot be cloned or mapped."""
 
 
 class LateMount(msgspec.Struct, frozen=True, kw_only=True):
-    """What to mount into which container."""
+    """What to mount into a container that runs."""
 
-    pid: int
-    """The container's PID 1, known to be it; its namespaces are entered."""
     source_fd: int
-    """An opened directory (``O_PATH`` is enough); stays the caller's."""
+    """As root: a mount that is nowhere yet, see ``mounts.detached_bind``. Else an opened directory (``O_PATH`` is
+    enough), whose mount is made nosuid, nodev and private. Stays the caller's."""
     source_path: str
     """Its real path: an ordinary user must open it once more."""
     target: str
     """Absolute path of a directory inside."""
     read_only: bool = False
-    idmap_fd: int | None = None
-    """A user namespace whose map the mount shows."""
-    hostname: str | None = None
-    """A new host name for the container."""
+    """Of the mount that is made for an ordinary user."""
 
 
 class Mounter:
@@ -98,52 +101,67 @@ class Mounter:
             self._helper.close()
             self._helper = None
 
-    async def mount(self, wanted: LateMount) -> None:
-        """Mount, and see that it was done.
+    async def change(
+        self,
+        pid: int,
+        *,
+        mount: LateMount | None = None,
+        tmpfs_bytes: Mapping[str, int] | None = None,
+        hostname: str | None = None,
+    ) -> None:
+        """Change a container, and see that it was done.
+
+        Args:
+            pid: The container's PID 1, known to be it; its namespaces are entered.
+            mount: What to mount into it.
+            tmpfs_bytes: Path of a tmpfs inside to its new size; six at most.
+            hostname: Its new host name.
 
         Raises:
-            Unsupported: this kernel or file system cannot; nothing was mounted.
-            UnreadableAnswer: anything else; what is mounted in the container is not known then.
+            Unsupported: this kernel or file system cannot.
+            UnreadableAnswer: anything else; what the container sees now is not known.
         """
+        flags, descriptors, fields = 0, [], (0, 0, b"", b"")
+        if mount is not None:
+            flags |= _MOUNT_SOURCE | (_READ_ONLY if mount.read_only else 0)
+            descriptors.append(mount.source_fd)
+            status = os.fstat(mount.source_fd)
+            fields = (status.st_dev, status.st_ino, os.fsencode(mount.source_path), os.fsencode(mount.target))
+        request = _packed(flags | (_SET_HOSTNAME if hostname is not None else 0), fields, hostname, tmpfs_bytes or {})
+        what = "cannot change a running container"
         read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             try:
-                self._ask(wanted, write_fd)
+                self._ask(pid, request, write_fd, descriptors, uts=hostname is not None)
             finally:
                 os.close(write_fd)
             with anyio.fail_after(DEADLINE_S):
                 await anyio.wait_readable(read_fd)
             answer = os.read(read_fd, _REPLY.size)
         except TimeoutError:
-            raise _failed(wanted, "its file system does not answer") from None
+            raise UnreadableAnswer(what, detail="its file system does not answer") from None
         except OSError as error:
-            raise _failed(wanted, error.strerror or str(error)) from error
+            raise UnreadableAnswer(what, detail=error.strerror or str(error)) from error
         finally:
             os.close(read_fd)
         if len(answer) != _REPLY.size:
-            raise _failed(wanted, "the helper ended without an answer")
-        _judge(wanted, *_REPLY.unpack(answer))
+            raise UnreadableAnswer(what, detail="the helper ended without an answer")
+        _judge(what, *_REPLY.unpack(answer))
 
-    def _ask(self, wanted: LateMount, reply_fd: int) -> None:
+    def _ask(self, pid: int, request: bytes, reply_fd: int, descriptors: list[int], *, uts: bool) -> None:
         with contextlib.ExitStack() as opened:
 
-            def namespace(kind: str) -> int:
-                descriptor = os.open(f"/proc/{wanted.pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
+            def namespace_fd(kind: str) -> int:
+                descriptor = os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
                 opened.callback(os.close, descriptor)
                 return descriptor
 
-            flags = _READ_ONLY if wanted.read_only else 0
-            descriptors = [reply_fd, wanted.source_fd, namespace("mnt")]
-            if wanted.idmap_fd is not None:
-                flags |= _IDMAPPED
-                descriptors.append(wanted.idmap_fd)
+            passed = [reply_fd, namespace_fd("mnt"), *descriptors]
+            if uts:
+                passed.append(namespace_fd("uts"))
             if not _is_root():
-                flags |= _ENTER_USER_NS
-                descriptors.append(namespace("user"))
-            if wanted.hostname is not None:
-                flags |= _SET_HOSTNAME
-                descriptors.append(namespace("uts"))
-            self._send(_request(flags, wanted), descriptors)
+                passed.append(namespace_fd("user"))
+            self._send(request, passed)
 
     def _send(self, request: bytes, descriptors: list[int]) -> None:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
@@ -168,23 +186,30 @@ def _is_root() -> bool:
     return os.geteuid() == 0
 
 
-def _request(flags: int, wanted: LateMount) -> bytes:
-    status = os.fstat(wanted.source_fd)
-    source, target = os.fsencode(wanted.source_path), os.fsencode(wanted.target)
-    name = (wanted.hostname or "").encode()
-    if max(len(source), len(target)) >= _PATH_BYTES or len(name) >= _HOSTNAME_BYTES:
-        raise Unsupported("cannot mount into a running container", detail="a path or a name is too long")
-    return _REQUEST.pack(flags, status.st_dev, status.st_ino, source, target, name)
+def _packed(
+    flags: int, fields: tuple[int, int, bytes, bytes], hostname: str | None, tmpfs_bytes: Mapping[str, int]
+) -> bytes:
+    if not _is_root():
+        flags |= _ENTER_USER_NS
+    name = (hostname or "").encode()
+    sizes = [(os.fsencode(target), str(size_bytes).encode()) for target, size_bytes in tmpfs_bytes.items()]
+    _, _, source, target = fields
+    fits = (
+        max(len(source), len(target)) < _PATH_BYTES
+        and len(name) < _HOSTNAME_BYTES
+        and len(sizes) <= _SIZES_MAX
+        and all(len(path) < _SIZE_PATH_BYTES for path, _ in sizes)
+    )
+    if not fits:
+        raise Unsupported("cannot change a running container", detail="a path or a name is too long")
+    padded = [*sizes, *[(b"", b"")] * (_SIZES_MAX - len(sizes))]
+    return _REQUEST.pack(flags, *fields, name) + b"".join(_SIZE.pack(*size) for size in padded)
 
 
-def _judge(wanted: LateMount, stage: int, code: int) -> None:
+def _judge(what: str, stage: int, code: int) -> None:
     if stage == 0:
         return
-    what = _STAGES[stage] if stage < len(_STAGES) else f"stage {stage}"
+    said = f"{_STAGES[stage] if stage < len(_STAGES) else f'stage {stage}'}: {os.strerror(code)}"
     if stage in _KERNEL_STAGES and code in _CANNOT:
-        raise Unsupported("cannot mount into a running container here", detail=f"{what}: {os.strerror(code)}")
-    raise _failed(wanted, f"{what}: {os.strerror(code)}")
-
-
-def _failed(wanted: LateMount, detail: str) -> UnreadableAnswer:
-    return UnreadableAnswer(f"cannot mount {wanted.source_path!r} into a running container", detail=detail)
+        raise Unsupported("cannot change a running container here", detail=said)
+    raise UnreadableAnswer(what, detail=said)

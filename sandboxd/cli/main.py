@@ -50,6 +50,8 @@ FAMILIES = {
     "forward": "network",
     "ports": "network",
     "service": "services",
+    "pool": "pools",
+    "template": "pools",
     "image": "images",
     "doctor": "daemon",
     "daemon": "daemon",

@@ -380,6 +380,72 @@ def change(row: dict[str, Any]) -> str:
     return f"{row['kind']:<10}{GAP}" + (path if row["old_path"] is None else f"{shown(row['old_path'])} -> {path}")
 
 
+def pools(rows: Sequence[dict[str, Any]]) -> str:
+    """One line per pool."""
+    text = table(
+        (
+            "TEMPLATE",
+            "ENGINE",
+            "USER",
+            "WARM",
+            "FILLING",
+            "TARGET",
+            "MIN",
+            "MAX",
+            "HITS",
+            "MISSES",
+            "READY IN",
+            "FOR",
+        ),
+        [
+            (
+                row["template"],
+                row["engine"],
+                row["user"],
+                str(row["warm"]),
+                str(row["filling"]),
+                "drained" if row["drained"] else str(row["target"]),
+                str(row["min"]),
+                str(row["max"]),
+                str(row["hits"]),
+                str(sum(row["misses"].values())),
+                UNKNOWN if row["ready_ms"] is None else f"{row['ready_ms']:.0f}ms",
+                _known(row["workspace"]),
+            )
+            for row in rows
+        ],
+    )
+    failures = [f"{row['template']}: {row['failure']}\n" for row in rows if row["failure"]]
+    return text + "".join(failures)
+
+
+def templates(rows: Sequence[dict[str, Any]]) -> str:
+    """One line per template."""
+    return table(
+        ("TEMPLATE", "IMAGE", "MEMORY", "CPUS", "PIDS", "NETWORK", "POOL", ""),
+        [
+            (
+                row["name"],
+                row["image"],
+                row["memory"],
+                row["cpus"],
+                str(row["pids"]),
+                row["network"],
+                f"{row['pool_min']}-{row['pool_max']}",
+                row["description"],
+            )
+            for row in rows
+        ],
+    )
+
+
+def template(row: dict[str, Any]) -> str:
+    """Everything about one template; of its variables only the names."""
+    return table(
+        ("", ""), [(key, " ".join(value) if isinstance(value, dict) else str(value)) for key, value in row.items()]
+    )
+
+
 def images(rows: Sequence[dict[str, Any]], now_ms: int) -> str:
     """One line per image."""
     return table(

@@ -37,6 +37,13 @@ if TYPE_CHECKING:
 def add_create_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``create`` and ``run`` have in common."""
     parser.add_argument("--name", help="a name of your own for it")
+    verb.add_template(parser)
+    parser.add_argument(
+        "--launch",
+        choices=("auto", "warm", "wait", "cold"),
+        help="auto: a warm slot if there is one; warm: nothing else; wait: one's turn for it; cold: a new container",
+    )
+    parser.add_argument("--wait", metavar="TIME", help="with --launch wait: how long at most; default: 30s")
     verb.add_engine(parser)
     parser.add_argument("--image", type=verb.not_empty, metavar="REFERENCE", help="default: the daemon's")
     parser.add_argument(
@@ -135,6 +142,9 @@ def create(connection: Connection, arguments: argparse.Namespace, *, ephemeral: 
             idle_timeout=arguments.idle_timeout,
             on_timeout=arguments.on_timeout,
             wait_capacity=arguments.wait_capacity,
+            template=arguments.template,
+            launch=arguments.launch,
+            wait=arguments.wait,
         )
     except Interrupted as late:
         name = arguments.name or late.result["id"]

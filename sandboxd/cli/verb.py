@@ -130,6 +130,11 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", choices=("podman", "docker"), help="default: the daemon's")
 
 
+def add_template(parser: argparse.ArgumentParser) -> None:
+    """``--template``."""
+    parser.add_argument("--template", type=not_empty, metavar="NAME", help="a named recipe; default: default")
+
+
 LIMITS = (
     (("-m", "--memory"), "SIZE", "memory and swap together, such as 512m or 2g"),
     (("--cpus",), "NUMBER", "CPUs, such as 0.5"),

@@ -58,6 +58,12 @@ PARAMS: dict[str, str] = {
     "workspace/diff": "WorkspaceDiffParams",
     "workspace/apply": "WorkspaceApplyParams",
     "workspace/reset": "WorkspaceResetParams",
+    "pool/list": "NoParams",
+    "pool/resize": "PoolResizeParams",
+    "pool/drain": "TemplateParams",
+    "pool/warm": "PoolWarmParams",
+    "template/list": "NoParams",
+    "template/get": "TemplateParams",
     "image/list": "ImageListParams",
     "image/build": "ImageBuildParams",
     "daemon/info": "NoParams",
@@ -243,6 +249,16 @@ FIELDS: dict[str, dict[str, object]] = {
         "services": None,
     },
     "NoParams": {},
+    "PoolResizeParams": {
+        "template": "default",
+        "min": None,
+        "max": None,
+    },
+    "PoolWarmParams": {
+        "template": "default",
+        "count": 1,
+        "timeout": 120,
+    },
     "PortCloseParams": {
         "sandbox": REQUIRED,
         "forward_id": REQUIRED,
@@ -281,6 +297,9 @@ FIELDS: dict[str, dict[str, object]] = {
         "idle_timeout": None,
         "on_timeout": None,
         "wait_capacity": None,
+        "template": "default",
+        "launch": "auto",
+        "wait": 30,
     },
     "SandboxKillParams": {
         "sandbox": REQUIRED,
@@ -345,6 +364,9 @@ FIELDS: dict[str, dict[str, object]] = {
         "timeout": None,
         "follow": False,
     },
+    "TemplateParams": {
+        "template": "default",
+    },
     "WorkspaceApplyParams": {
         "sandbox": REQUIRED,
         "paths": [],
@@ -381,6 +403,7 @@ EXIT_CODES: dict[str, int] = {
     "limit_not_enforceable": 4,
     "capacity_exceeded": 1,
     "not_enough_space": 1,
+    "pool_exhausted": 1,
     "sandbox_gone": 5,
     "engine_unavailable": 3,
     "unauthorized": 1,

@@ -213,9 +213,9 @@ async def exec_joins_the_given_descriptors_and_returns_the_commands_status(bench
 
 async def an_imported_image_is_held_and_can_be_run(bench: Bench) -> None:
     reference = f"localhost/{bench.owner}/imported:1"
-    assert not await bench.engine.image_exists(reference)
+    assert await bench.engine.image_id(reference) is None
     image_id = await bench.engine.import_image(str(bench.archive), reference, changes=["ENV A=b"])
-    assert await bench.engine.image_exists(reference)
+    assert await bench.engine.image_id(reference) == image_id
     listed = {image.image_id: image.tags for image in await bench.engine.list_images()}
     assert reference in listed[image_id]
     facts = await bench.engine.inspect(await bench.engine.create(bench.spec(image=reference)))
@@ -340,8 +340,8 @@ class NullEngine:
     async def exec(self, container_id: str, argv: Sequence[str], **_: object) -> int:
         return 0
 
-    async def image_exists(self, reference: str) -> bool:
-        return False
+    async def image_id(self, reference: str) -> str | None:
+        return None
 
     async def list_images(self) -> list[ImageFacts]:
         return []

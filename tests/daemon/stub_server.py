@@ -168,7 +168,9 @@ class Stub:
             created_at_ms=int(time.time() * 1000),
             ephemeral=params.ephemeral,
             commands_running=0,
+            template="default",
             launch="cold",
+            miss_reason="",
             warnings=["the sky is low"] if params.image == "warned" else [],
             timings_ms=TIMINGS,
         )

@@ -94,6 +94,8 @@ class World:
                 inotify=inotify,
                 services=services,
                 attachments=Attachments(background, services, Outside()),
+                mounter=None,
+                memory_available=lambda: 2**33,
             )
             self.recovery = Recovery(self.manager, engines=room, journal=self.journal, places=places)
             yield self.manager

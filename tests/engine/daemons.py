@@ -79,6 +79,7 @@ class Daemon:
             "SANDBOXD_SOCKET": str(self.socket),
             "SANDBOXD_STATE_DIR": str(self.state),
             "SANDBOXD_DEFAULTS_IMAGE": IMAGE,
+            "SANDBOXD_POOL_MAX": "0",
             "XDG_CONFIG_HOME": str(directory / "config"),
             "PYTHONPATH": str(CHECKOUT),
             **(env or {}),

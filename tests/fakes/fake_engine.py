@@ -247,9 +247,9 @@ class FakeEngine:
         finished = await run(argv, what="`fake exec`", deadline_s=timeout_s, env=dict(env), descriptors=descriptors)
         return finished.returncode
 
-    async def image_exists(self, reference: str) -> bool:
-        await self._enter("image_exists")
-        return _full(image_reference(reference)) in self._images
+    async def image_id(self, reference: str) -> str | None:
+        await self._enter("image_id")
+        return self._images.get(_full(image_reference(reference)))
 
     async def list_images(self) -> list[ImageFacts]:
         await self._enter("list_images")

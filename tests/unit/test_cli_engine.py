@@ -90,7 +90,7 @@ async def test_a_refused_create_with_no_image_is_an_image_not_found(client: Clie
 
 async def test_a_refused_create_with_the_image_there_keeps_the_engines_words(client: Client) -> None:
     with pytest.raises(EngineRefused) as failure:
-        await client(run="echo 'no room' >&2; exit 125", image="exit 0").create(SPEC)
+        await client(run="echo 'no room' >&2; exit 125", image=f"echo {'0' * 64}").create(SPEC)
     assert failure.value.detail == "no room"
 
 
@@ -168,7 +168,7 @@ async def test_what_the_failed_try_left_behind_is_removed_first(client: Client, 
 async def test_no_other_failure_is_tried_again(
     client: Client, tmp_path: Path, spec: ContainerSpec, rootless: bool, said: str
 ) -> None:
-    engine = client(rootless=rootless, run=f"echo {said} >&2; exit 126", image="exit 0")
+    engine = client(rootless=rootless, run=f"echo {said} >&2; exit 126", image=f"echo {'0' * 64}")
     with pytest.raises(EngineRefused):
         await engine.create(spec)
     assert calls(tmp_path).count("run") == 1

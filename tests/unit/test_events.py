@@ -124,5 +124,7 @@ def test_every_change_that_leads_somewhere_has_a_word() -> None:
     assert kind_of(State.BROKEN, Event.ADOPTED) == "recovered"
     assert kind_of(State.PAUSED, Event.PAUSE) is None, "it was paused already"
     assert kind_of(State.STOPPED, Event.START) is None, "started is told when it has"
-    for event in set(Event) - {Event.START}:
+    assert kind_of(State.CREATING, Event.FILLED) is None, "a slot is nobody's business"
+    assert kind_of(State.WARM, Event.RESERVE) is None, "created is told when it has been claimed"
+    for event in set(Event) - {Event.START, Event.FILLED, Event.RESERVE}:
         assert kind_of(State.RUNNING, event) is not None

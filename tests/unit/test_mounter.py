@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from runtimes.errors import UnreadableAnswer
+from runtimes.errors import UnreadableAnswer, Unsupported
 from runtimes.mounter import mounter
 from runtimes.mounter.binary import mounter_binary_path
 from runtimes.mounter.mounter import LateMount, Mounter
 from runtimes.mountinfo import MountEntry
-from runtimes.mounts import mounts_of
+from runtimes.mounts import detached_bind, mounts_of
 
 pytestmark = pytest.mark.anyio
 
@@ -76,7 +76,6 @@ def wanted(
 ) -> LateMount:
     box = project.parent / "box"
     return LateMount(
-        pid=process.pid,
         source_fd=descriptor,
         source_path=str(project),
         target=f"{box}/{target}",
@@ -85,10 +84,12 @@ def wanted(
 
 
 @pytest.fixture
-def source_fd(project: Path) -> Iterator[int]:
-    descriptor = os.open(project, os.O_PATH | os.O_DIRECTORY)
-    yield descriptor
-    os.close(descriptor)
+def source_fd(project: Path, way: str) -> Iterator[int]:
+    directory_fd = os.open(project, os.O_PATH | os.O_DIRECTORY)
+    source_fd = directory_fd if way == "user" else detached_bind(directory_fd, read_only=False, userns_fd=None)
+    yield source_fd
+    for descriptor in {directory_fd, source_fd}:
+        os.close(descriptor)
 
 
 def host_name_of(process: subprocess.Popen[bytes], way: str) -> bytes:
@@ -118,26 +119,39 @@ async def test_a_directory_appears_inside_and_nowhere_else(
     inside: subprocess.Popen[bytes], late: Mounter, project: Path, source_fd: int
 ) -> None:
     target = project.parent / "box" / "workspace"
-    await late.mount(wanted(inside, project, source_fd, "workspace"))
+    await late.change(inside.pid, mount=wanted(inside, project, source_fd, "workspace"))
     assert Path(f"/proc/{inside.pid}/root{target}/file").read_text() == "hello"
     assert options(inside, target) >= {"rw", "nosuid", "nodev"}
     assert not any(entry.target.startswith(str(project.parent)) for entry in mounts_of("self"))
 
 
 async def test_read_only_is_read_only(
-    inside: subprocess.Popen[bytes], late: Mounter, project: Path, source_fd: int
-) -> None:
-    target = project.parent / "box" / "workspace"
-    await late.mount(wanted(inside, project, source_fd, "workspace", read_only=True))
-    assert "ro" in options(inside, target)
-
-
-async def test_the_host_name_is_set_with_it(
     inside: subprocess.Popen[bytes], late: Mounter, project: Path, source_fd: int, way: str
 ) -> None:
-    await late.mount(wanted(inside, project, source_fd, "workspace", hostname="renamed"))
+    """Root says so when it makes the mount."""
+    target = project.parent / "box" / "workspace"
+    await late.change(inside.pid, mount=wanted(inside, project, source_fd, "workspace", read_only=True))
+    assert ("ro" in options(inside, target)) == (way == "user")
+
+
+async def test_the_host_name_is_set(inside: subprocess.Popen[bytes], late: Mounter, way: str) -> None:
+    await late.change(inside.pid, hostname="renamed")
     assert host_name_of(inside, way) == b"renamed\n"
     assert socket.gethostname() != "renamed"
+    with pytest.raises(Unsupported):
+        await late.change(inside.pid, hostname="x" * 64)
+
+
+async def test_a_tmpfs_gets_another_size(inside: subprocess.Popen[bytes], late: Mounter, tmp_path: Path) -> None:
+    """And keeps its flags. Only what is a tmpfs itself, at exactly that path."""
+    box = tmp_path / "box"
+    before = options(inside, box)
+    await late.change(inside.pid, tmpfs_bytes={str(box): 1 << 20})
+    status = os.statvfs(f"/proc/{inside.pid}/root{box}")
+    assert status.f_blocks * status.f_frsize == 1 << 20
+    assert options(inside, box) == before
+    with pytest.raises(UnreadableAnswer, match="cannot open the place"):
+        await late.change(inside.pid, tmpfs_bytes={str(box / "link"): 1 << 20})
 
 
 @pytest.mark.parametrize("target", ["link", "missing", "link/../workspace"])
@@ -145,7 +159,7 @@ async def test_no_symlink_and_no_missing_place_is_mounted_on(
     inside: subprocess.Popen[bytes], late: Mounter, project: Path, source_fd: int, target: str
 ) -> None:
     with pytest.raises(UnreadableAnswer, match="cannot open the place to mount at"):
-        await late.mount(wanted(inside, project, source_fd, target))
+        await late.change(inside.pid, mount=wanted(inside, project, source_fd, target))
     assert seen(inside, project.parent / "box" / "workspace") is None
 
 
@@ -154,21 +168,22 @@ async def test_a_process_that_is_gone_is_an_error_and_the_next_mount_works(
 ) -> None:
     gone = ended_process()
     with pytest.raises(UnreadableAnswer):
-        await late.mount(wanted(gone, project, source_fd, "workspace"))
-    await late.mount(wanted(inside, project, source_fd, "workspace"))
+        await late.change(gone.pid, mount=wanted(gone, project, source_fd, "workspace"))
+    await late.change(inside.pid, mount=wanted(inside, project, source_fd, "workspace"))
 
 
 async def test_a_helper_that_was_killed_is_started_again(
     inside: subprocess.Popen[bytes], late: Mounter, project: Path, source_fd: int
 ) -> None:
-    await late.mount(wanted(inside, project, source_fd, "workspace"))
+    with pytest.raises(UnreadableAnswer):
+        await late.change(inside.pid, mount=wanted(inside, project, source_fd, "missing"))
     assert late.helper_pid is not None
     os.kill(late.helper_pid, signal.SIGKILL)
     before = late.helper_pid
     deadline = time.monotonic() + PATIENCE_S
     while Path(f"/proc/{before}/stat").read_text().split(") ")[1][0] != "Z":
         assert time.monotonic() < deadline
-    await late.mount(wanted(inside, project, source_fd, "workspace"))
+    await late.change(inside.pid, mount=wanted(inside, project, source_fd, "workspace"))
     assert late.helper_pid != before
 
 
@@ -181,10 +196,10 @@ async def test_nonsense_gets_no_answer_and_harms_nobody(
 ) -> None:
     """What the helper does not understand closes the pipe: an error at once, and not a wait."""
     with monkeypatch.context() as patched:
-        patched.setattr(mounter, "_request", lambda flags, wanted: b"nonsense")
+        patched.setattr(mounter, "_packed", lambda *_: b"nonsense")
         with pytest.raises(UnreadableAnswer, match="without an answer"):
-            await late.mount(wanted(inside, project, source_fd, "workspace"))
-    await late.mount(wanted(inside, project, source_fd, "workspace"))
+            await late.change(inside.pid, mount=wanted(inside, project, source_fd, "workspace"))
+    await late.change(inside.pid, mount=wanted(inside, project, source_fd, "workspace"))
 
 
 async def test_another_directory_that_took_its_place_is_never_mounted(
@@ -195,10 +210,10 @@ async def test_another_directory_that_took_its_place_is_never_mounted(
     project.mkdir()
     if way == "user":
         with pytest.raises(UnreadableAnswer, match="replaced by another"):
-            await late.mount(wanted(inside, project, source_fd, "workspace"))
+            await late.change(inside.pid, mount=wanted(inside, project, source_fd, "workspace"))
         assert seen(inside, target) is None
     else:
-        await late.mount(wanted(inside, project, source_fd, "workspace"))
+        await late.change(inside.pid, mount=wanted(inside, project, source_fd, "workspace"))
         assert Path(f"/proc/{inside.pid}/root{target}/file").read_text() == "hello"
 
 
@@ -209,6 +224,6 @@ async def test_a_user_follows_no_symlink_to_the_directory(
     project.symlink_to("moved")
     if way == "user":
         with pytest.raises(UnreadableAnswer, match="cannot open the directory once more"):
-            await late.mount(wanted(inside, project, source_fd, "workspace"))
+            await late.change(inside.pid, mount=wanted(inside, project, source_fd, "workspace"))
     else:
-        await late.mount(wanted(inside, project, source_fd, "workspace"))
+        await late.change(inside.pid, mount=wanted(inside, project, source_fd, "workspace"))

@@ -1012,7 +1012,12 @@ class Manager:
         with anyio.CancelScope(shield=True):
             self.condemn(sandbox)
             timings.mark("kill")
-            await self._remove(sandbox, timings)
+            try:
+                await self._remove(sandbox, timings)
+            except (RuntimeFailure, Failure, OSError) as error:
+                # Not as good as gone: it is listed again, until the next sweep or its user has removed it.
+                self._note_trouble(sandbox, f"it is not gone yet: {error}")
+                raise
 
     async def _remove(self, sandbox: Sandbox, timings: Timings) -> None:
         async with sandbox.lock:

@@ -193,6 +193,8 @@ async def test_a_removal_that_failed_says_so_and_is_finished_by_the_next_sweep(w
         with pytest.raises(EngineUnavailable):
             await manager.remove(box, Timings())
         assert box.record.state is State.REMOVING
+        assert manager.present() == [box], "what is not gone is to be seen"
+        assert "not gone yet" in box.record.state_reason
         assert len(await world.containers()) == 1
         await world.recovery.sweep()
         await world.assert_empty()

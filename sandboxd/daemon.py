@@ -54,6 +54,7 @@ from sandboxd.handlers.files import FileHandlers
 from sandboxd.handlers.network import NetworkHandlers
 from sandboxd.handlers.pools import PoolHandlers
 from sandboxd.handlers.sandboxes import SandboxHandlers
+from sandboxd.handlers.secrets import SecretHandlers
 from sandboxd.handlers.services import ServiceHandlers
 from sandboxd.handlers.shells import ShellHandlers
 from sandboxd.handlers.workspaces import WorkspaceHandlers
@@ -68,6 +69,7 @@ from sandboxd.paths import is_private, socket_path, state_dir
 from sandboxd.programs import install_programs
 from sandboxd.protocol import PROTOCOL_VERSION, ConfigEntry, DaemonConfig, DaemonInfo
 from sandboxd.recovery import Recovery
+from sandboxd.secret_store import SecretStore
 from sandboxd.server import serve
 from sandboxd.services.room import ServiceRoom
 from sandboxd.survey import Survey
@@ -186,7 +188,8 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 lambda: [sandbox.record.id for sandbox in manager.all()],
             )
             attachments = Attachments(background, services, Outside())
-            manager = ground.manager(background, services=services, attachments=attachments)
+            secrets = SecretStore(os.path.join(state, "secrets"))
+            manager = ground.manager(background, services=services, attachments=attachments, secrets=secrets)
             services.start(background)
             lifetimes = Lifetimes(manager, background)
             recovery = ground.recovery(manager)
@@ -216,9 +219,10 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 ServiceHandlers(manager, services),
                 WorkspaceHandlers(manager),
                 PoolHandlers(manager),
+                SecretHandlers(manager, secrets),
                 daemon,
             )
-            dispatcher = Dispatcher((family.table() for family in families), lifetimes.used_by)
+            dispatcher = Dispatcher((family.table() for family in families), lifetimes.used_by, secrets.refuse_in)
             await ground.engines.refresh()
             await clients.wait_for_clients(owner_label_argument(ground.owner), deadline_s=LEFT_CLIENTS_DEADLINE_S)
             await recovery.recover()

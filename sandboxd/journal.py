@@ -164,6 +164,8 @@ class SandboxRecord(msgspec.Struct, frozen=True, kw_only=True):
     launch: Literal["warm", "cold"] = "cold"
     miss_reason: str = ""
     """Why it was not claimed from the pool."""
+    secrets: tuple[str, ...] = ()
+    """Names only."""
 
 
 class CommandRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -71,6 +71,7 @@ from sandboxd.protocol import NetworkSetParams, SandboxCreateParams, SandboxUpda
 from sandboxd.recipe import Recipe
 from sandboxd.running import seconds
 from sandboxd.sandbox import INSIDE_BIN, INSIDE_RUN, TMPFS_TARGETS, Sandbox, Tell, container_id_of
+from sandboxd.secret_store import SecretStore
 from sandboxd.services.room import ServiceRoom
 from sandboxd.spool import SpoolDirectory
 from sandboxd.staging import Staging
@@ -134,12 +135,14 @@ class Manager:
         attachments: Attachments,
         mounter: Mounter | None,
         memory_available: Callable[[], int],
+        secrets: SecretStore,
         tell: Tell | None = None,
     ) -> None:
         self._config = config
         self._services = services
         self._attachments = attachments
         self.templates = Templates(config, host)
+        self._secrets = secrets
         self._inotify = inotify
         self._output_bytes_max = output_bytes_max(config.defaults)
         self._host = host
@@ -262,6 +265,7 @@ class Manager:
         resolve(params.limits, defaults, self._host, nofile_hard_max=None)
         lifetime = self._lifetime(params)
         egress = egress_of(params.network, params.allow, params.deny)
+        self._secrets.check(params.secrets)
         self._check_room(params.name)
         with contextlib.ExitStack() as opened:
             places = await self.workspaces.open(params.workspace, params.mounts, opened)
@@ -294,6 +298,7 @@ class Manager:
                 network=Network.NONE if egress is not None else Network(params.network or defaults.network),
                 egress=egress,
                 services=self._services.grants(params.services, sandbox_id=sandbox_id),
+                secrets=tuple(dict.fromkeys(params.secrets)),
                 limits=limits,
                 tmp_bytes_max=resolved.tmp_bytes_max,
                 limits_policy=policy,
@@ -608,7 +613,8 @@ class Manager:
             raise
 
     async def _attach(self, sandbox: Sandbox) -> None:
-        """Put on its loopback what was asked for; what cannot be is a warning."""
+        """Give it its secrets, and put on its loopback what was asked for; what cannot be there is a warning."""
+        await self._secrets.deliver(sandbox)
         problems = await self._attachments.attach(sandbox)
         if problems:
             sandbox.put(warnings=(*sandbox.record.warnings, *problems))
@@ -974,6 +980,7 @@ class Manager:
         self._prove_again(sandbox)
         timings.mark("verify")
         self._require_proof(sandbox)
+        await self._secrets.deliver(sandbox)
         sandbox.change(Event.ADOPTED)
         await self._attachments.attach(sandbox)
         timings.mark("network")

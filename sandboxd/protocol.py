@@ -53,6 +53,13 @@ Rules = Annotated[
     list[Annotated[str, Meta(max_length=512)]],
     Meta(max_length=256, description="``[METHOD ]HOST[:PORT]``, such as ``*.example.org:443``, or a preset."),
 ]
+SecretName = Annotated[
+    str,
+    Meta(
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}\Z",
+        description="1 to 63 of A-Z a-z 0-9 _ . -, starting with a letter, a digit or _.",
+    ),
+]
 ServiceGrants = Annotated[
     list[Annotated[str, Meta(max_length=80)]],
     Meta(max_length=16, description="``NAME`` or ``NAME=SCOPE``, such as ``chroma`` or ``chroma=private``."),
@@ -176,6 +183,8 @@ class SandboxCreateParams(Params, frozen=True):
     """What they match is refused, whatever allows it."""
     services: ServiceGrants | None = None
     """What appears on the loopback inside. Default: the daemon's."""
+    secrets: Annotated[list[SecretName], Meta(max_length=64)] = []
+    """Names of secrets that it finds as files in memory, at /run/secrets."""
     metadata: dict[str, str] = {}
     ephemeral: bool = False
     """Remove the sandbox when the connection that made it closes."""
@@ -324,6 +333,8 @@ class SandboxInfo(Reply, frozen=True, kw_only=True):
     network: NetworkMode
     services: list[str]
     mounts: list[MountInfo]
+    secrets: list[str]
+    """Their names."""
     limits: list[LimitReport]
     limits_policy: str
     verified: bool
@@ -1404,6 +1415,45 @@ class WorkspaceApplied(Reply, frozen=True):
     timings_ms: dict[str, float]
 
 
+# --- secrets --------------------------------------------------------------------------------------------
+
+
+class SecretSetParams(Params, frozen=True):
+    """Keep a secret, new or changed. Sandboxes that have it keep what they have, until it is given anew."""
+
+    name: SecretName
+    value: Annotated[bytes, Meta(min_length=1, max_length=65536)]
+
+
+class SecretParams(Params, frozen=True):
+    """Name one secret."""
+
+    name: SecretName
+
+
+class SecretGiveParams(Params, frozen=True):
+    """Give secrets to a running sandbox: those that it has are renewed, too."""
+
+    sandbox: SandboxRef
+    secrets: Annotated[list[SecretName], Meta(min_length=1, max_length=64)]
+
+
+class SecretInfo(Reply, frozen=True):
+    """What may be said of a secret: never its value."""
+
+    name: str
+    size_bytes: int
+    changed_at_ms: int
+    sandboxes: list[str]
+    """Ids of those that it was given to."""
+
+
+class SecretList(Reply, frozen=True):
+    """The secrets that are kept."""
+
+    secrets: list[SecretInfo]
+
+
 # --- images, daemon -------------------------------------------------------------------------------------
 
 
@@ -1713,6 +1763,10 @@ METHODS: tuple[Method, ...] = (
     Method("ports/forward", PortForwardParams, PortForward, "Lead a port or a Unix socket of the host inside."),
     Method("ports/list", SandboxParams, PortList, "What is forwarded, and what listens inside."),
     Method("ports/close", PortCloseParams, Acknowledged, "Close a forward."),
+    Method("secret/set", SecretSetParams, Acknowledged, "Keep a secret."),
+    Method("secret/list", NoParams, SecretList, "The names of the secrets, and who has them."),
+    Method("secret/remove", SecretParams, Acknowledged, "Forget a secret."),
+    Method("secret/give", SecretGiveParams, Acknowledged, "Give secrets to a running sandbox."),
     Method("service/list", NoParams, ServiceList, "The services that sandboxes may share."),
     Method("service/logs", ServiceLogsParams, ServiceLogs, "What a service printed."),
     Method("service/restart", ServiceParams, ServiceInfo, "End a service and start it anew."),

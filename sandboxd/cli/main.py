@@ -52,6 +52,7 @@ FAMILIES = {
     "service": "services",
     "pool": "pools",
     "template": "pools",
+    "secret": "secrets",
     "image": "images",
     "doctor": "daemon",
     "daemon": "daemon",

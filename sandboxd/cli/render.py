@@ -189,6 +189,7 @@ def sandbox(info: dict[str, Any], now_ms: int) -> str:
         *(("mount", f"{one['path']} at {one['target']} ({one['mode']}, {one['mounted']})") for one in info["mounts"]),
         ("network", info["network"]),
         ("services", _known(" ".join(info["services"]))),
+        ("secrets", _known(" ".join(info["secrets"]))),
         ("env", _known(" ".join(sorted(info["env"])))),
         ("metadata", _known(" ".join(f"{name}={value}" for name, value in sorted(info["metadata"].items())))),
         ("age", age(info["created_at_ms"], now_ms)),

@@ -83,6 +83,14 @@ def add_create_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SRC:DST[:ro]",
         help="another directory or file of the host; or type=bind,src=SRC,dst=DST[,ro]",
     )
+    parser.add_argument(
+        "--secret",
+        dest="secrets",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="give it a secret, as the file /run/secrets/NAME; see: sandboxctl secret",
+    )
     verb.add_env(parser)
     parser.add_argument(
         "--label",
@@ -136,6 +144,7 @@ def create(connection: Connection, arguments: argparse.Namespace, *, ephemeral: 
             allow=arguments.allow,
             deny=arguments.deny,
             services=arguments.services,
+            secrets=arguments.secrets,
             metadata=dict(arguments.metadata),
             ephemeral=ephemeral,
             lifetime=arguments.lifetime,

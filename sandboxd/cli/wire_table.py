@@ -50,6 +50,10 @@ PARAMS: dict[str, str] = {
     "ports/forward": "PortForwardParams",
     "ports/list": "SandboxParams",
     "ports/close": "PortCloseParams",
+    "secret/set": "SecretSetParams",
+    "secret/list": "NoParams",
+    "secret/remove": "SecretParams",
+    "secret/give": "SecretGiveParams",
     "service/list": "NoParams",
     "service/logs": "ServiceLogsParams",
     "service/restart": "ServiceParams",
@@ -291,6 +295,7 @@ FIELDS: dict[str, dict[str, object]] = {
         "allow": [],
         "deny": [],
         "services": None,
+        "secrets": [],
         "metadata": {},
         "ephemeral": False,
         "lifetime": None,
@@ -332,6 +337,17 @@ FIELDS: dict[str, dict[str, object]] = {
     "SandboxVerifyParams": {
         "sandbox": REQUIRED,
         "provoke": False,
+    },
+    "SecretGiveParams": {
+        "sandbox": REQUIRED,
+        "secrets": REQUIRED,
+    },
+    "SecretParams": {
+        "name": REQUIRED,
+    },
+    "SecretSetParams": {
+        "name": REQUIRED,
+        "value": REQUIRED,
     },
     "ServiceFileParams": {
         "service": REQUIRED,

@@ -29,13 +29,16 @@ class Dispatcher:
     Args:
         families: Their tables; no method is in two of them.
         used_by: Entered while a request is carried out, by its method and params.
+        refuse_in: Refuses variables of a request that must not be passed so.
     """
 
     def __init__(
         self,
         families: Iterable[Mapping[str, Handler]],
         used_by: Callable[[str, protocol.Params], AbstractContextManager[None]],
+        refuse_in: Callable[[Mapping[str, str]], None],
     ) -> None:
+        self._refuse_in = refuse_in
         self._used_by = used_by
         self._handlers = {method: handler for family in families for method, handler in family.items()}
         self._draining = False
@@ -51,6 +54,7 @@ class Dispatcher:
         """Carry out a request. See ``server.Dispatch``."""
         if self._draining:
             raise Conflict("cannot take requests any more", detail="the daemon is stopping", hint="try again")
+        self._refuse_in(getattr(params, "env", {}))
         counted = method not in _WAITING
         self._active += counted
         try:

@@ -262,6 +262,7 @@ def _info(sandbox: Sandbox, timings: Timings) -> protocol.SandboxInfo:
             )
             for mount in record.mounts
         ],
+        secrets=list(record.secrets),
         limits=limits.reports(sandbox.proofs),
         limits_policy=record.limits_policy,
         verified=_all_verified(sandbox),

@@ -69,7 +69,7 @@ async def main(bases: list[str]) -> None:
                 stack.callback(box.close)
             listener = stack.enter_context(open_listener(os.environ["SANDBOXD_SOCKET"]))
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(serve, listener.socket, Dispatcher([handlers.table()], _unused))
+                tasks.start_soon(serve, listener.socket, Dispatcher([handlers.table()], _unused, lambda _: None))
                 print("ready", flush=True)
                 with anyio.open_signal_receiver(signal.SIGTERM) as signals:
                     async for _ in signals:

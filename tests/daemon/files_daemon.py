@@ -64,7 +64,7 @@ def files_daemon(directory: Path, limits: Limits | None = None) -> Iterator[File
         portal.wrap_async_context_manager(tree()) as served,
     ):
         manager: Any = _Manager(served.files)
-        dispatch = Dispatcher([FileHandlers(manager).table()], _unused)
+        dispatch = Dispatcher([FileHandlers(manager).table()], _unused, lambda _: None)
 
         async def run() -> None:
             await serve(listener.socket, dispatch, limits=limits)

@@ -160,6 +160,7 @@ class Stub:
             ],
             network=params.network or "none",
             services=[],
+            secrets=[],
             limits=[LIMIT],
             limits_policy=params.limits_policy or "strict",
             verified=params.image != "unverified",

@@ -26,6 +26,7 @@ from sandboxd.manager import Caller, Manager, Places
 from sandboxd.network.outside import Outside
 from sandboxd.protocol import LimitsParams, SandboxCreateParams
 from sandboxd.recovery import Recovery
+from sandboxd.secret_store import SecretStore
 from sandboxd.services.room import ServiceRoom
 from sandboxd.timings import Timings
 from sandboxd.translation import failure_from
@@ -96,6 +97,7 @@ class World:
                 attachments=Attachments(background, services, Outside()),
                 mounter=None,
                 memory_available=lambda: 2**33,
+                secrets=SecretStore(str(self.boxes.parent / "secrets")),
             )
             self.recovery = Recovery(self.manager, engines=room, journal=self.journal, places=places)
             yield self.manager

@@ -109,9 +109,7 @@ def test_there_is_no_other_way_out(daemon: Daemon, engine: str, page: int) -> No
 
 def test_a_port_of_the_host_leads_to_what_listens_inside(daemon: Daemon, engine: str, tmp_path: Path) -> None:
     with daemon.box(engine) as box:
-        daemon.call(
-            "commands/start", sandbox=box["id"], argv=["busybox", "nc", "-lk", "-p", "7000", "-e", "busybox", "cat"]
-        )
+        daemon.call("commands/start", sandbox=box["id"], argv=["busybox", "nc", "-ll", "-p", "7000", "-e", "cat"])
         listens = wait_until(
             lambda: daemon.call("ports/list", sandbox=box["id"])["listening"], "something listens inside"
         )

@@ -57,6 +57,9 @@ def test_the_wire_table_knows_each_field_and_default(method: protocol.Method) ->
         "text": "true",
         "service": "chroma",
         "port": 80,
+        "name": "token",
+        "value": "dA==",
+        "secrets": ["token"],
         "forward_id": "0" * 8,
     }
     least = {name: stand_in[name] for name in required}

@@ -80,6 +80,7 @@ def test_the_inspected_environment_is_names_only() -> None:
         "metadata": {"a": "b"},
         "limits": [LIMIT],
         "services": ["chroma=private"],
+        "secrets": ["token"],
         "ephemeral": False,
         **dict.fromkeys(
             ("id", "name", "state", "state_reason", "engine", "image", "container_id", "pid", "user", "network"), "x"

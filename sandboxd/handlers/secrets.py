@@ -1,0 +1,64 @@
+"""``secret/*``."""
+
+from __future__ import annotations
+
+from sandboxd import protocol, running
+from sandboxd.handlers.table import Handler
+from sandboxd.manager import Manager
+from sandboxd.secret_store import SecretStore
+from sandboxd.server import Context
+
+
+class SecretHandlers:
+    """Secrets: values go in, names come out."""
+
+    def __init__(self, manager: Manager, secrets: SecretStore) -> None:
+        self._manager = manager
+        self._secrets = secrets
+
+    def table(self) -> dict[str, Handler]:
+        """By method."""
+        return {
+            "secret/set": self.set,
+            "secret/list": self.list,
+            "secret/remove": self.remove,
+            "secret/give": self.give,
+        }
+
+    async def set(self, params: protocol.SecretSetParams, _: Context) -> protocol.Acknowledged:
+        """Keep one."""
+        await self._secrets.put(params.name, params.value)
+        return protocol.Acknowledged()
+
+    async def list(self, _: protocol.NoParams, __: Context) -> protocol.SecretList:
+        """The names."""
+        return protocol.SecretList(
+            secrets=[
+                protocol.SecretInfo(
+                    name=known.name,
+                    size_bytes=known.size_bytes,
+                    changed_at_ms=known.changed_at_ms,
+                    sandboxes=[
+                        sandbox.record.id
+                        for sandbox in self._manager.present()
+                        if known.name in sandbox.record.secrets
+                    ],
+                )
+                for known in self._secrets.known()
+            ]
+        )
+
+    async def remove(self, params: protocol.SecretParams, _: Context) -> protocol.Acknowledged:
+        """Forget one."""
+        self._secrets.remove(params.name)
+        return protocol.Acknowledged()
+
+    async def give(self, params: protocol.SecretGiveParams, _: Context) -> protocol.Acknowledged:
+        """Give some to a sandbox that runs."""
+        sandbox = self._manager.get(params.sandbox)
+        self._secrets.check(params.secrets)
+        async with sandbox.lock:
+            running.require_running(sandbox)
+            sandbox.put(secrets=tuple(dict.fromkeys((*sandbox.record.secrets, *params.secrets))))
+            await self._secrets.deliver(sandbox)
+        return protocol.Acknowledged()

@@ -192,6 +192,22 @@ def image_id_argv(client: Client, reference: str) -> list[str]:
     return client.call("image", "inspect", "--format={{.Id}}", image_reference(reference))
 
 
+def remove_tree_argv(client: Client, directory: str) -> list[str]:
+    """Remove a directory of the host with what is in it, as root of the engine's user namespace.
+
+    Raises:
+        Unsupported: the engine has no such namespace that others may enter.
+    """
+    host_path(directory)
+    match client.engine:
+        case EngineName.DOCKER:
+            raise Unsupported("cannot remove files of Docker's users")
+        case EngineName.PODMAN:
+            return client.call("unshare", "rm", "-rf", "--one-file-system", "--", directory)
+        case _:
+            assert_never(client.engine)
+
+
 def ping_argv(client: Client) -> list[str]:
     """The cheapest call that the engine itself must answer."""
     match client.engine:

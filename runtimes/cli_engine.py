@@ -25,6 +25,7 @@ from runtimes.argv import (
     pause_argv,
     ping_argv,
     remove_argv,
+    remove_tree_argv,
     resume_argv,
     run_argv,
     start_argv,
@@ -207,6 +208,14 @@ class CliEngine(ABC):
             words, what=self._what("exec"), deadline_s=timeout_s, env=self._env, descriptors=descriptors
         )
         return finished.returncode
+
+    async def remove_tree(self, directory: str) -> None:
+        """See ``Engine.remove_tree``."""
+        if not self._capabilities.rootless:
+            raise Unsupported(f"cannot remove files of {self.name.value}'s users", detail="it is not rootless")
+        finished = await self._ask(remove_tree_argv(self._client, directory), "unshare", deadline_s=CHANGE_S_MAX)
+        if finished.returncode != 0:
+            raise self._refused(f"remove {directory}", finished)
 
     async def image_id(self, reference: str) -> str | None:
         """See ``Engine.image_id``.

@@ -156,6 +156,14 @@ class Engine(Protocol):
         """
         ...
 
+    async def remove_tree(self, directory: str) -> None:
+        """Remove a directory of the host that holds files of the engine's own users. Idempotent.
+
+        Raises:
+            Unsupported: this engine has no user namespace that can be entered: only rootless Podman has.
+        """
+        ...
+
     async def image_id(self, reference: str) -> str | None:
         """The id of the image that the engine holds under this name, None when it holds none. Nothing is pulled."""
         ...

@@ -210,7 +210,12 @@ def _lift(top_fd: int, name: str, number: int) -> int:
         for grandchild in os.listdir(child_fd):
             lifted = f".lifted-{number}"
             number += 1
-            os.rename(grandchild, lifted, src_dir_fd=child_fd, dst_dir_fd=top_fd)
+            try:
+                os.rename(grandchild, lifted, src_dir_fd=child_fd, dst_dir_fd=top_fd)
+            except PermissionError:
+                # A directory is written to when it is moved: where it leads up.
+                _make_readable(child_fd, grandchild)
+                os.rename(grandchild, lifted, src_dir_fd=child_fd, dst_dir_fd=top_fd)
     finally:
         os.close(child_fd)
     os.rmdir(name, dir_fd=top_fd)

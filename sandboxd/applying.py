@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import msgspec
 
-from runtimes import beneath
+from runtimes import beneath, mounts
 from sandboxd.trees import PERMISSIONS, Budget, Change, Seen, opened_file, read_link, seen, without_renames
 
 TEMPORARY_PREFIX = b".sandboxd-"
@@ -165,9 +165,12 @@ def _remove(transfer: Transfer, parent_fd: int, name: bytes, change: Change, _: 
     try:
         os.rmdir(name, dir_fd=parent_fd)
     except OSError as error:
-        if error.errno in {errno.ENOTEMPTY, errno.EEXIST}:
+        if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+            raise
+        if transfer.check:
             raise OSError(error.errno, "there are files in it that are to stay") from None
-        raise
+        # Of a sandbox's own directory nothing stays: what is left in it could not be looked at.
+        mounts.remove_tree(f"/proc/self/fd/{parent_fd}/{os.fsdecode(name)}")
 
 
 def _make(transfer: Transfer, parent_fd: int, name: bytes, change: Change, budget: Budget) -> None:
@@ -234,7 +237,7 @@ def reversed_changes(found: Collection[Change]) -> list[Change]:
     undone = []
     for change in without_renames(found):
         kind = {"added": "removed", "removed": "added"}.get(change.kind, change.kind)
-        # What cannot be shown can still be taken away.
-        note = change.note if change.old is not None else ""
+        # What cannot be shown can still be taken away, or written over.
+        note = change.note if change.old is not None and change.old.type == "dir" else ""
         undone.append(msgspec.structs.replace(change, kind=kind, old=change.new, new=change.old, note=note))
     return sorted(undone, key=lambda change: (change.path, change.new is not None))

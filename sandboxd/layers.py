@@ -110,13 +110,16 @@ class Layers:
         with _said("cannot make an overlay"):
             self._begin()
             os.mkdir(self.work, 0o700)
-            os.mkdir(self.upper, 0o700)
-            # What is seen of the project's own directory is the upper one.
-            status = os.fstat(project_fd)
-            with contextlib.suppress(PermissionError):
-                os.chown(self.upper, status.st_uid, status.st_gid)
-            os.chmod(self.upper, status.st_mode & PERMISSIONS)
-            self._put_base(Base(kind=kind, project_inode=status.st_ino, made_at_ns=self._now_ns()))
+            self._make_upper(project_fd, kind)
+
+    def _make_upper(self, project_fd: int, kind: LayerKind) -> None:
+        os.mkdir(self.upper, 0o700)
+        # What is seen of the project's own directory is the upper one.
+        status = os.fstat(project_fd)
+        with contextlib.suppress(PermissionError):
+            os.chown(self.upper, status.st_uid, status.st_gid)
+        os.chmod(self.upper, status.st_mode & PERMISSIONS)
+        self._put_base(Base(kind=kind, project_inode=status.st_ino, made_at_ns=self._now_ns()))
 
     def make_copy(self, project_fd: int, budget: Budget, progress: Progress) -> CopyReport:
         """Copy a project.
@@ -233,8 +236,14 @@ class Layers:
     # --- removing them --------------------------------------------------------------------------------
 
     def empty(self, project_fd: int) -> None:
-        """Forget all that was written to an overlay that is not mounted."""
-        self.make_overlay(project_fd, self.base().kind)
+        """Forget all that was written to an overlay that is not mounted.
+
+        What the kernel keeps beside it stays: there may be files in it of a user that the engine made up.
+        """
+        kind = self.base().kind
+        with _said("cannot reset an overlay"):
+            mounts.remove_tree(self.upper)
+            self._make_upper(project_fd, kind)
 
     def erase(self) -> None:
         """Remove them, whatever somebody hostile has put there. Idempotent.

@@ -165,6 +165,7 @@ class Manager:
             bounds=copy_bounds(config.workspaces),
             may_mount=caller.user.uid == 0,
             idmap_works=userns_fd is not None,
+            remove_foreign=self._remove_foreign,
         )
         """What they see of the host, and what they did to it."""
         self._staging = Staging(may_mount=caller.user.uid == 0, userns_fd=userns_fd, mounter=mounter)
@@ -818,6 +819,9 @@ class Manager:
         sandbox.tell("removed")
         self._changed(sandbox)
         sandbox.on_forgotten()
+
+    async def _remove_foreign(self, directory: str) -> None:
+        await self._engines.get(EngineName.PODMAN).remove_tree(directory)
 
     def sweep_layers_soon(self) -> None:
         """Remove, in the background, what sandboxes wrote of which nobody knows any more."""

@@ -425,13 +425,12 @@ def _unfit(new: Seen) -> str:
 def with_renames(trees: Trees, found: list[Change], budget: Budget) -> list[Change]:
     """The same changes, with a file that went and one that came told as one where their content is the same."""
     gone: dict[int, list[Change]] = {}
+    # What something else has taken the place of did not move, it was replaced.
+    taken = {change.path for change in found if change.new is not None}
     for change in found:
-        if (
-            change.kind == "removed"
-            and change.old is not None
-            and change.old.type == "file"
-            and change.old.size_bytes
-        ):
+        if change.path in taken or change.old is None or change.old.type != "file":
+            continue
+        if change.kind == "removed" and change.old.size_bytes:
             gone.setdefault(change.old.size_bytes, []).append(change)
     sources: dict[bytes, Change] = {}
     renamed: dict[bytes, Change] = {}

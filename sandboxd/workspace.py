@@ -371,6 +371,9 @@ class Stage:
     def clear(self) -> None:
         """Take every mount off and remove what they were on. Idempotent; also clears what a crash left."""
         with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISLNK(os.lstat(self.path).st_mode):
+                os.unlink(self.path)
+                return
             while mounts.unmount(self.path):
                 pass
             if stat.S_ISDIR(os.lstat(self.path).st_mode):

@@ -12,7 +12,7 @@ import functools
 import logging
 import os
 import posixpath
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 from typing import TypeVar
 
 import anyio
@@ -22,6 +22,7 @@ import anyio.to_thread
 import msgspec
 
 from runtimes import beneath
+from runtimes.errors import RuntimeFailure
 from runtimes.model import EngineInfo, EngineName, OverlayDirs, User
 from runtimes.quantities import parse_memory
 from sandboxd import gitworktree
@@ -63,6 +64,9 @@ DIFF_SECONDS_MAX = 60.0
 APPLY_SECONDS_MAX = 600.0
 
 CONFLICTS_SHOWN_MAX = 20
+
+_NOT_MOUNTED = (State.STOPPED, State.LOST)
+"""Only then does no container have the overlay."""
 
 Progress = Callable[[str, int | None, int | None], None]
 
@@ -122,9 +126,20 @@ class Workspaces:
         bounds: What a copy may cost.
         may_mount: The daemon is root, and mounts itself.
         idmap_works: Ids of root and of the sandbox's user can be swapped in mounts.
+        remove_foreign: Removes a directory with files of an engine's own users; see ``Engine.remove_tree``.
     """
 
-    def __init__(self, directory: str, *, rules: Rules, bounds: Bounds, may_mount: bool, idmap_works: bool) -> None:
+    def __init__(
+        self,
+        directory: str,
+        *,
+        rules: Rules,
+        bounds: Bounds,
+        may_mount: bool,
+        idmap_works: bool,
+        remove_foreign: Callable[[str], Awaitable[None]],
+    ) -> None:
+        self._remove_foreign = remove_foreign
         self._directory = directory
         self._rules = rules
         self._bounds = bounds
@@ -326,8 +341,17 @@ class Workspaces:
     async def erase(self, sandbox_id: str) -> None:
         """Remove what a sandbox wrote. Idempotent."""
         layers = self.layers(sandbox_id)
-        if os.path.lexists(layers.directory):
-            await anyio.to_thread.run_sync(_erase_logged, layers, limiter=self._workers)
+        if not os.path.lexists(layers.directory):
+            return
+        try:
+            try:
+                await anyio.to_thread.run_sync(layers.erase, limiter=self._workers)
+            except PermissionError:
+                # What an engine's overlay leaves beside its layer belongs to a user that the engine made up.
+                await self._remove_foreign(layers.work)
+                await anyio.to_thread.run_sync(layers.erase, limiter=self._workers)
+        except (OSError, RuntimeFailure, Failure) as error:
+            logger.warning("cannot remove %s yet: %s", layers.directory, error)
 
     def unknown(self, known: Collection[str]) -> list[str]:
         """Ids of sandboxes that wrote something and are not among these."""
@@ -480,10 +504,10 @@ class Workspaces:
             return await self._work(carry, budget), outcome
 
     async def reset(self, sandbox: Sandbox, paths: Collection[bytes]) -> tuple[list[Change], Outcome]:
-        """Undo what a sandbox changed.
+        """Undo what a sandbox changed; return what undid it.
 
         Raises:
-            Conflict: it runs, and its overlay is the engine's, so that nobody can reach it from here.
+            Conflict: its overlay is mounted, and nobody can reach it from here: it is paused, or the engine's.
             Unsupported: only some paths, and the overlay is the engine's.
         """
         layers = self._layers_of(sandbox)
@@ -494,6 +518,12 @@ class Workspaces:
         async with sandbox.lock, self._project(sandbox) as project_fd:
             runs = sandbox.record.state is State.RUNNING
             is_overlay = record.layer == "overlay"
+            if is_overlay and not runs and sandbox.record.state not in _NOT_MOUNTED:
+                raise Conflict(
+                    f"cannot reset the overlay of a sandbox that is {sandbox.record.state.value}",
+                    detail="it is mounted in there, and cannot be reached",
+                    hint=f"sandboxctl stop {sandbox.record.id}",
+                )
             if is_overlay and not self._may_mount and (runs or paths):
                 raise _out_of_reach(sandbox, runs=runs)
             whole = is_overlay and not runs and not paths
@@ -504,7 +534,8 @@ class Workspaces:
                     if whole:
                         outcome.touched += [change.path for change in found]
                         layers.empty(project_fd)
-                        return found
+                        return [msgspec.structs.replace(change, note="") for change in found]
+                    undoing = reversed_changes(found)
                     with self._inside(sandbox, layers, trees, runs=runs) as target_fd:
                         transfer = Transfer(
                             source_fd=project_fd,
@@ -513,10 +544,10 @@ class Workspaces:
                             check=False,
                         )
                         try:
-                            apply(transfer, reversed_changes(found), budget, outcome)
+                            apply(transfer, undoing, budget, outcome)
                         finally:
                             layers.settle(project_fd, outcome.touched)
-                return found
+                return undoing
 
             return await self._work(undo, budget), outcome
 
@@ -688,13 +719,6 @@ def _readable(descriptor: int) -> Iterator[int]:
         yield opened
     finally:
         os.close(opened)
-
-
-def _erase_logged(layers: Layers) -> None:
-    try:
-        layers.erase()
-    except OSError as error:
-        logger.warning("cannot remove %s yet: %s", layers.directory, error)
 
 
 # --- paths ----------------------------------------------------------------------------------------------

@@ -168,7 +168,8 @@ def create(connection: Connection, arguments: argparse.Namespace, *, ephemeral: 
 def _say_place(message: Message) -> None:
     params = message.content["params"]
     if message.content["method"] == "$/progress" and sys.stderr.isatty():
-        say(f"{params['message']}: place {params['done']} of {params['total']}")
+        place = "" if params["total"] is None else f": place {params['done']} of {params['total']}"
+        say(f"{params['message']}{place}")
 
 
 def check_create_arguments(arguments: argparse.Namespace) -> None:

@@ -340,6 +340,9 @@ class NullEngine:
     async def exec(self, container_id: str, argv: Sequence[str], **_: object) -> int:
         return 0
 
+    async def remove_tree(self, directory: str) -> None:
+        return None
+
     async def image_id(self, reference: str) -> str | None:
         return None
 

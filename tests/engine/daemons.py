@@ -279,6 +279,10 @@ class Daemon:
         """The directories of sandboxes that are there."""
         return sorted(os.listdir(self.boxes)) if self.boxes.exists() else []
 
+    def await_no_layers(self) -> None:
+        """What its sandboxes wrote instead of their projects goes in the background, after them."""
+        wait_until(lambda: not os.listdir(self.state / "layers"), "all layers were removed")
+
     def remove_everything(self) -> None:
         for sandbox in self.sandboxes():
             self.remove(sandbox)

@@ -261,7 +261,7 @@ def test_an_overlay_of_podmans_own_is_compared_carried_back_and_reset(
     assert done.stdout.split() == [b"old", b"old", b"new", b"dir", b"gone", b"text"], done.stderr
     assert rootless.ctl("rm", "--wait", box["id"]).returncode == 0
     rootless.assert_nothing_left(("podman",))
-    assert os.listdir(rootless.state / "layers") == []
+    rootless.await_no_layers()
 
 
 def test_the_home_of_another_user_is_no_project(rootless: UsersDaemon, user: pwd.struct_passwd, place: Path) -> None:

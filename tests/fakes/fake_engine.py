@@ -247,6 +247,10 @@ class FakeEngine:
         finished = await run(argv, what="`fake exec`", deadline_s=timeout_s, env=dict(env), descriptors=descriptors)
         return finished.returncode
 
+    async def remove_tree(self, directory: str) -> None:
+        await self._enter("remove_tree")
+        raise Unsupported("cannot remove files of a fake engine's users")
+
     async def image_id(self, reference: str) -> str | None:
         await self._enter("image_id")
         return self._images.get(_full(image_reference(reference)))

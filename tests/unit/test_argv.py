@@ -24,6 +24,7 @@ from runtimes.model import (
     Limits,
     Mount,
     Network,
+    OverlayDirs,
     Tmpfs,
     User,
 )
@@ -298,3 +299,28 @@ def test_exec_passes_the_command_untouched(client: Client) -> None:
     words = argv.exec_argv(client, ID, command, user="0:0", env=(("A", "b=c"),), working_dir="/w")
     assert words[-4:] == [ID, *command]
     assert set(words) >= {"--interactive", "--user=0:0", "--workdir=/w", "--env=A=b=c"}
+
+
+def test_files_of_an_engines_own_users_are_removed_in_its_namespace() -> None:
+    """Nobody else may, not even their sandbox's owner; and only Podman lets others in."""
+    words = ["unshare", "rm", "-rf", "--one-file-system", "--", "/state/work"]
+    assert argv.remove_tree_argv(PODMAN, "/state/work")[-6:] == words
+    with pytest.raises(Unsupported):
+        argv.remove_tree_argv(DOCKER, "/state/work")
+    with pytest.raises(Unsupported):
+        argv.remove_tree_argv(PODMAN, "relative")
+
+
+def test_an_overlay_is_podmans_own_and_its_paths_are_written_as_they_are() -> None:
+    """The flag has no quotes: what would end a field early is refused, and Docker has no such flag."""
+    dirs = OverlayDirs(upper="/s/upper", work="/s/work")
+
+    def over(source: str) -> ContainerSpec:
+        return spec(mounts=(Mount(source=source, target="/workspace", overlay=dirs),))
+
+    assert "--volume=/p q:/workspace:O,upperdir=/s/upper,workdir=/s/work" in argv.run_argv(PODMAN, over("/p q"))
+    with pytest.raises(Unsupported):
+        argv.run_argv(DOCKER, over("/p"))
+    for source in ("/a:b", "/a,b", "/a\\b"):
+        with pytest.raises(Unsupported):
+            argv.run_argv(PODMAN, over(source))

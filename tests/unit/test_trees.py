@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sandboxd import diffing
@@ -170,6 +170,7 @@ def test_git_makes_of_the_project_what_the_sandbox_saw(old: Tree, new: Tree) -> 
 
 @settings(max_examples=40, deadline=None)
 @given(TREE, TREE)
+@example({"a": (b"x\n", 0o644)}, {"a": "a", "b": (b"x\n", 0o644)})
 def test_a_copy_is_compared_and_carried_back_and_undone(old: Tree, new: Tree) -> None:
     """What was copied and not touched is no change; what is reset is the project's again."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -416,3 +417,46 @@ def test_a_page_holds_what_fits_and_says_where_to_go_on(pair: tuple[Path, Path])
             pages += 1
     assert told == [f"f{number}" for number in range(9)]
     assert pages > 1
+
+
+def test_a_layer_can_be_removed_whatever_modes_are_in_it() -> None:
+    """An ordinary user is shut out of directories without permissions, and cannot move them either."""
+    with tempfile.TemporaryDirectory() as scratch:
+        layers = Layers(str(Path(scratch, "layers")))
+        child = os.fork()
+        if child == 0:
+            code = 1
+            with contextlib.suppress(BaseException):
+                _remove_as_anybody(Path(scratch), layers)
+                code = 0
+            os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert not Path(layers.directory).exists()
+
+
+def _remove_as_anybody(directory: Path, layers: Layers) -> None:
+    if os.geteuid() == 0:
+        os.chown(directory, 65534, 65534)
+        os.setresuid(65534, 65534, 65534)
+    project_fd = os.open(directory, os.O_RDONLY)
+    layers.make_overlay(project_fd, "userxattr")
+    deep = Path(layers.upper, "shut", "in")
+    deep.mkdir(parents=True)
+    (deep / "file").write_text("x")
+    Path(layers.work, "work").mkdir(mode=0)
+    deep.chmod(0)
+    deep.parent.chmod(0)
+    layers.erase()
+
+
+def test_what_a_sandbox_shut_is_removed_with_it(pair: tuple[Path, Path]) -> None:
+    """Undone is undone, also what nobody could look at."""
+    project, layer = pair
+    (layer / "shut" / "in").mkdir(parents=True)
+    with opened(project, layer) as trees:
+        found = [change for change in changes(trees, plenty()) if change.path == b"shut"]
+        outcome = Outcome()
+        transfer = Transfer(source_fd=trees.project_fd, target_fd=trees.layer_fd, owner_of=None, check=False)
+        apply(transfer, reversed_changes(found), plenty(), outcome)
+    assert outcome.failed == {}
+    assert os.listdir(layer) == []

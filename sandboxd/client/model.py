@@ -57,9 +57,16 @@ class CreateOptions(LimitOptions, total=False):
     """The workspace cannot be written to."""
     workspace_mode: Literal["rw", "ro", "overlay", "copy"]
     """``overlay`` and ``copy``: the directory itself is never touched."""
-    network: Literal["none", "full"]
+    network: Literal["none", "allow", "full"]
     allow_internet_access: bool
     """``network``, as others call it."""
+    allow: Sequence[str]
+    """Rules of what it may reach through its proxy, such as ``"pypi"`` or ``"*.example.org:443"``."""
+    deny: Sequence[str]
+    services: Sequence[str]
+    """What it finds on its loopback, such as ``"chroma"`` or ``"chroma=private"``."""
+    secrets: Sequence[str]
+    """Names of secrets that it finds as files at /run/secrets."""
     timeout: Quantity
     """How long it lasts, in seconds; ``"none"``: until it is killed."""
     idle_timeout: Quantity
@@ -262,6 +269,7 @@ def given(**fields: object) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
+_NAMES = ("allow", "deny", "services", "secrets")
 _LIMITS = ("memory", "cpus", "pids", "cpuset", "shm", "tmp", "nofile")
 
 
@@ -270,6 +278,20 @@ def limits_params(options: LimitOptions) -> dict[str, Any]:
     values: dict[str, Any] = {**options}
     limits = given(**{name: values.get(name) for name in _LIMITS})
     return given(limits=limits, limits_policy=options.get("limits_policy"))
+
+
+def _names(values: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The options that are several texts; one text alone would be taken for its letters.
+
+    Raises:
+        InvalidArgumentException: One is.
+    """
+    for name in _NAMES:
+        if isinstance(values.get(name), str):
+            raise InvalidArgumentException(
+                f"cannot use {values[name]!r} for {name}", hint=f"{name}=[{values[name]!r}]"
+            )
+    return {name: list(values[name]) for name in _NAMES if values.get(name) is not None}
 
 
 def create_params(
@@ -298,6 +320,7 @@ def create_params(
         name=options.get("name"),
         engine=options.get("engine"),
         network=network,
+        **_names({**options}),
         lifetime=options.get("timeout"),
         idle_timeout=options.get("idle_timeout"),
         on_timeout=options.get("on_timeout"),

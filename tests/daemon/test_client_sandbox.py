@@ -26,6 +26,7 @@ from sandboxd.client import (
 )
 from sandboxd.client.errors import exception_from
 from sandboxd.client.following import Following
+from sandboxd.client.model import CreateOptions, create_params
 from sandboxd.failures import FAILURES
 from tests.daemon.sandboxctl import PATIENCE_S, STUB, Ctl, environment, stub_daemon
 from tests.twins import Twin
@@ -65,12 +66,29 @@ def test_options_reach_the_daemon(client: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"read_only": True}, {"network": "none", "allow_internet_access": True}, {"memory": "banana"}]
+    "options",
+    [
+        {"read_only": True},
+        {"network": "none", "allow_internet_access": True},
+        {"memory": "banana"},
+        {"allow": "pypi"},
+        {"secrets": "token"},
+    ],
 )
 def test_options_that_cannot_be_meant_are_refused(client: Any, options: dict[str, Any]) -> None:
     """Here or by the daemon, it is the same exception."""
     with pytest.raises(InvalidArgumentException):
         client.create(**options)
+
+
+def test_rules_services_and_secrets_are_lists_of_the_request() -> None:
+    options: CreateOptions = {"allow": ("pypi",), "services": ["chroma=private"], "secrets": []}
+    assert create_params(None, None, None, options) == {
+        "allow": ["pypi"],
+        "services": ["chroma=private"],
+        "secrets": [],
+        "limits": {},
+    }
 
 
 def test_a_sandbox_that_is_not_there_is_not_found(client: Any) -> None:

@@ -133,6 +133,19 @@ def test_a_port_of_the_host_leads_to_what_listens_inside(daemon: Daemon, engine:
         assert not path.exists()
 
 
+def test_a_warm_sandbox_is_claimed_with_its_way_out(daemon: Daemon, page: int) -> None:
+    """A slot has nothing on its loopback; what is asked for comes with the claim, without an engine call."""
+    daemon.call("pool/resize", max=1)
+    daemon.call("pool/warm", count=1)
+    try:
+        box = daemon.call("sandbox/create", launch="warm", allow=[f"127.0.0.1:{page}"])
+        assert (box["launch"], box["network"]) == ("warm", "allow")
+        assert daemon.sh(box, f"no_proxy= busybox wget -q -O - http://127.0.0.1:{page}/") == "hello"
+        daemon.remove(box)
+    finally:
+        daemon.call("pool/drain")
+
+
 def test_a_daemon_that_was_killed_finds_its_doors_again(daemon: Daemon, engine: str, page: int) -> None:
     with daemon.box(engine, allow=[f"127.0.0.1:{page}"]) as box:
         daemon.kill()

@@ -52,18 +52,6 @@ MOUNTINFO_CHARS_MAX = 4 * 1024 * 1024
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def stage_bind(source_fd: int, target_fd: int, *, read_only: bool, userns_fd: int | None) -> None:
-    """Mount the directory tree, or the file, behind ``source_fd`` onto that behind ``target_fd``.
-
-    Args and errors as of ``detached_bind``.
-    """
-    tree_fd = detached_bind(source_fd, read_only=read_only, userns_fd=userns_fd)
-    try:
-        attach(tree_fd, target_fd)
-    finally:
-        os.close(tree_fd)
-
-
 def detached_bind(source_fd: int, *, read_only: bool, userns_fd: int | None) -> int:
     """Return a mount of what is behind ``source_fd`` that is nowhere yet: nosuid, nodev, private.
 

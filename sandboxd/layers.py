@@ -90,11 +90,6 @@ class Layers:
         """The copy."""
         return os.path.join(self._tree, "copy")
 
-    @property
-    def exist(self) -> bool:
-        """Whether they were made."""
-        return os.path.lexists(os.path.join(self.directory, "base"))
-
     def for_overlay(self, scratch: str) -> OverlayLayers:
         """What a mount needs to know of them."""
         return OverlayLayers(directory=self._tree, scratch=scratch)

@@ -17,8 +17,6 @@ import select
 import stat
 import time
 
-from sandboxd.tarstream import BLOCK_BYTES
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
@@ -482,8 +480,3 @@ def _copy_range(source: int, target: int, at: int, end: int, patience: Patience,
             continue
         at += moved
         tally.bytes += moved
-
-
-def blocks_of(size: int) -> int:
-    """What so much data takes in an archive, its header included."""
-    return BLOCK_BYTES + size + -size % BLOCK_BYTES

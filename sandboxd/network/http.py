@@ -161,11 +161,6 @@ def passed_on(headers: Iterable[tuple[bytes, bytes]], *, without: frozenset[byte
     return [(name, value) for name, value in headers if name == b"content-length" or name not in dropped]
 
 
-def has_body(request: h11.Request) -> bool:
-    """Whether a body follows."""
-    return any(name in (b"content-length", b"transfer-encoding") for name, _ in request.headers)
-
-
 def body_framing(request: h11.Request) -> Headers:
     """What frames the body towards the next hop, where a length does not."""
     chunked = any(name == b"transfer-encoding" for name, _ in request.headers)

@@ -38,7 +38,6 @@ from sandboxd.services.supervisor import Service, ServiceSpec
 logger = logging.getLogger(__name__)
 
 NAME = "chroma"
-PORT_INSIDE = 8000
 API = "/api/v2"
 HEARTBEAT = f"{API}/heartbeat"
 

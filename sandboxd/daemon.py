@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``sandboxd`` in the foreground until SIGTERM or SIGINT."""
     parser = argparse.ArgumentParser(
         prog="sandboxd",
-        description="The sandboxd daemon, in the foreground. sandboxctl starts one by itself when it needs it.",
+        description="The sandboxd daemon, in the foreground. Nobody needs to start it by hand: see sandboxctl.",
     )
     parser.add_argument("--socket", metavar="PATH", help="where to listen (SANDBOXD_SOCKET)")
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])

@@ -244,8 +244,9 @@ echo '{"jsonrpc":"2.0","id":1,"method":"daemon/info"}' | socat -t 5 - UNIX-CONNE
 
 Some requests and notifications carry file descriptors (`SCM_RIGHTS`), which ride with the first byte of the frame:
 one `sendmsg` whose data begins with the frame and whose control message holds the descriptors. A request carries
-exactly as many as its params say: three (stdin, stdout, stderr) for commands with `"stdio": "descriptors"` and no
-`pty`, one for `files/write` with `"descriptor": true`, else none. Others are closed unseen.
+exactly as many as its params say: three (stdin, stdout, stderr) for `commands/run` and `commands/start` with
+`"stdio": "descriptors"` and no `pty`, one for `files/write` with `"descriptor": true`, one for every `files/upload`
+and `files/download`, else none. Others are closed unseen. `files/opened` brings one to the client.
 
 """
 

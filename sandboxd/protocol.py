@@ -1809,8 +1809,8 @@ class ErrorData(Struct, frozen=True, kw_only=True):
 
     type: str
     """``invalid_argument not_found conflict timeout limit_not_enforceable capacity_exceeded not_enough_space
-    sandbox_gone engine_unavailable engine_refused unauthorized unsupported prerequisite_missing command_not_started
-    internal``."""
+    pool_exhausted sandbox_gone engine_unavailable engine_refused unauthorized unsupported prerequisite_missing
+    command_not_started internal``."""
     brief: str
     detail: str
     hint: str

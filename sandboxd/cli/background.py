@@ -162,7 +162,8 @@ def _attach(arguments: argparse.Namespace) -> int:
         return fail(error)
     if end is not None:
         return exit_code_of_end(end, arguments.sandbox)
-    say(f"command {command['command_id']} goes on; to come back: sandboxctl attach {' '.join(command.values())}")
+    again = f"sandboxctl attach {command['sandbox']} {command['command_id']}"
+    say(f"command {command['command_id']} goes on; to come back: {again}")
     return SIGNAL_BASE + attached.left_by if attached.left_by else 0
 
 

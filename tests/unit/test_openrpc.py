@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 from pathlib import Path
 
 import msgspec
@@ -9,6 +10,7 @@ import pytest
 
 from sandboxd import openrpc, protocol
 from sandboxd.cli import wire_table
+from sandboxd.failures import FAILURES, Failure
 
 ROOT = Path(__file__).parents[2]
 SOURCE = inspect.getsource(protocol)
@@ -17,6 +19,20 @@ SOURCE = inspect.getsource(protocol)
 def test_the_page_is_current() -> None:
     """Regenerate it: python -m sandboxd.openrpc --markdown > docs/PROTOCOL.md."""
     assert (ROOT / "docs/PROTOCOL.md").read_text() == openrpc.markdown(SOURCE)
+
+
+def test_the_page_says_which_requests_carry_descriptors() -> None:
+    """A request with one too few is refused, and nothing else says how many."""
+    section = openrpc.markdown(SOURCE).partition("## Descriptors")[2].partition("##")[0]
+    assert {method.name for method in protocol.METHODS if method.descriptors} == set(
+        re.findall(r"`((?!files/opened)[a-z]+/[a-z_]+)`", section)
+    )
+
+
+def test_the_page_names_every_type_of_failure() -> None:
+    """Programs decide by it."""
+    types = openrpc.schemas(SOURCE)["ErrorData"]["properties"]["type"]["description"]
+    assert set(re.findall(r"[a-z]+(?:_[a-z]+)*", types)) == {failure.type for failure in FAILURES} | {Failure.type}
 
 
 def test_the_wire_table_is_current() -> None:

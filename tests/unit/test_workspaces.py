@@ -1,0 +1,74 @@
+"""What a mode of the workspace is carried out with, and which paths of a project are named."""
+
+from __future__ import annotations
+
+import pytest
+
+from runtimes.model import EngineInfo, EngineName, User
+from sandboxd.failures import InvalidArgument, Unsupported
+from sandboxd.protocol import WorkspaceParams
+from sandboxd.workspace import Identity, OpenedPath, Rules
+from sandboxd.workspaces import Bounds, Opened, Workspaces, project_paths
+
+ME = User(uid=1001, gid=1001)
+OPENED = Opened(
+    project=OpenedPath(path="/p", descriptor=-1, device=1, inode=2, owner=ME, is_directory=True),
+)
+IDENTITY = Identity(user=ME, keep_id=False, mounted="same-uid")
+
+
+async def _nothing(_: str) -> None:
+    raise AssertionError("nothing of another user's is here")
+
+
+def backend(mode: str, engine: EngineName, *, rootless: bool, root: bool) -> str:
+    workspaces = Workspaces(
+        "/nonexistent",
+        rules=Rules(home="/home/me"),
+        bounds=Bounds(entries_max=1, bytes_max=1),
+        may_mount=root,
+        idmap_works=root,
+        remove_foreign=_nothing,
+    )
+    info = EngineInfo(name=engine, usable=True, reason="", rootless=rootless)
+    params = WorkspaceParams(path="/p", mode=mode)  # type: ignore[arg-type]
+    record = workspaces.workspace_record(params, OPENED, IDENTITY, info)
+    assert record is not None
+    return record.backend
+
+
+@pytest.mark.parametrize(
+    ("engine", "rootless", "root", "expected"),
+    [
+        (EngineName.DOCKER, False, True, "overlay"),
+        (EngineName.PODMAN, False, True, "overlay"),
+        (EngineName.PODMAN, True, False, "podman-overlay"),
+    ],
+)
+def test_an_overlay_is_mounted_by_whoever_may(engine: EngineName, rootless: bool, root: bool, expected: str) -> None:
+    assert backend("overlay", engine, rootless=rootless, root=root) == expected
+
+
+@pytest.mark.parametrize("rootless", [True, False])
+def test_where_nobody_may_mount_an_overlay_is_refused_and_a_copy_is_not(rootless: bool) -> None:
+    """A copy of a large project in its stead would be no small surprise; whoever wants one says so."""
+    with pytest.raises(Unsupported) as caught:
+        backend("overlay", EngineName.DOCKER, rootless=rootless, root=False)
+    assert "--copy" in caught.value.hint
+    assert backend("copy", EngineName.DOCKER, rootless=rootless, root=False) == "copy"
+    assert backend("bind", EngineName.DOCKER, rootless=rootless, root=False) == "bind"
+
+
+def test_paths_are_relative_to_the_project_however_they_are_typed() -> None:
+    assert project_paths(["a", "./b/", "c//d", "/workspace/e"], [b"\xff"]) == [b"a", b"b", b"c/d", b"e", b"\xff"]
+
+
+@pytest.mark.parametrize("path", [".", "/workspace", "/workspace/", "a/.."])
+def test_the_project_itself_is_all_of_it(path: str) -> None:
+    assert project_paths([path, "a"], []) == []
+
+
+@pytest.mark.parametrize("path", ["..", "../a", "/etc/passwd", "/", "a/../../b", "/workspace/../etc", "a\0b"])
+def test_a_path_that_leads_out_of_the_project_is_refused(path: str) -> None:
+    with pytest.raises(InvalidArgument, match="cannot use the path"):
+        project_paths([path], [])

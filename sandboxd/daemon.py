@@ -188,7 +188,7 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 lambda: [sandbox.record.id for sandbox in manager.all()],
             )
             attachments = Attachments(background, services, Outside())
-            secrets = SecretStore(os.path.join(state, "secrets"))
+            secrets = SecretStore(os.path.join(state, "secrets"), env.get("CREDENTIALS_DIRECTORY"))
             manager = ground.manager(background, services=services, attachments=attachments, secrets=secrets)
             services.start(background)
             lifetimes = Lifetimes(manager, background)

@@ -21,7 +21,7 @@ import anyio.to_thread
 import msgspec
 
 from runtimes.init.file_worker import FileRefused
-from sandboxd.failures import CapacityExceeded, Failure, InvalidArgument, NotFound
+from sandboxd.failures import CapacityExceeded, Conflict, Failure, InvalidArgument, NotFound
 from sandboxd.sandbox import Sandbox
 
 logger = logging.getLogger(__name__)
@@ -48,10 +48,12 @@ class SecretStore:
 
     Args:
         directory: Of this user alone; made if it is not there.
+        credentials: Where systemd has put the daemon's credentials: secrets that only the service manager changes.
     """
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, credentials: str | None = None) -> None:
         self._directory = directory
+        self._credentials = credentials
         self._key = randomness.token_bytes(32)
         os.makedirs(directory, mode=0o700, exist_ok=True)
         os.chmod(directory, 0o700)
@@ -60,13 +62,24 @@ class SecretStore:
     def known(self) -> list[KnownSecret]:
         """All of them, by name."""
         found = []
-        for name in sorted(os.listdir(self._directory)):
+        for name in sorted({*self._names(self._directory), *self._names(self._credentials)}):
             if _NAME.match(name):
-                status = os.lstat(os.path.join(self._directory, name))
+                status = os.lstat(self._path(name))
                 found.append(
                     KnownSecret(name=name, size_bytes=status.st_size, changed_at_ms=status.st_mtime_ns // 1_000_000)
                 )
         return found
+
+    @staticmethod
+    def _names(directory: str | None) -> list[str]:
+        return [] if directory is None else os.listdir(directory)
+
+    def _path(self, name: str) -> str:
+        """Of a secret's file; what was set goes before a credential of the same name."""
+        own = os.path.join(self._directory, name)
+        if self._credentials is not None and not os.path.lexists(own):
+            return os.path.join(self._credentials, name)
+        return own
 
     async def put(self, name: str, value: bytes) -> None:
         """Keep a secret, new or changed.
@@ -91,11 +104,19 @@ class SecretStore:
 
         Raises:
             NotFound: there is none.
+            Conflict: it is a credential of the service.
         """
         self.check([name])
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.join(self._directory, name))
-        self._digests.pop(name, None)
+        if not os.path.lexists(os.path.join(self._directory, name)):
+            raise Conflict(
+                f"cannot remove the secret {name!r}",
+                detail="it is a credential that the service manager gives to the daemon",
+                hint="systemctl --user edit sandboxd",
+            )
+        os.unlink(os.path.join(self._directory, name))
+        del self._digests[name]
+        if any(known.name == name for known in self.known()):
+            self._digests[name] = self._digest(self._read(name))
 
     def check(self, names: Sequence[str]) -> None:
         """Refuse names that are none of a secret.
@@ -162,8 +183,7 @@ class SecretStore:
         return hashlib.blake2b(value.rstrip(b"\n"), key=self._key).digest()
 
     def _read(self, name: str) -> bytes:
-        path = os.path.join(self._directory, name)
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as file:
             return file.read(VALUE_BYTES_MAX)
 

@@ -107,6 +107,8 @@ class Service:
         self._endpoint: tuple[str, int] | str | None = None
         self._wanted = anyio.Event()
         self._changed = anyio.Event()
+        self._hurry = anyio.Event()
+        """Somebody will not wait until it is tried again."""
         self._life = anyio.CancelScope()
         self._held = anyio.Lock()
         self.on_ready: Callable[[], Awaitable[None]] | None = None
@@ -142,6 +144,7 @@ class Service:
         """It does not run, for the length of an ``async with``; whoever uses it waits meanwhile."""
         async with self._held:
             self._life.cancel()
+            self._hurry.set()
             while self.pid is not None:
                 await self._changed.wait()
             before = self.state
@@ -181,7 +184,9 @@ class Service:
                 pause_s = BACKOFF_S_MIN
             self.restarts += 1
             logger.warning("service %s: %s; trying again in %.1f s", self.spec.name, self.reason, pause_s)
-            await anyio.sleep(pause_s)
+            with anyio.move_on_after(pause_s):
+                await self._hurry.wait()
+            self._hurry = anyio.Event()
             pause_s = min(2 * pause_s, BACKOFF_S_MAX)
         self._become(ServiceState.DEGRADED, self.spec.missing)
 

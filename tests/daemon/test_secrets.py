@@ -40,6 +40,24 @@ async def test_a_directory_that_others_may_read_is_closed(tmp_path: Path) -> Non
     assert (tmp_path / "secrets").stat().st_mode & 0o777 == 0o700
 
 
+async def test_a_credential_of_the_service_is_a_secret_that_only_the_service_manager_takes_away(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "credentials").mkdir()
+    (tmp_path / "credentials" / "token").write_bytes(CANARY)
+    store = SecretStore(str(tmp_path / "secrets"), str(tmp_path / "credentials"))
+    assert [known.name for known in store.known()] == ["token"]
+    with pytest.raises(failures.InvalidArgument):
+        store.refuse_in({"A": CANARY.decode()})
+    with pytest.raises(failures.Conflict):
+        store.remove("token")
+    await store.put("token", b"of my own")
+    store.refuse_in({"A": CANARY.decode()})
+    store.remove("token")
+    with pytest.raises(failures.InvalidArgument):
+        store.refuse_in({"A": CANARY.decode()})
+
+
 async def test_a_secret_is_replaced_whole_and_forgotten_for_good(tmp_path: Path) -> None:
     store = SecretStore(str(tmp_path))
     await store.put("token", b"old")

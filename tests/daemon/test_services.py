@@ -196,6 +196,21 @@ async def test_one_that_ends_with_0_at_once_is_degraded_and_says_why_and_nobody_
         assert "already in use" in await made.chroma.log_tail(1000)
 
 
+async def test_who_asks_for_a_restart_does_not_wait_for_the_next_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "BACKOFF_S_MIN", 1000.0)
+    die = tmp_path / "chroma" / "data" / "die"
+    die.parent.mkdir(parents=True)
+    die.touch()
+    async with world(tmp_path) as made:
+        made.chroma.want()
+        await until_state(made.chroma, ServiceState.DEGRADED)
+        die.unlink()
+        await made.chroma.restart()
+        assert await made.chroma.endpoint(patience_s=PATIENCE_S) is not None
+
+
 async def test_two_are_never_started_on_the_same_data(tmp_path: Path) -> None:
     """Two servers on one directory both start, and both write."""
     async with world(tmp_path) as first:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import logging
 import socket
+import time
 from collections.abc import Awaitable, Callable
 
 import h11
@@ -48,6 +49,9 @@ PROXY_ENV = {
 
 TUNNEL_IDLE_S = 600.0
 DENIALS_KEPT_MAX = 100
+LOOK_PAUSE_S = 0.2
+"""To find out who asked costs a look at all processes, and a log costs disk. Of a program that is refused and tries
+again at once all tries are counted, and the first is looked into and logged."""
 HOST_CHARS_SHOWN_MAX = 260
 
 
@@ -71,6 +75,7 @@ class Ledger:
         self.requests = 0
         self.denied = 0
         self.denials: collections.deque[Denial] = collections.deque(maxlen=DENIALS_KEPT_MAX)
+        self.looked_s = -LOOK_PAUSE_S
 
 
 class EgressProxy:
@@ -173,7 +178,12 @@ class EgressProxy:
 
     async def _note_denial(self, accepted: socket.socket, host: str, port: int, method: str, reason: str) -> None:
         self._ledger.denied += 1
-        command = await self._culprit(accepted.getpeername()[1])
+        now_s = time.monotonic()
+        told = now_s - self._ledger.looked_s >= LOOK_PAUSE_S
+        command = None
+        if told:
+            self._ledger.looked_s = now_s
+            command = await self._culprit(accepted.getpeername()[1])
         denial = Denial(
             at_ms=now_ms(),
             method=method[:16],
@@ -183,6 +193,8 @@ class EgressProxy:
             command=command,
         )
         self._ledger.denials.append(denial)
+        if not told:
+            return
         logger.warning(
             "denied %s of sandbox %s: %s %s:%d: %s", command or "a command", self._name, method, host, port, reason
         )

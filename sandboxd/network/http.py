@@ -94,9 +94,13 @@ class Peer:
         """Say something, and wait until the peer has taken it.
 
         Raises:
+            BadMessage: it cannot be said so: it came from another peer, who is hostile.
             OSError: the connection broke.
         """
-        data = self.wire.send(event)
+        try:
+            data = self.wire.send(event)
+        except h11.LocalProtocolError as error:
+            raise BadMessage(str(error)) from None
         if data:
             async with asyncio.timeout(IDLE_S):
                 await send(self.socket, data)
@@ -179,8 +183,6 @@ async def exchange(downstream: Peer, upstream: Peer, request: h11.Request, traff
     """
     try:
         await upstream.say(request)
-    except h11.LocalProtocolError as error:
-        raise BadMessage(str(error)) from None
     except OSError as error:
         raise UpstreamFailed(str(error)) from error
     up = asyncio.ensure_future(_pass_body(downstream, upstream, traffic))
@@ -233,14 +235,11 @@ async def _pass_answer(upstream: Peer, downstream: Peer, traffic: Traffic) -> No
     if not isinstance(response, h11.Response):
         raise UpstreamFailed("it closed the connection")
     chunked = any(name == b"transfer-encoding" for name, _ in response.headers)
-    framing = [(b"transfer-encoding", b"chunked")] if chunked else []
-    await downstream.say(
-        h11.Response(
-            status_code=response.status_code,
-            headers=[*passed_on(response.headers), *framing],
-            reason=response.reason,
-        )
-    )
+    head = passed_on(response.headers)
+    if chunked:
+        # Two lengths are one too many: whoever reads next could take the other.
+        head = [*(entry for entry in head if entry[0] != b"content-length"), (b"transfer-encoding", b"chunked")]
+    await downstream.say(h11.Response(status_code=response.status_code, headers=list(head), reason=response.reason))
     while True:
         event = await upstream.event()
         match event:
@@ -266,7 +265,7 @@ async def let_go(peer: Peer) -> None:
 
 async def refuse_quietly(peer: Peer, status: int, content: object) -> None:
     """Answer if the peer still listens."""
-    with contextlib.suppress(OSError, TimeoutError, h11.LocalProtocolError):
+    with contextlib.suppress(OSError, TimeoutError, BadMessage):
         await peer.answer(status, content)
 
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sandboxd.egress_rules import Egress
-from sandboxd.network import http, streams
+from sandboxd.network import egress, http, streams
 from tests.daemon.proxies import PUBLIC, Client, egressing, said_to
 
 pytestmark = pytest.mark.anyio
@@ -285,6 +285,34 @@ async def test_an_upstream_that_says_no_http_is_a_bad_gateway() -> None:
     for nonsense in (b"SSH-2.0-OpenSSH\r\n", b"", b"HTTP/1.1 200 OK\r\ncontent-length: x\r\n\r\n"):
         async with egressing(Recorder(nonsense)) as proxy:
             assert (await said_to(proxy.port, get("http://good.example/"))).startswith(b"HTTP/1.1 502 ")
+
+
+async def test_an_upstream_with_two_lengths_is_passed_on_with_one() -> None:
+    two = b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
+    async with egressing(Recorder(two)) as proxy:
+        answer = await said_to(proxy.port, get("http://good.example/"))
+        assert b"content-length" not in answer
+        assert b"5\r\nhello\r\n0\r\n\r\n" in answer
+
+
+async def test_an_answer_that_cannot_be_said_again_ends_the_connection_quietly(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A hostile upstream fills no log."""
+    async with egressing(Recorder(b"HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\n\r\n")) as proxy:
+        await said_to(proxy.port, get("http://good.example/"))
+    assert "cannot serve" not in caplog.text
+
+
+async def test_one_who_is_refused_over_and_over_is_counted_and_costs_one_look(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(egress, "LOOK_PAUSE_S", 1000.0)
+    async with egressing(Recorder()) as proxy:
+        for _ in range(5):
+            assert (await said_to(proxy.port, get("http://evil.example/"))).startswith(b"HTTP/1.1 403 ")
+        assert proxy.ledger.denied == len(proxy.ledger.denials) == 5
+        assert len(proxy.asked_for) == caplog.text.count("denied 0123456789ab curl") == 1
 
 
 async def test_a_body_that_upstream_does_not_want_does_not_hold_its_answer_up() -> None:

@@ -63,6 +63,8 @@ class Client(msgspec.Struct, frozen=True, kw_only=True):
     """Given where a specification gives none: the engine's own default is above the host's hard limit."""
     nproc_max: int | None = None
     """The same, and the most that can be given."""
+    pids_uncounted: bool = False
+    """No container's processes can be limited, and the engine must be told so: it has a default of its own."""
     update_flags: tuple[str, ...] = ()
     """What ``update`` must be told beside the limits."""
 
@@ -277,6 +279,8 @@ def _network_flags(network: Network) -> list[str]:
 
 def _limit_flags(client: Client, spec: ContainerSpec) -> list[str]:
     flags = _cgroup_flags(spec.limits)
+    if client.pids_uncounted and spec.limits.pids_max is None:
+        flags.append("--pids-limit=0")
     if spec.limits.shm_bytes_max is not None:
         flags.append(f"--shm-size={spec.limits.shm_bytes_max}")
     nofile_max = client.nofile_max if spec.limits.nofile_max is None else spec.limits.nofile_max

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from runtimes.argv import Client
 from runtimes.cli_engine import CliEngine
-from runtimes.model import EngineInfo, EngineName
+from runtimes.model import CgroupVersion, EngineInfo, EngineName
 
 
 class PodmanEngine(CliEngine):
-    """Podman, rootful or rootless, through ``podman``: no daemon and no socket are needed."""
+    """Podman, rootful or rootless, through ``podman``: no daemon and no socket are needed.
+
+    By itself it limits the processes of every container, and without the controller for it crun starts none.
+    """
 
     @staticmethod
     def client_of(info: EngineInfo) -> Client:
@@ -25,5 +28,6 @@ class PodmanEngine(CliEngine):
             global_flags=tuple(flags),
             nofile_max=info.nofile_hard_max,
             nproc_max=info.nproc_hard_max,
+            pids_uncounted=info.cgroup_version is CgroupVersion.V2 and able is not None and not able.pids_limit,
             update_flags=("--no-healthcheck",) if able is not None and able.update_says_no_healthcheck else (),
         )

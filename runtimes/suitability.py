@@ -330,8 +330,10 @@ def _podman_controllers(found: EngineInfo, host: HostFacts, info: PodmanInfo) ->
         # group of its own to set them in.
         if found.cgroup_version is not CgroupVersion.V2 or found.cgroup_manager != "systemd":
             return ()
+        # Podman tells those of the group that it is asked in. In a service's that is what others there happen to use,
+        # often without cpu; containers get scopes beside it, with whatever is delegated.
         if host.user_controllers is not None:
-            offered = tuple(name for name in offered if name in host.user_controllers)
+            offered = host.user_controllers
     return tuple(name for name in _LIMIT_CONTROLLERS if name in offered)
 
 

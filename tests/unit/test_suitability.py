@@ -9,10 +9,10 @@ import msgspec
 import pytest
 
 from runtimes import parse
-from runtimes.argv import update_argv
+from runtimes.argv import run_argv, update_argv
 from runtimes.cgroup.verify import BOOT_V2_HINT, DELEGATE_HINT, LINGER_HINT
 from runtimes.errors import EngineUnavailable
-from runtimes.model import Capabilities, CgroupVersion, EngineInfo, EngineName, Limits
+from runtimes.model import Capabilities, CgroupVersion, ContainerSpec, EngineInfo, EngineName, Limits, User
 from runtimes.podman import PodmanEngine
 from runtimes.suitability import (
     PODMAN_NPROC_MAX,
@@ -113,7 +113,7 @@ def test_rootless_podman_on_a_stock_desktop_needs_nothing() -> None:
     ("on", "facts", "limits", "hint"),
     [
         (host(user_controllers=("memory", "cpu")), podman(), (True, True, False, False), DELEGATE_HINT),
-        (host(), podman(controllers=("memory", "pids")), (True, False, True, False), DELEGATE_HINT),
+        (host(), podman(controllers=("memory", "pids")), (True, True, True, True), ""),
         (host(user_controllers=None), podman(), (True, True, True, True), ""),
         (host(user_session=False), podman(), (False, False, False, False), LINGER_HINT),
         (host(systemd_booted=False), podman(), (False, False, False, False), DELEGATE_HINT),
@@ -205,6 +205,26 @@ def test_what_podmans_update_can_do_depends_on_its_version(version: str, update:
     capabilities = judge_podman(DESKTOP, podman(version=version)).capabilities
     assert capabilities is not None
     assert (capabilities.update_limits, capabilities.update_pids) == (update, pids)
+
+
+def test_a_rootless_podman_can_limit_with_what_is_delegated_wherever_it_is_asked() -> None:
+    """In a service `podman info` tells of its own group: "memory pids", where cpu, memory and pids are delegated."""
+    stock = host(user_controllers=("cpu", "memory", "pids"))
+    info = judge_podman(stock, podman(controllers=("memory", "pids")))
+    assert info.controllers == ("memory", "cpu", "pids")
+    assert judge_podman(host(user_controllers=None), podman(controllers=("memory",))).controllers == ("memory",)
+
+
+def test_podman_is_told_not_to_limit_processes_where_it_cannot() -> None:
+    """Its default is 2048, and crun: "controller `pids` is not available"."""
+    spec = ContainerSpec(
+        sandbox_id="s", owner="o", image="i", command=("/c",), user=User(uid=1, gid=1), seccomp_profile="/p"
+    )
+    for delegated, told in ((("memory",), True), (ALL, False)):
+        client = PodmanEngine.client_of(judge_podman(host(user_controllers=delegated), podman()))
+        assert ("--pids-limit=0" in run_argv(client, spec)) is told
+    rootful = judge_podman(host(uid=0, cgroup_version=CgroupVersion.HYBRID), podman(rootless=False, controllers=()))
+    assert "--pids-limit=0" not in run_argv(PodmanEngine.client_of(rootful), spec)
 
 
 @pytest.mark.parametrize(("version", "said"), [("5.3.2", False), ("5.4.2", True)])

@@ -1,6 +1,7 @@
-"""Prints what pip is to install. Run by hack/venv.
+"""Prints what pip is to install. Run by hack/venv and hack/stock.
 
 `requirements.py inputs`: all of pyproject.toml that bears on what is installed.
+`requirements.py package`: what the package itself needs.
 `requirements.py dev`: the dev group of pyproject.toml, for pips that know no groups.
 `requirements.py chroma`: the extra of that name.
 `requirements.py constraints`: the versions of uv.lock, so that every checkout tests the same ones.
@@ -21,6 +22,10 @@ def inputs() -> list[str]:
     tables = tomllib.loads((ROOT / "pyproject.toml").read_text())
     kept = {name: tables[name] for name in ("build-system", "project", "dependency-groups")}
     return [json.dumps({**kept, "hatch": tables["tool"]["hatch"]}, indent=1)]
+
+
+def package() -> list[str]:
+    return [*tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]]
 
 
 def dev() -> list[str]:
@@ -45,4 +50,5 @@ def constraints() -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join({"inputs": inputs, "dev": dev, "chroma": chroma, "constraints": constraints}[sys.argv[1]]()))
+    kinds = {"inputs": inputs, "package": package, "dev": dev, "chroma": chroma, "constraints": constraints}
+    print("\n".join(kinds[sys.argv[1]]()))

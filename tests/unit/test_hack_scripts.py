@@ -30,7 +30,7 @@ OS_RELEASES = {
 
 
 def shell_scripts() -> list[Path]:
-    candidates = [*ROOT.glob("hack/*"), *ROOT.glob(".ci/*"), *ROOT.glob("images/*/*")]
+    candidates = [*ROOT.glob("hack/*"), *ROOT.glob("hack/*/*"), *ROOT.glob(".ci/*"), *ROOT.glob("images/*/*")]
     found = [path for path in candidates if path.is_file() and path.read_bytes()[:2] == b"#!"]
     return [*sorted(path for path in found if b"sh" in path.read_bytes().splitlines()[0]), ROOT / "hack/host.sh"]
 

@@ -1,0 +1,163 @@
+"""The daemon as a systemd user service that starts when somebody connects."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtimes.process import SERVICE_VARIABLES
+from sandboxd.cli import units
+from tests.engine.daemons import CHECKOUT, IMAGE, wait_until
+from tests.stock.bed import CALL_S_MAX, POLICY, run
+
+UNITS = Path.home() / ".config/systemd/user"
+SOCKET = Path(f"/run/user/{os.getuid()}/sandboxd/sandboxd.sock")
+
+
+class Ctl:
+    """``sandboxctl`` of a user who has set nothing."""
+
+    def __init__(self, directory: Path) -> None:
+        gone = {"SANDBOXD_SOCKET", "INVOCATION_ID", "NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID"}
+        self.env = {name: value for name, value in os.environ.items() if name not in gone}
+        self.env |= {
+            "PYTHONPATH": str(CHECKOUT),
+            "SANDBOXD_STATE_DIR": str(directory),
+            "SANDBOXD_DEFAULTS_IMAGE": IMAGE,
+            "XDG_RUNTIME_DIR": f"/run/user/{os.getuid()}",
+        }
+
+    def __call__(self, *words: str) -> subprocess.CompletedProcess[str]:
+        argv = [sys.executable, "-m", "sandboxd.cli.main", *words]
+        return subprocess.run(
+            argv,
+            capture_output=True,
+            text=True,
+            env=self.env,
+            timeout=CALL_S_MAX,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+
+    def json(self, *words: str) -> Any:
+        done = self(*words, "--json")
+        assert done.returncode == 0, (words, done.stderr, journal())
+        return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def ctl(tmp_path_factory: pytest.TempPathFactory, daemon: object) -> Iterator[Ctl]:
+    """Installed; the daemon of the other tests is only needed for its image."""
+    ctl = Ctl(tmp_path_factory.mktemp("units"))
+    assert ctl.json("daemon", "install") == {
+        "installed": [str(UNITS / "sandboxd.socket"), str(UNITS / "sandboxd.service")],
+        "socket": str(SOCKET),
+    }
+    try:
+        yield ctl
+    finally:
+        ctl("rm", "--all")
+        done = ctl("daemon", "uninstall")
+    assert done.returncode == 0, done.stderr
+    assert not list(UNITS.glob("sandboxd.*"))
+    assert not SOCKET.exists()
+    assert show("sandboxd.service", "LoadState") == "not-found"
+    assert ctl("daemon", "status").returncode == 1
+
+
+def test_systemd_finds_nothing_wrong_with_the_units(tmp_path: Path) -> None:
+    """Nor with characters that mean something to it."""
+    odd = '100% "sure" of $HOME, \\ and a\nline'
+    (tmp_path / units.SOCKET_UNIT).write_text(units.socket_unit(str(tmp_path / "s%s.sock")))
+    (tmp_path / units.SERVICE_UNIT).write_text(units.service_unit(["/bin/true", odd], {"SANDBOXD_X": odd}))
+    paths = [str(tmp_path / name) for name in units.UNITS]
+    done = subprocess.run(
+        ["systemd-analyze", "--user", "--man=no", "verify", *paths], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def show(unit: str, field: str) -> str:
+    return run("systemctl", "--user", "show", "--value", f"--property={field}", unit).strip()
+
+
+def journal() -> str:
+    return subprocess.run(
+        ["journalctl", "--user", "--unit=sandboxd", "--lines=40", "--no-pager"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout
+
+
+def environment(pid: int) -> set[str]:
+    text = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
+    return {entry.partition("=")[0] for entry in text.split("\0") if entry}
+
+
+def group(pid: int) -> str:
+    return Path(f"/proc/{pid}/cgroup").read_text().rpartition("::")[2].strip()
+
+
+def test_looking_does_not_start_it(ctl: Ctl) -> None:
+    assert ctl("daemon", "stop").returncode == 0
+    assert show("sandboxd.socket", "ActiveState") == "active"
+    assert ctl("daemon", "status").returncode == 1
+    assert ctl("version").stdout.endswith("sandboxd is not running\n")
+    assert show("sandboxd.service", "ActiveState") == "inactive"
+
+
+def test_the_first_request_starts_it_and_it_says_when_it_serves(ctl: Ctl) -> None:
+    assert ctl("daemon", "stop").returncode == 0
+    assert ctl("ls").returncode == 0, journal()
+    assert show("sandboxd.service", "ActiveState") == "active"
+    assert show("sandboxd.service", "Type") == "notify"
+    assert int(show("sandboxd.service", "MainPID")) == ctl.json("daemon", "status")["pid"]
+
+
+def test_a_sandbox_of_the_service_outlives_it(ctl: Ctl) -> None:
+    """What watches its container is in a control group of its own, and knows nothing of the service."""
+    box = ctl.json("create", *(["--degraded"] if POLICY == "degraded" else []))
+    monitor = int(run("podman", "inspect", "--format={{.State.ConmonPid}}", box["container_id"]))
+    assert "sandboxd.service" not in group(monitor)
+    assert "sandboxd.service" not in group(box["pid"])
+    assert not environment(monitor) & SERVICE_VARIABLES
+    script = "for n in $(seq 1 1000); do echo $n; sleep 0.2; done"
+    command = ctl("exec", "-d", box["id"], "sh", "-c", script).stdout.strip()
+    first = int(show("sandboxd.service", "MainPID"))
+
+    run("systemctl", "--user", "restart", "sandboxd.service")
+
+    second = ctl.json("daemon", "status")["pid"]
+    assert second != first
+    assert Path(f"/proc/{box['pid']}").exists()
+    written = len(ctl("logs", box["id"], command).stdout.split())
+    wait_until(lambda: len(ctl("logs", box["id"], command).stdout.split()) > written, "the command goes on")
+    assert ctl("exec", box["id"], "true").returncode == 0
+    assert ctl("rm", box["id"]).returncode == 0, journal()
+    wait_until(lambda: not Path(f"/proc/{monitor}").exists(), "nothing watches a container that is gone")
+
+
+def test_a_killed_daemon_comes_back(ctl: Ctl) -> None:
+    """Also without anybody who asks: its sandboxes want to be looked after."""
+    pid = ctl.json("daemon", "start")["pid"]
+    os.kill(pid, 9)
+    wait_until(lambda: show("sandboxd.service", "MainPID") not in {str(pid), "0"}, "systemd starts it again")
+    assert ctl("ls").returncode == 0, journal()
+
+
+def test_a_stop_is_quick_with_a_sandbox_running(ctl: Ctl) -> None:
+    """With a monitor in the service's own group it waits for a minute and a half, and kills it then."""
+    box = ctl.json("create", *(["--degraded"] if POLICY == "degraded" else []))
+    run("systemctl", "--user", "stop", "sandboxd.service")
+    assert show("sandboxd.service", "Result") == "success"
+    assert Path(f"/proc/{box['pid']}").exists()
+    assert ctl("exec", box["id"], "true").returncode == 0
+    assert ctl("rm", box["id"]).returncode == 0

@@ -1,0 +1,71 @@
+"""hack/stock, as far as it goes without a bed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "hack"))
+
+from stock_bed import checkout, main, roots  # noqa: E402
+from stock_bed.process import BedError, run  # noqa: E402
+
+
+def plan(**options: object) -> list[tuple[str, str]]:
+    return main._plan(SimpleNamespace(**{"all": False, "release": None, "bed": None, **options}))  # type: ignore[arg-type]
+
+
+def test_what_runs_where() -> None:
+    """By itself what there is time for, and whatever is asked for."""
+    assert set(plan()) < set(plan(all=True))
+    assert len(plan(all=True)) == len(roots.RELEASES) * len(main.BEDS)
+    assert plan(release=["bookworm"], bed=["machine"]) == [("bookworm", "machine")]
+    assert plan(bed=["namespaces"]) == [("trixie", "namespaces"), ("bookworm", "namespaces")]
+
+
+@pytest.mark.parametrize(
+    ("line", "closing"),
+    [
+        ("=================== 3 failed, 22 passed in 309.40s (0:05:09) ===================", "3 failed, 22 passed"),
+        ("18 passed, 7 skipped in 7.28s", "18 passed, 7 skipped"),
+        ("FIGURE exec: 1 passed in spirit", None),
+    ],
+)
+def test_the_closing_line_of_pytest_is_found(line: str, closing: str | None) -> None:
+    match = main._LAST_LINE.match(line)
+    assert (match[1] if match else None) == closing
+
+
+def test_what_was_made_here_stays_here() -> None:
+    """An environment of this host's Python would not run inside."""
+    for name, wanted in (("./.venv/bin/python", False), ("./a/__pycache__/x", False), ("./sandboxd/daemon.py", True)):
+        assert (checkout._wanted(tarfile.TarInfo(name)) is not None) is wanted
+
+
+def test_a_root_is_made_anew_when_what_goes_into_it_changes() -> None:
+    keys = {roots._content_key(release) for release in roots.RELEASES.values()}
+    assert len(keys) == len(roots.RELEASES)
+
+
+def test_a_step_is_bounded_and_says_what_it_was() -> None:
+    with pytest.raises(BedError, match=r"not done after 0\.1 s: sleep 5"):
+        run(["sleep", "5"], timeout_s=0.1)
+    with pytest.raises(BedError, match=r"failed with 3: sh -c .*\nwhy"):
+        run(["sh", "-c", "echo why >&2; exit 3"], timeout_s=30)
+    with pytest.raises(BedError, match="cannot run no-such-program"):
+        run(["no-such-program"], timeout_s=30)
+
+
+def test_its_help_says_what_it_does() -> None:
+    done = subprocess.run(
+        [ROOT / "hack" / "stock", "--help"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0
+    assert "--bed" in done.stdout
+    assert "hack/stock shell" in done.stdout

@@ -4,39 +4,22 @@ from __future__ import annotations
 
 import os
 import socket
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.engine.daemons import PATIENCE_S, Daemon, wait_until
+from tests.engine.daemons import PATIENCE_S, Daemon, running, serving, wait_until
 
 pytestmark = pytest.mark.engine
-
-
-class Page(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.send_header("content-length", "5")
-        self.end_headers()
-        self.wfile.write(b"hello")
-
-    def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002
-        """Nobody reads it."""
 
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[int]:
     """The port of a server on the host's loopback."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield server.server_address[1]
-        server.shutdown()
-        thread.join()
+    with serving() as port:
+        yield port
 
 
 def fetched(daemon: Daemon, box: dict[str, Any], url: str) -> str:
@@ -133,17 +116,14 @@ def test_a_port_of_the_host_leads_to_what_listens_inside(daemon: Daemon, engine:
         assert not path.exists()
 
 
-def test_a_warm_sandbox_is_claimed_with_its_way_out(daemon: Daemon, page: int) -> None:
+def test_a_warm_sandbox_is_claimed_with_its_way_out(daemon: Daemon, page: int, tmp_path: Path) -> None:
     """A slot has nothing on its loopback; what is asked for comes with the claim, without an engine call."""
-    daemon.call("pool/resize", max=1)
-    daemon.call("pool/warm", count=1)
-    try:
-        box = daemon.call("sandbox/create", launch="warm", allow=[f"127.0.0.1:{page}"])
+    with running(Daemon(tmp_path, env={"SANDBOXD_POOL_MAX": "1"})) as own:
+        own.remove(own.call("sandbox/create"))  # from now on there is a pool
+        own.call("pool/warm")
+        box = own.call("sandbox/create", launch="warm", allow=[f"127.0.0.1:{page}"])
         assert (box["launch"], box["network"]) == ("warm", "allow")
-        assert daemon.sh(box, f"no_proxy= busybox wget -q -O - http://127.0.0.1:{page}/") == "hello"
-        daemon.remove(box)
-    finally:
-        daemon.call("pool/drain")
+        assert own.sh(box, f"no_proxy= busybox wget -q -O - http://127.0.0.1:{page}/") == "hello"
 
 
 def test_a_daemon_that_was_killed_finds_its_doors_again(daemon: Daemon, engine: str, page: int) -> None:

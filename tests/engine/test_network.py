@@ -124,6 +124,7 @@ def test_a_warm_sandbox_is_claimed_with_its_way_out(daemon: Daemon, page: int, t
         box = own.call("sandbox/create", launch="warm", allow=[f"127.0.0.1:{page}"])
         assert (box["launch"], box["network"]) == ("warm", "allow")
         assert own.sh(box, f"no_proxy= busybox wget -q -O - http://127.0.0.1:{page}/") == "hello"
+        own.call("pool/drain")
 
 
 def test_a_daemon_that_was_killed_finds_its_doors_again(daemon: Daemon, engine: str, page: int) -> None:

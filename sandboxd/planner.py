@@ -17,8 +17,14 @@ WINDOW_S_MIN = 2.0
 WINDOW_REFILLS = 2.0
 """A slot that is asked for while others are being made waits for them too."""
 
+YIELD_S = 0.1
+"""While claims come this close together and there are slots left, no new ones are made: to make one takes all that
+the host has, and whoever claims would feel it."""
+
 BACK_OFF_S_MIN = 1.0
 BACK_OFF_S_MAX = 60.0
+
+LOOK_S_MIN = 0.02
 
 REFILL_WEIGHT = 0.3
 """Of the newest measurement in the moving average of the time that a slot takes."""
@@ -91,7 +97,7 @@ def plan(view: PoolView, room: Room, now_s: float) -> Plan:
     old = [slot for slot in view.warm if slot.current and now_s - slot.made_s > view.settings.age_s_max]
     fresh = len(view.warm) - len(stale) - len(old)
     wanted = target + view.waiting - fresh - view.filling
-    resumes_s = resumes_at(view)
+    resumes_s = max(resumes_at(view), _yields_until(view))
     may_start = now_s >= resumes_s and not view.drained
     start = max(0, min(wanted, room.fills, room.slots, view.settings.slots_max - view.filling)) if may_start else 0
     # One of an old image must not be given to anybody. An old one serves until a fresh one is there.
@@ -105,6 +111,10 @@ def plan(view: PoolView, room: Room, now_s: float) -> Plan:
         retire=tuple(retire),
         look_again_s=_look_again(view, now_s, resumes_s, held_back=wanted > start),
     )
+
+
+def _yields_until(view: PoolView) -> float:
+    return view.asked_s[-1] + YIELD_S if view.asked_s and view.warm and not view.waiting else 0.0
 
 
 def target_of(view: PoolView, now_s: float) -> int:
@@ -143,8 +153,8 @@ def _look_again(view: PoolView, now_s: float, resumes_s: float, *, held_back: bo
     times = [slot.made_s + view.settings.age_s_max for slot in view.warm]
     times += [asked_s + view.settings.idle_s for asked_s in view.asked_s[:1]]
     if held_back:
-        times.append(max(resumes_s, now_s + WINDOW_S_MIN))
-    return min((max(time_s, now_s + 0.1) for time_s in times), default=None)
+        times.append(resumes_s if resumes_s > now_s else now_s + WINDOW_S_MIN)
+    return min((max(time_s, now_s + LOOK_S_MIN) for time_s in times), default=None)
 
 
 def next_refill_s(average_s: float | None, measured_s: float) -> float:

@@ -371,7 +371,7 @@ class Pools:
                 spare -= 1
                 self._background.start(self._fill_one, bucket)
             if plan.look_again_s is not None:
-                wait_s = min(wait_s, max(0.05, plan.look_again_s - now_s))
+                wait_s = min(wait_s, plan.look_again_s - now_s)
             if bucket.idle:
                 self._let_go(recipe, bucket, now_s)
         return wait_s

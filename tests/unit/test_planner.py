@@ -67,6 +67,17 @@ def test_what_is_missing_is_made_as_far_as_there_is_room() -> None:
     assert plan(busy, Room(fills=100, slots=0), NOW).start == 0
 
 
+def test_no_slot_is_made_while_claims_come_and_slots_are_left() -> None:
+    claimed = view(asked_s=asked(0.05), warm=slots(1))
+    assert plan(claimed, AMPLE, NOW).start == 0
+    again_s = plan(claimed, AMPLE, NOW).look_again_s
+    assert again_s is not None
+    assert again_s <= NOW + 0.1
+    assert plan(claimed, AMPLE, NOW + 0.06).start == 1
+    assert plan(view(asked_s=asked(0.05)), AMPLE, NOW).start == 2, "nothing is left"
+    assert plan(view(asked_s=asked(0.05), warm=slots(1), waiting=1), AMPLE, NOW).start == 2, "somebody waits"
+
+
 def test_callers_who_wait_are_made_slots_beyond_the_target() -> None:
     assert plan(view(waiting=3, warm=slots(0)), AMPLE, NOW).start == 4
 

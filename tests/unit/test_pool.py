@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -56,7 +57,7 @@ class World:
 
     def __init__(self) -> None:
         self.settings = PoolSettings(slots_min=0, slots_max=8, idle_s=600.0, age_s_max=3600.0)
-        self.now_s = 1000.0
+        self.now_s = 0.0
         self.image = "one"
         self.made: list[Slot] = []
         self.discarded: list[Slot] = []
@@ -97,7 +98,7 @@ class World:
                 image_id=self.image_id,
                 spare_slots=lambda: self.spare,
                 fills_max=2,
-                clock=lambda: self.now_s,
+                clock=lambda: self.now_s + time.monotonic(),
             )
             tasks.start_soon(self.pools.run)
             yield self.pools

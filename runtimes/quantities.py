@@ -9,6 +9,7 @@ Pure: the host's own bounds are arguments.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Sequence
 from typing import Final
@@ -77,9 +78,14 @@ def parse_memory(
     Raises:
         QuantityError: not a size, or out of bounds.
     """
-    low, high = format_bytes_short(bytes_min), format_bytes_short(bytes_max, round_down=True)
-    allowed = f"a size from {low} to {high}, such as {_size_examples(bytes_min, bytes_max)}"
+    allowed = _allowed_sizes(bytes_min, bytes_max)
     return _scaled(text, _SIZE_UNITS, bounds=(bytes_min, bytes_max), option=option, allowed=allowed)
+
+
+@functools.lru_cache(maxsize=64)
+def _allowed_sizes(bytes_min: int, bytes_max: int) -> str:
+    low, high = format_bytes_short(bytes_min), format_bytes_short(bytes_max, round_down=True)
+    return f"a size from {low} to {high}, such as {_size_examples(bytes_min, bytes_max)}"
 
 
 def parse_cpus(text: str, *, cpu_count: int, option: str = "--cpus") -> int:

@@ -7,6 +7,8 @@ reservations of those that are being made: a sandbox that is stopped or gone giv
 from __future__ import annotations
 
 import contextlib
+import functools
+import time
 from collections.abc import AsyncIterator, Callable
 
 import anyio
@@ -152,5 +154,11 @@ def _exceeded(shortage: Shortage | None, *, waited_s: float | None = None) -> Ca
     )
 
 
-def _available_bytes() -> int:
+@functools.lru_cache(maxsize=1)
+def _available_bytes_at(_: int) -> int:
     return int(psutil.virtual_memory().available)
+
+
+def _available_bytes() -> int:
+    """Not older than a tenth of a second: a burst of requests needs not look each time."""
+    return _available_bytes_at(int(time.monotonic() * 10))

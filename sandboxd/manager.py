@@ -263,7 +263,6 @@ class Manager:
             Failure: anything else; nothing is left.
         """
         defaults = self.templates.defaults(params.template)
-        resolve(params.limits, defaults, self._host, nofile_hard_max=None)
         lifetime = self._lifetime(params)
         egress = egress_of(params.network, params.allow, params.deny)
         self._secrets.check(params.secrets)

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 import anyio
 import anyio.lowlevel
+import msgspec
 
 from runtimes.errors import RuntimeFailure
 from sandboxd import planner
@@ -31,6 +32,8 @@ ASKED_MAX = 512
 
 BUCKETS_MAX = 64
 """Recipes with slots at once: every owner of projects, and every project where mounts cannot be late, has one."""
+
+SETTLE_S = 0.005
 
 IMAGE_LOOK_S = 15.0
 """How often a template's image is looked at, while there are slots of it."""
@@ -338,6 +341,8 @@ class Pools:
                 await self._look_at_image(bucket)
             with anyio.move_on_after(wait_s):
                 await self._changed.wait()
+                # Claims come in bursts: one round for all of them.
+                await anyio.sleep(SETTLE_S)
 
     def close(self) -> None:
         """Make no more slots. Those that are warm go on, and are adopted by the next daemon."""
@@ -350,7 +355,7 @@ class Pools:
         """One round over all buckets; returns how long nothing has to be done if nothing happens."""
         now_s = self._clock()
         wait_s = IMAGE_LOOK_S
-        spare = self._spare_slots()
+        spare: int | None = None
         for recipe, bucket in list(self._buckets.items()):
             filling = sum(each.filling for each in self._buckets.values())
             others = sum(
@@ -360,15 +365,18 @@ class Pools:
             )
             room = Room(
                 fills=max(0, self._fills_max - filling),
-                slots=max(0, min(spare, bucket.settings.slots_max - others - len(bucket.warm) - bucket.filling)),
+                slots=max(0, bucket.settings.slots_max - others - len(bucket.warm) - bucket.filling),
             )
             plan = planner.plan(bucket.view(), room, now_s)
+            if plan.start:
+                spare = self._spare_slots() if spare is None else spare
+                plan = planner.plan(bucket.view(), msgspec.structs.replace(room, slots=min(room.slots, spare)), now_s)
+                spare -= plan.start
             bucket.target = plan.target
             for slot_id in plan.retire:
                 self._retire(bucket, slot_id)
             for _ in range(0 if self._closed else plan.start):
                 bucket.filling += 1
-                spare -= 1
                 self._background.start(self._fill_one, bucket)
             if plan.look_again_s is not None:
                 wait_s = min(wait_s, plan.look_again_s - now_s)

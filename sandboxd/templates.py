@@ -23,6 +23,7 @@ class Templates:
     def __init__(self, config: Config, host: Host) -> None:
         self._config = config
         self._host = host
+        self._limits: dict[tuple[str, int | None], ResolvedLimits] = {}
         self._bounds: dict[str, tuple[int | None, int | None]] = {}
         self._idle_s = parse_duration_ms(config.pool.idle) / 1000
         self._age_s_max = parse_duration_ms(config.pool.age_max) / 1000
@@ -56,7 +57,12 @@ class Templates:
             NotFound: there is no such template.
             InvalidArgument: a setting does not fit this host.
         """
-        return resolve(LimitsParams(), self.defaults(name), self._host, nofile_hard_max=engine.nofile_hard_max)
+        key = (name, engine.nofile_hard_max)
+        if key not in self._limits:
+            self._limits[key] = resolve(
+                LimitsParams(), self.defaults(name), self._host, nofile_hard_max=engine.nofile_hard_max
+            )
+        return self._limits[key]
 
     def recipe_of(self, record: SandboxRecord, *, late: bool) -> Recipe:
         """What must fit of a slot that is to become this sandbox, or that this record is of.

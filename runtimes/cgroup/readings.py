@@ -535,7 +535,7 @@ def _mounts(raw: bytes) -> list[_Mount]:
         if not dash or len(fields) < 6 or len(tail) < 3:
             raise _unreadable("mountinfo", raw)
         major, _, minor = fields[2].partition(":")
-        if not all(map(_is_number, (fields[0], fields[1], major, minor))):
+        if not (major and minor and fields[0] and fields[1] and _is_number(fields[0] + fields[1] + major + minor)):
             raise _unreadable("mountinfo", raw)
         device = (int(major), int(minor))
         mounts.append(

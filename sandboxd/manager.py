@@ -1078,7 +1078,7 @@ class Manager:
         sandbox.unthrottle()
         sandbox.disconnect(killed=True)
         if sandbox.record.container_id is not None:
-            await engine.remove(sandbox.record.container_id)
+            await _remove_thawed(engine, sandbox.record.container_id)
         else:
             await engine.remove_sandbox(sandbox.record.id, owner=self.owner)
 
@@ -1256,6 +1256,16 @@ def require_pausable(engine: Engine, on_timeout: str) -> None:
             detail="its containers have no control group that could be frozen here",
             hint="--on-timeout kill",
         )
+
+
+async def _remove_thawed(engine: Engine, container_id: str) -> None:
+    """Remove a container. One that is frozen cannot die of any signal on cgroup v1, and is thawed if it must be."""
+    try:
+        await engine.remove(container_id)
+    except EngineRefused:
+        with contextlib.suppress(RuntimeFailure):
+            await engine.resume(container_id)
+        await engine.remove(container_id)
 
 
 def _gone(sandbox: Sandbox) -> SandboxGone:

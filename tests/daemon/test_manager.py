@@ -254,6 +254,18 @@ async def test_what_was_paused_or_unpaused_behind_our_back_is_noticed(world: Wor
         assert kept.record.state is State.BROKEN, "it was connected to again, and has no init"
 
 
+async def test_what_is_frozen_and_so_cannot_die_is_thawed_to_be_removed(world: World) -> None:
+    async with world.managed() as manager:
+        box = await world.container_of(record(state=State.PAUSED))
+        await world.engine.pause(str(box.container_id))
+        await world.recovery.recover()
+        (kept,) = manager.all()
+        world.engine.fail_next("remove", REFUSED)
+        await manager.remove(kept, Timings())
+        assert world.engine.calls[-3:] == ["remove", "resume", "remove"]
+        await world.assert_empty()
+
+
 async def test_a_pause_that_the_engine_refuses_changes_nothing(world: World) -> None:
     async with world.managed() as manager:
         await world.container_of(record(state=State.STOPPED))

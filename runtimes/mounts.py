@@ -52,6 +52,15 @@ MOUNTINFO_CHARS_MAX = 4 * 1024 * 1024
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+def late_mounts_exist() -> bool:
+    """Whether this kernel has the calls that mount into a container that runs: Linux 5.12 and newer."""
+    return all(
+        _libc.syscall(ctypes.c_long(number), ctypes.c_long(-1), None, ctypes.c_long(0), None, ctypes.c_long(0)) < 0
+        and ctypes.get_errno() != errno.ENOSYS
+        for number in (_SYS_OPEN_TREE, _SYS_MOVE_MOUNT, _SYS_MOUNT_SETATTR)
+    )
+
+
 def detached_bind(source_fd: int, *, read_only: bool, userns_fd: int | None) -> int:
     """Return a mount of what is behind ``source_fd`` that is nowhere yet: nosuid, nodev, private.
 

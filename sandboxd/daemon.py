@@ -35,6 +35,7 @@ from runtimes.inotify import Inotify
 from runtimes.model import EngineInfo, EngineName, User
 from runtimes.mounter.binary import mounter_binary_path
 from runtimes.mounter.mounter import Mounter
+from runtimes.mounts import late_mounts_exist
 from runtimes.podman import PodmanEngine
 from runtimes.userns import open_swapped_userns
 from sandboxd import __version__
@@ -199,6 +200,7 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 socket=listener.path,
                 state_dir=state,
                 maps_ids=ground.userns_fd is not None if os.geteuid() == 0 else None,
+                mounts_late=late_mounts_exist(),
             )
             daemon = DaemonHandlers(
                 manager=manager,
@@ -309,7 +311,9 @@ def _prepare(
             userns_fd=userns_fd,
             inotify=held.enter_context(Inotify()),
             tell=events.publish,
-            mounter=held.enter_context(contextlib.closing(Mounter(mounter_binary_path()))),
+            mounter=held.enter_context(contextlib.closing(Mounter(mounter_binary_path())))
+            if late_mounts_exist()
+            else None,
             memory_available=_memory_available,
         ),
         recovery=functools.partial(Recovery, engines=engines, journal=journal, places=places),

@@ -47,6 +47,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     daemon_nofile_soft: int
     idmap_works: bool | None
     """None where it is not needed: the daemon is not root."""
+    mounts_late: bool
+    """This kernel can mount into containers that run."""
     swap_bytes: int
     swap_counted: bool | None
     """By control group; None where that cannot be told."""
@@ -64,6 +66,17 @@ def judge(facts: Facts) -> list[Check]:
         _descriptors(facts),
         _swap(facts),
     ]
+    checks.append(
+        _check(
+            "late mounts",
+            facts.mounts_late,
+            "any warm slot can be given any project"
+            if facts.mounts_late
+            else "warm slots are made with a project in them: only the second sandbox of a project finds one",
+            "use Linux 5.12 or newer",
+            worst="warning",
+        )
+    )
     if facts.idmap_works is not None:
         checks.append(
             _check(

@@ -26,16 +26,25 @@ class Survey:
         socket: Where the daemon listens.
         state_dir: Whose disk must have room.
         maps_ids: Id-mapped mounts work; None where they are not needed.
+        mounts_late: This kernel can mount into containers that run.
     """
 
     def __init__(
-        self, *, engines: EngineRoom, image: str, socket: str, state_dir: str, maps_ids: bool | None
+        self,
+        *,
+        engines: EngineRoom,
+        image: str,
+        socket: str,
+        state_dir: str,
+        maps_ids: bool | None,
+        mounts_late: bool,
     ) -> None:
         self._engines = engines
         self._image = image
         self._socket = socket
         self._state_dir = state_dir
         self._maps_ids = maps_ids
+        self._mounts_late = mounts_late
 
     async def examine(self) -> doctor.Facts:
         """Look at the host."""
@@ -67,6 +76,7 @@ class Survey:
             socket_dir_private=is_private(os.path.dirname(self._socket), os.geteuid()),
             daemon_nofile_soft=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
             idmap_works=self._maps_ids,
+            mounts_late=self._mounts_late,
             swap_bytes=psutil.swap_memory().total,
             swap_counted=_swap_counted(),
         )

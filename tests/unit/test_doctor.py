@@ -47,6 +47,7 @@ HEALTHY = Facts(
     socket_dir_private=True,
     daemon_nofile_soft=4096,
     idmap_works=None,
+    mounts_late=True,
     swap_bytes=0,
     swap_counted=None,
 )
@@ -82,6 +83,7 @@ WRONG = [
         "warning",
         "sudo prlimit --pid $$ --nofile=1024:1024 && sandboxctl daemon stop",
     ),
+    ({"mounts_late": False}, "late mounts", "warning", "use Linux 5.12 or newer"),
     ({"idmap_works": False}, "id-mapped mounts", "warning", "sandboxctl create --ro"),
     ({"swap_bytes": 2**30, "swap_counted": False}, "swap", "warning", COUNT_SWAP_HINT),
     ({"engines": engine(**NO_PIDS)}, "podman limits", "failure", DELEGATE_HINT),

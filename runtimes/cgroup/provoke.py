@@ -131,13 +131,15 @@ def judge(
 
 
 def _judge_memory(before: Usage, after: Usage, outcome: Outcome) -> Verdict:
-    """Held where the kernel counted a kill for memory, and the hog is what was killed."""
+    """Held where the kernel counted a kill for memory, at the sandbox's own limit, and the hog is what was killed."""
     if before.oom_kills is None or after.oom_kills is None:
         return _unknown(ProvokedLimit.MEMORY, "the kernel does not count kills for memory here")
     evidence = f"oom_kill {before.oom_kills} -> {after.oom_kills}, the hog {_ended(outcome)}"
     if outcome.exit_code not in {None, EXIT_NOT_HELD}:
         return _unknown(ProvokedLimit.MEMORY, f"{evidence}: it was stopped by something else")
     held = after.oom_kills > before.oom_kills and outcome.signal == signal.SIGKILL
+    if held and before.ooms_own is not None and before.ooms_own == after.ooms_own:
+        return _unknown(ProvokedLimit.MEMORY, f"{evidence}: memory ran out above the sandbox before its own limit")
     return Verdict(limit=ProvokedLimit.MEMORY, held=held, evidence=evidence)
 
 

@@ -113,6 +113,8 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     throttled_periods: int | None = None
     throttled_us: int | None = None
     oom_kills: int | None = None
+    ooms_own: int | None = None
+    """How often memory ran out at the container's own limit, and not at one above it. v1 does not tell."""
     cpu_pressure: Pressure | None = None
     memory_pressure: Pressure | None = None
     io_pressure: Pressure | None = None
@@ -346,6 +348,8 @@ COUNTER_FILES_V2: Final = (
     "memory.peak",
     "memory.stat",
     "memory.events",
+    "memory.events.local",
+    "memory.events.local" + LEAF,
     "pids.current",
     "pids.peak",
     "pids.events",
@@ -461,7 +465,7 @@ def _usage_v2(texts: Mapping[str, bytes | None]) -> Usage:
     cpu, events = texts["cpu.stat"], texts["memory.events"]
     memory_bytes = parse_count(texts["memory.current"], "memory.current")
     inactive = parse_field(texts["memory.stat"], b"inactive_file", "memory.stat")
-    refused = [parse_field(texts[name], b"max", name) for name in ("pids.events", "pids.events" + LEAF)]
+    refused = _at_both(texts, "pids.events", b"max")
     return Usage(
         cpu_us=parse_field(cpu, b"usage_usec", "cpu.stat"),
         throttled_periods=parse_field(cpu, b"nr_throttled", "cpu.stat"),
@@ -471,13 +475,20 @@ def _usage_v2(texts: Mapping[str, bytes | None]) -> Usage:
         memory_working_set_bytes=working_set(memory_bytes, inactive),
         memory_refused=parse_field(events, b"max", "memory.events"),
         oom_kills=parse_field(events, b"oom_kill", "memory.events"),
+        ooms_own=_at_both(texts, "memory.events.local", b"oom"),
         pids=parse_count(texts["pids.current"], "pids.current"),
         pids_peak=parse_count(texts["pids.peak"], "pids.peak"),
-        pids_refused=max((count for count in refused if count is not None), default=None),
+        pids_refused=refused,
         cpu_pressure=parse_pressure(texts.get("cpu.pressure"), "cpu.pressure"),
         memory_pressure=parse_pressure(texts.get("memory.pressure"), "memory.pressure"),
         io_pressure=parse_pressure(texts.get("io.pressure"), "io.pressure"),
     )
+
+
+def _at_both(texts: Mapping[str, bytes | None], name: str, key: bytes) -> int | None:
+    """A counter that may be counted at the container's top group or at its leaf: the larger of both."""
+    counts = [parse_field(texts[each], key, each) for each in (name, name + LEAF)]
+    return max((count for count in counts if count is not None), default=None)
 
 
 def _usage_v1(texts: Mapping[str, bytes | None]) -> Usage:

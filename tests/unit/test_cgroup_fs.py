@@ -181,6 +181,7 @@ def test_usage_is_that_of_the_whole_scope(host: Host) -> None:
             throttled_periods=7,
             throttled_us=1234,
             oom_kills=1,
+            ooms_own=1,
             cpu_pressure=SOME,
             memory_pressure=FULL,
             io_pressure=FULL,

@@ -66,6 +66,8 @@ def test_a_limit_of_all_cpus_cannot_be_run_into() -> None:
         ("memory", Usage(oom_kills=0), Usage(oom_kills=0), NOT_HELD, False),
         ("memory", Usage(oom_kills=0), Usage(oom_kills=0), BROKEN, None),
         ("memory", Usage(), Usage(oom_kills=1), KILLED, None),
+        ("memory", Usage(oom_kills=0, ooms_own=0), Usage(oom_kills=1, ooms_own=1), KILLED, True),
+        ("memory", Usage(oom_kills=0, ooms_own=2), Usage(oom_kills=1, ooms_own=2), KILLED, None),
         ("pids", Usage(pids_refused=0), Usage(pids_refused=1), ENDED, True),
         ("pids", Usage(pids_refused=2), Usage(pids_refused=2), ENDED, False),
         ("pids", Usage(pids_refused=0), Usage(pids_refused=0), NOT_HELD, False),

@@ -32,7 +32,7 @@ PAUSE_S = 1.0
 # Measured on two cores: the untrimmed boot takes four times as long, most of it in udev and in loading modules.
 _MASKED = (
     "podman-restart.service podman.socket podman.service systemd-udev-trigger.service modprobe@drm.service "
-    "modprobe@efi_pstore.service getty@tty1.service serial-getty@ttyS0.service"
+    "modprobe@efi_pstore.service apparmor.service getty@tty1.service serial-getty@ttyS0.service"
 ).split()
 _KERNEL_LINE = "root=/dev/vda rw console=ttyS0 quiet mitigations=off nokaslr audit=0 net.ifnames=0".split()
 

@@ -59,8 +59,8 @@ class Release(NamedTuple):
 
 RELEASES = {
     "trixie": Release("trixie", "Debian 13", "3.13", ("docker-cli",)),
-    # Without its settings Podman 4.3 copies whole images: storage driver vfs.
-    "bookworm": Release("bookworm", "Debian 12", "3.11", ("containers-storage",)),
+    # Without the one Podman 4.3 copies whole images (driver vfs), without the other Docker starts no container.
+    "bookworm": Release("bookworm", "Debian 12", "3.11", ("containers-storage", "apparmor")),
 }
 
 

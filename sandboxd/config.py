@@ -174,6 +174,7 @@ class Pool(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     idle: Annotated[str, Meta(description="How long a demand is remembered before its slots are let go.")] = "10m"
     age_max: Annotated[str, Meta(description="A slot that is older is replaced.")] = "6h"
     fills_max: Annotated[int, Meta(ge=1, le=16, description="Slots made at once.")] = 2
+    image_look: Annotated[str, Meta(description="How often the image of warm slots is looked at.")] = "15s"
     memory_reserve: Annotated[
         str, Meta(description="No slot is made when the host has less memory than this to give.")
     ] = "1g"
@@ -436,6 +437,7 @@ _CHECKS: Mapping[str, Callable[[Any], object]] = {
     "workspaces.copy_bytes": partial(parse_memory, bytes_max=SIZE_BYTES_MAX),
     "pool.idle": partial(parse_duration_ms, option="pool.idle"),
     "pool.age_max": partial(parse_duration_ms, option="pool.age_max"),
+    "pool.image_look": partial(parse_duration_ms, option="pool.image_look"),
     "pool.memory_reserve": partial(parse_memory, bytes_max=SIZE_BYTES_MAX),
 }
 """What a type cannot say. Raise QuantityError or Unsupported. What is more than this host has is cut later."""

@@ -233,6 +233,7 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 tasks.start_soon(recovery.sweep_periodically)
                 tasks.start_soon(lifetimes.run)
                 tasks.start_soon(manager.pools.run)
+                tasks.start_soon(manager.engine_records.run)
                 logger.info("listening on %s", listener.path)
                 activation.tell("READY=1")
                 if ready_fd is not None:

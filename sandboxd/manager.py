@@ -45,11 +45,12 @@ from runtimes.model import (
     User,
 )
 from runtimes.mounter.mounter import Mounter
-from runtimes.quantities import format_bytes
+from runtimes.quantities import format_bytes, parse_duration_ms
 from sandboxd import admission, expiry, reconcile
 from sandboxd.attaching import Attachments, changed_egress, egress_of
 from sandboxd.background import Background
 from sandboxd.config import Config
+from sandboxd.engine_records import EngineRecords
 from sandboxd.engines import EngineRoom
 from sandboxd.failures import (
     CapacityExceeded,
@@ -88,6 +89,12 @@ _ID_ALPHABET = "abcdefghijkmnpqrstuvwxyz23456789"
 _ID_CHARS = 10
 
 RUN_TMPFS_BYTES_MAX = 16 * 1024 * 1024
+
+CLAIMS_MAX = 3
+"""Slots that are tried for one caller: one may have died, with nobody having heard of it yet."""
+
+DYING_S_MAX = 0.5
+"""How long the kernel takes between the last that can be read of a process and saying that it has ended."""
 
 REMOVE_PAUSE_S_MIN, REMOVE_PAUSE_S_MAX = 0.25, 30.0
 """Between two tries to remove what the engine would not: twice as long each time."""
@@ -173,6 +180,8 @@ class Manager:
         self._tell = tell
         self.watchers: list[Callable[[Sandbox], None]] = []
         """Called with each sandbox whenever it has changed, or is gone; must be cheap."""
+        self.engine_records = EngineRecords(self.engine_of, _passable)
+        """What engines are to be told of limits that were written past them."""
         self._removing: set[str] = set()
         """The sandboxes that a task in the background removes."""
         self.pools = Pools(
@@ -183,6 +192,7 @@ class Manager:
             image_id=self._image_id,
             spare_slots=lambda: self.templates.spare_slots(memory_available()),
             fills_max=config.pool.fills_max,
+            image_look_s=parse_duration_ms(config.pool.image_look) / 1000,
         )
 
     # --- finding --------------------------------------------------------------------------------------
@@ -312,14 +322,24 @@ class Manager:
                 cpus_packed=limits is not resolved.limits,
                 template=params.template,
             )
-            slot, miss_reason = await self._slot_for(record, engine, params)
-            sandbox = None
-            if slot is not None:
+            sandbox, miss_reason = None, ""
+            for _ in range(CLAIMS_MAX):
+                slot, miss_reason = await self._slot_for(record, engine, params)
+                if slot is None:
+                    break
                 grants = self._services.grants(params.services, sandbox_id=slot.record.id)
                 before = self._reserve(slot, msgspec.structs.replace(record, services=grants), engine)
                 timings.mark("reserve")
                 sandbox, miss_reason = await self._claim(slot, before, engine, places, timings, progress)
+                if sandbox is not None:
+                    break
             if sandbox is None:
+                if params.launch in {"warm", "wait"}:
+                    raise PoolExhausted(
+                        f"cannot claim a sandbox of template {params.template!r}",
+                        detail=miss_reason,
+                        hint="sandboxctl doctor, or take a cold one: --launch cold",
+                    )
                 record = msgspec.structs.replace(record, miss_reason=miss_reason)
                 sandbox = await self._launch_cold(record, engine, places, timings, progress)
         await self._unless_cancelled(sandbox)
@@ -359,6 +379,9 @@ class Manager:
         recipe = self._recipe(record, engine)
         unfit = self._unfit(record, recipe, engine)
         if unfit:
+            own = self._own_recipe(params.template)
+            if own is not None:
+                self.pools.miss(own, ", ".join(unfit))
             if params.launch != "auto":
                 raise PoolExhausted(
                     f"cannot claim a sandbox of template {params.template!r}",
@@ -425,18 +448,23 @@ class Manager:
             LimitNotEnforceable: this host cannot enforce what was asked; nothing is left.
             Failure: its layers cannot be made; likewise.
         """
-        async with slot.lock:
-            try:
+        try:
+            async with slot.lock:
                 await self.workspaces.fill(slot, places, progress)
                 with anyio.CancelScope(shield=True):
                     await self._change_to_claimed(slot, before, engine, places, timings)
-            except RuntimeFailure as error:
-                logger.warning("cannot claim slot %s: %s", slot.record.id, error)
-                self.remove_soon(slot)
-                return None, f"claim failed: {error.brief}"
-            except BaseException:
-                self.remove_soon(slot)
+        except (RuntimeFailure, LimitNotEnforceable) as error:
+            # What has died cannot be proven, either; else it is the caller's limits that cannot.
+            passed_over = isinstance(error, RuntimeFailure) or await _has_died(slot)
+            self.remove_soon(slot)
+            if not passed_over:
                 raise
+            logger.warning("cannot claim slot %s: %s", slot.record.id, error)
+            self.pools.spoiled(self._recipe(before, engine))
+            return None, f"claim failed: {error.brief}"
+        except BaseException:
+            self.remove_soon(slot)
+            raise
         return slot, ""
 
     async def _change_to_claimed(
@@ -485,6 +513,8 @@ class Manager:
             slot.write_limits(changed)
         except CgroupUnreadable:
             await self._write_limits(slot, engine, changed)
+        else:
+            self.engine_records.stale(slot)
 
     async def _fill_slot(self, recipe: Recipe) -> Sandbox:
         """Make a slot: a container of the recipe, checked, and nobody's.
@@ -539,16 +569,31 @@ class Manager:
         """Have the pools that the configuration wants, with the slots of a former daemon."""
         for slot in self.all():
             if slot.record.state is State.WARM:
-                engine = self.engine_of(slot)
-                recipe = self._recipe(slot.record, engine)
-                if slot.connected and not self.templates.unfit(recipe, engine.info):
+                recipe = self._recipe_if_fit(slot)
+                if recipe is not None:
                     self.pools.adopt(recipe, slot, age_s=(now_ms() - slot.record.created_at_ms) / 1000)
                 else:
                     self.remove_soon(slot)
         for name in self.templates.names:
-            own = self._own_recipe(name)
+            try:
+                own = self._own_recipe(name)
+            except Failure as error:
+                # Said again to everybody who asks for it; it must not keep the others from starting.
+                logger.warning("cannot keep slots of template %s: %s", name, error)
+                continue
             if own is not None:
                 self.pools.keep(own)
+
+    def _recipe_if_fit(self, slot: Sandbox) -> Recipe | None:
+        """What a slot of a former daemon is one of; None where no claim could use it now."""
+        try:
+            engine = self.engine_of(slot)
+            recipe = self._recipe(slot.record, engine)
+            fits = slot.connected and not self.templates.unfit(recipe, engine.info)
+        except (Failure, RuntimeFailure) as error:
+            logger.info("cannot use slot %s any more: %s", slot.record.id, error)
+            return None
+        return recipe if fits else None
 
     def _own_recipe(self, template: str) -> Recipe | None:
         """The recipe of a template's own slots: without a project, on the engine that it takes."""
@@ -985,6 +1030,8 @@ class Manager:
         self._require_proof(sandbox)
         await self._secrets.deliver(sandbox)
         sandbox.change(Event.ADOPTED)
+        if sandbox.record.launch == "warm":
+            self.engine_records.stale(sandbox)
         await self._attachments.attach(sandbox)
         timings.mark("network")
 
@@ -998,6 +1045,25 @@ class Manager:
             with contextlib.suppress(CgroupUnreadable):
                 sandbox.write_limits(sandbox.record.limits)
             self.prove(sandbox)
+
+    def restore_limits(self, sandbox: Sandbox) -> None:
+        """Read the limits of a sandbox that runs, and write them again where somebody else has changed them."""
+        at_rest = sandbox.connected and not sandbox.lock.locked() and not sandbox.is_unthrottled
+        if sandbox.record.state not in (State.RUNNING, State.WARM) or not at_rest:
+            return
+        before = {proof.name for proof in sandbox.proofs if proof.verified}
+        changed = [proof for proof in self.prove(sandbox) if proof.name in before and not proof.verified]
+        if not changed:
+            return
+        said = "; ".join(f"{proof.name}: {proof.reason}" for proof in changed)
+        logger.warning("somebody changed limits of %s: %s", sandbox.record.id, said)
+        try:
+            sandbox.write_limits(sandbox.record.limits)
+        except CgroupUnreadable as error:
+            logger.warning("cannot restore the limits of %s: %s", sandbox.record.id, error)
+            return
+        if before <= {proof.name for proof in self.prove(sandbox) if proof.verified}:
+            sandbox.tell("limits_restored", reason=said)
 
     def condemn(self, sandbox: Sandbox) -> None:
         """Begin the end of a sandbox, at once and for good: written down, its processes killed, its name free.
@@ -1138,6 +1204,9 @@ class Manager:
             self.note(sandbox, Event.UNREACHABLE, str(error))
             return
         sandbox.change(Event.ADOPTED, container_id=container_id)
+        if sandbox.record.launch == "warm":
+            # Nobody knows whether a former daemon came to tell the engine, nor what a paused one has missed.
+            self.engine_records.stale(sandbox)
         await self._attachments.attach(sandbox)
 
     @staticmethod
@@ -1266,6 +1335,13 @@ async def _remove_thawed(engine: Engine, container_id: str) -> None:
         with contextlib.suppress(RuntimeFailure):
             await engine.resume(container_id)
         await engine.remove(container_id)
+
+
+async def _has_died(slot: Sandbox) -> bool:
+    with anyio.move_on_after(DYING_S_MAX, shield=True):
+        await slot.ended()
+        return True
+    return False
 
 
 def _gone(sandbox: Sandbox) -> SandboxGone:

@@ -35,8 +35,8 @@ BUCKETS_MAX = 64
 
 SETTLE_S = 0.005
 
-IMAGE_LOOK_S = 15.0
-"""How often a template's image is looked at, while there are slots of it."""
+ROUND_S_MAX = 15.0
+"""How long nothing is looked at when nothing happens."""
 
 
 class Slots:
@@ -109,6 +109,7 @@ class Pools:
         image_id: What the recipe's image is now; None: it is not there, or the engine does not answer.
         spare_slots: How many more slots the host has memory for.
         fills_max: Slots made at once.
+        image_look_s: How often a template's image is looked at, while there are slots of it.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class Pools:
         image_id: Callable[[Recipe], Awaitable[str | None]],
         spare_slots: Callable[[], int],
         fills_max: int,
+        image_look_s: float = 15.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._background = background
@@ -130,6 +132,7 @@ class Pools:
         self._image_id = image_id
         self._spare_slots = spare_slots
         self._fills_max = fills_max
+        self._image_look_s = image_look_s
         self._clock = clock
         self._buckets: dict[Recipe, Slots] = {}
         self._changed = anyio.Event()
@@ -158,6 +161,7 @@ class Pools:
             slot = self._pop(bucket)
             if slot is not None:
                 return slot
+        ends_s = self._clock() + deadline_s
         waiter = _Waiter()
         bucket.waiters.append(waiter)
         self._wake()
@@ -174,6 +178,9 @@ class Pools:
         if waiter.slot is None:
             bucket.misses["empty"] += 1
             raise _exhausted(recipe, bucket.failure or f"no slot was ready within {deadline_s:g} s")
+        if not waiter.slot.connected:
+            # It has died since it was handed over, and its place in the line with it.
+            return await self.wait(recipe, deadline_s=max(0.0, ends_s - self._clock()))
         bucket.hits += 1
         return waiter.slot
 
@@ -187,9 +194,16 @@ class Pools:
             self._put(bucket, slot)
             self._wake()
 
+    def spoiled(self, recipe: Recipe) -> None:
+        """Count a slot that was taken and could not be made into a sandbox: it was no hit."""
+        bucket = self._buckets.get(recipe)
+        if bucket is not None:
+            bucket.hits -= 1
+            bucket.lost += 1
+
     def miss(self, recipe: Recipe, reason: str) -> None:
-        """Count a claim that could not be served for another reason than an empty pool."""
-        bucket = self._asked(recipe)
+        """Count a claim that no slot of this recipe would have done for; more slots would not help."""
+        bucket = self._buckets.get(recipe)
         if bucket is not None:
             bucket.misses[reason] += 1
 
@@ -250,7 +264,11 @@ class Pools:
         self._wake()
 
     def _put(self, bucket: Slots, slot: Sandbox) -> None:
-        """Hand a slot to who waits longest, else keep it."""
+        """Hand a slot to who waits longest, else keep it; one that died meanwhile is replaced."""
+        if not slot.connected:
+            bucket.lost += 1
+            self._discard(slot)
+            return
         while bucket.waiters:
             waiter = bucket.waiters.popleft()
             if not waiter.served.is_set():
@@ -354,7 +372,7 @@ class Pools:
     def _settle(self) -> float:
         """One round over all buckets; returns how long nothing has to be done if nothing happens."""
         now_s = self._clock()
-        wait_s = IMAGE_LOOK_S
+        wait_s = min(ROUND_S_MAX, self._image_look_s)
         spare: int | None = None
         for recipe, bucket in list(self._buckets.items()):
             filling = sum(each.filling for each in self._buckets.values())
@@ -431,7 +449,7 @@ class Pools:
     async def _look_at_image(self, bucket: Slots) -> None:
         """Slots of an image that has been replaced are of no use: the next round lets them go."""
         now_s = self._clock()
-        if not bucket.warm or now_s - bucket.image_seen_s < IMAGE_LOOK_S:
+        if not bucket.warm or now_s - bucket.image_seen_s < self._image_look_s:
             return
         bucket.image_seen_s = now_s
         with contextlib.suppress(RuntimeFailure):
@@ -439,12 +457,6 @@ class Pools:
             if current is not None and current != bucket.current_image:
                 bucket.current_image = current
                 self._wake()
-
-    def image_changed(self) -> None:
-        """An image was made here: look at all of them now."""
-        for bucket in self._buckets.values():
-            bucket.image_seen_s = -IMAGE_LOOK_S
-        self._wake()
 
 
 def _exhausted(recipe: Recipe, why: str) -> PoolExhausted:

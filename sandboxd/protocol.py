@@ -490,6 +490,7 @@ EventKind = Literal[
     "removing",
     "removed",
     "oom",
+    "limits_restored",
     "command_started",
     "command_ended",
 ]

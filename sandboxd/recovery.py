@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import assert_never
 
 import anyio
+import anyio.lowlevel
 
 from runtimes.engine import Engine
 from runtimes.errors import RuntimeFailure
@@ -111,7 +112,9 @@ class Recovery:
             case reconcile.Action.NOTE_LOST:
                 self._manager.note(sandbox, Event.VANISHED, decision.reason)
             case reconcile.Action.NOTE_UNREACHABLE:
-                if sandbox.record.state in (State.CREATING, State.REMOVING) or sandbox.record.ephemeral:
+                record = sandbox.record
+                unknown = record.state in (State.CREATING, State.RESERVED, State.REMOVING)
+                if unknown or record.ephemeral or record.slot:
                     # Nobody waits for it: it goes as soon as its engine answers again.
                     sandbox.change(Event.REMOVE, reason=decision.reason)
                 else:
@@ -135,7 +138,10 @@ class Recovery:
                 logger.warning("cannot sweep: %s", error)
 
     async def sweep(self) -> None:
-        """Remove what nobody owns, finish removals that failed, and find again what was out of reach."""
+        """Remove what nobody owns, finish removals that failed, and find again what was out of reach.
+
+        And write limits again that somebody has changed behind our back: an engine, systemd, an administrator.
+        """
         usable = {engine.name.value for engine in self._engines.usable()}
         if any(sandbox.record.engine not in usable for sandbox in self._manager.all()):
             await self._engines.refresh()
@@ -144,6 +150,9 @@ class Recovery:
         for decision in reconcile.decide(records, listed, reachable=set(listed)):
             if decision.action is reconcile.Action.REMOVE_CONTAINER or self._is_due(decision):
                 await self._carry_out(decision)
+        for sandbox in self._manager.all():
+            self._manager.restore_limits(sandbox)
+            await anyio.lowlevel.checkpoint()
 
     def _is_due(self, decision: reconcile.Decision) -> bool:
         """Whether a sweep may act: what is under way is left to whoever does it."""

@@ -154,7 +154,13 @@ def spawn_request(sandbox: Sandbox, params: CommandParams) -> SpawnRequest:
 
 def _own_env(sandbox: Sandbox) -> dict[str, str]:
     """What a sandbox gives to each of its commands; where it has a way out, the commands are told."""
-    return {**(PROXY_ENV if sandbox.record.egress is not None else {}), **sandbox.record.env}
+    record = sandbox.record
+    return {
+        # Engines set it when they make a container, and a claimed one had another name then.
+        **({"HOSTNAME": record.name} if record.launch == "warm" and record.name else {}),
+        **(PROXY_ENV if record.egress is not None else {}),
+        **record.env,
+    }
 
 
 async def start(

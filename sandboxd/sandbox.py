@@ -124,6 +124,7 @@ class Sandbox:
         self._cgroup: CgroupHandle | None = None
         self._pidfd: int | None = None
         self._sample: tuple[float, int] | None = None
+        self._unthrottled = 0
         self.forks_refused: int | None = None
         """For the pids limit, as of the last start or end of a command; None: unknown."""
 
@@ -236,6 +237,19 @@ class Sandbox:
     def connected(self) -> bool:
         """Init answers, as far as is known."""
         return self._channel is not None
+
+    async def ended(self) -> None:
+        """Wait until init has ended, by the kernel's word; where that cannot be had, it is what is known here."""
+        if self._pidfd is None:
+            if self.connected:
+                await anyio.sleep_forever()
+            return
+        # Our own: whoever lets go of the sandbox meanwhile closes the other.
+        pidfd = os.dup(self._pidfd)
+        try:
+            await anyio.wait_readable(pidfd)
+        finally:
+            os.close(pidfd)
 
     # --- init and the control group -------------------------------------------------------------------
 
@@ -531,12 +545,19 @@ class Sandbox:
     @contextlib.contextmanager
     def unthrottled(self) -> Iterator[None]:
         """Give it all CPUs while something in it is to end: a storm under a tiny quota would take for ever to die."""
+        self._unthrottled += 1
         self.unthrottle()
         try:
             yield
         finally:
+            self._unthrottled -= 1
             with contextlib.suppress(CgroupUnreadable):
                 self.write_limits(Limits(cpu_millis=self.record.limits.cpu_millis))
+
+    @property
+    def is_unthrottled(self) -> bool:
+        """Its CPU quota is lifted on purpose."""
+        return self._unthrottled > 0
 
     def unthrottle(self) -> None:
         """Give it all CPUs, because it is to end."""

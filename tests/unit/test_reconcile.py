@@ -124,3 +124,22 @@ def test_no_container_is_left_without_an_owner(records: list, containers: list) 
     owned = [decision.container for decision in decisions if decision.action is not Action.REMOVE_CONTAINER]
     for each in containers:
         assert (each in removed) != (each in owned)
+
+
+def test_a_warm_slot_that_runs_is_adopted_and_any_other_is_forgotten() -> None:
+    """It is nobody's: nothing is lost with it, and nobody would ever start it again."""
+    warm = record(state=State.WARM, slot=True)
+    assert _actions([warm], {"podman": [container()]}) == {warm.id: Action.ADOPT}
+    for state in (ContainerState.EXITED, ContainerState.PAUSED, ContainerState.CREATED):
+        assert _actions([warm], {"podman": [container(state=state)]}) == {warm.id: Action.FORGET}
+    assert _actions([warm], {"podman": []}) == {warm.id: Action.FORGET}
+    for slot_state in (State.STOPPED, State.BROKEN, State.LOST):
+        slot = record(state=slot_state, slot=True)
+        assert _actions([slot], {"podman": [container()]}) == {slot.id: Action.FORGET}
+
+
+def test_a_slot_that_was_half_claimed_is_forgotten_whatever_its_container_does() -> None:
+    """Its caller never learnt its id, and it may have the project already."""
+    reserved = record(state=State.RESERVED, launch="warm")
+    assert _actions([reserved], {"podman": [container()]}) == {reserved.id: Action.FORGET}
+    assert _actions([reserved], {"podman": []}) == {reserved.id: Action.FORGET}

@@ -1,0 +1,223 @@
+"""Slots when something comes in between: a restart, a death, a caller who leaves; and limits that others change."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import msgspec
+import pytest
+
+from runtimes.cgroup.readings import EffectiveLimits, OwnLimits
+from runtimes.errors import CgroupUnreadable, EngineUnavailable
+from runtimes.model import Limits
+from sandboxd.config import Config, Template
+from sandboxd.failures import PoolExhausted, SandboxGone
+from sandboxd.journal import SandboxRecord
+from sandboxd.lifecycle import State
+from sandboxd.manager import Manager
+from sandboxd.protocol import SandboxCreateParams
+from sandboxd.sandbox import Sandbox
+from sandboxd.timings import Timings
+from tests.daemon.test_manager import IMAGE, World
+from tests.unit.records import record
+
+pytestmark = pytest.mark.anyio
+
+MIB = 1024 * 1024
+PATIENCE_S = 10.0
+CONFIG = Config(templates={"mine": Template(image=IMAGE)})
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers of the fake engine have no init, and nobody is to wait for one."""
+    monkeypatch.setattr("sandboxd.sandbox.INIT_DEADLINE_S", 0.05)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+async def slot_of(world: World, **changes: Any) -> SandboxRecord:
+    """A slot as a former daemon had written it down, with its container."""
+    made = await world.container_of(record(id=changes.pop("id", "sb-slot")))
+    slot = msgspec.structs.replace(
+        made, **{"state": State.WARM, "slot": True, "template": "mine", "image": IMAGE, **changes}
+    )
+    world.journal.put(slot)
+    return slot
+
+
+async def emptied(world: World) -> None:
+    with anyio.fail_after(PATIENCE_S):
+        while world.manager.all():
+            await anyio.lowlevel.checkpoint()
+    await world.assert_empty()
+
+
+@pytest.mark.parametrize("state", [State.RESERVED, State.WARM])
+async def test_a_slot_that_cannot_be_claimed_after_a_start_is_removed(world: World, state: State) -> None:
+    """Half claimed, or without an init that answers."""
+    await slot_of(world, state=state, slot=state is State.WARM)
+    async with world.managed(CONFIG) as manager:
+        await world.recovery.recover()
+        manager.keep_pools()
+        assert manager.present() == []
+        await world.recovery.sweep()
+        await emptied(world)
+
+
+@pytest.mark.parametrize("state", [State.RESERVED, State.WARM])
+async def test_a_slot_of_an_engine_that_is_silent_goes_as_soon_as_it_answers(world: World, state: State) -> None:
+    """And is nobody's sandbox until then: no user could make anything of it."""
+    await slot_of(world, state=state, slot=state is State.WARM)
+    async with world.managed(CONFIG) as manager:
+        world.engine.fail_next("list_containers", EngineUnavailable("cannot reach podman"))
+        await world.recovery.recover()
+        manager.keep_pools()
+        assert [box for box in manager.present() if not box.record.state_reason] == []
+        assert [box.record.state for box in manager.all()] == [State.REMOVING]
+        await world.recovery.sweep()
+        await emptied(world)
+
+
+async def test_a_template_that_is_gone_from_the_configuration_costs_its_slots_and_nothing_else(world: World) -> None:
+    await slot_of(world, template="deleted")
+    async with world.managed(CONFIG) as manager:
+        (slot,) = [manager.register(row) for row in world.journal.sandboxes()]
+        assert slot.record.state is State.WARM
+        manager.keep_pools()
+        assert {bucket.recipe.template for bucket in manager.pools.buckets()} == {"default", "mine"}
+        await emptied(world)
+
+
+def hand_out(monkeypatch: pytest.MonkeyPatch, manager: Manager, slots: list[Sandbox]) -> None:
+    monkeypatch.setattr(manager.pools, "take", lambda _: slots.pop(0) if slots else None)
+
+
+async def test_slots_that_have_died_unheard_are_passed_over(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever wants a slot only is told so; whoever wants a sandbox has one made."""
+    for number in range(4):
+        await slot_of(world, id=f"sb-slot-{number}")
+    async with world.managed(CONFIG) as manager:
+        slots = [manager.register(row) for row in world.journal.sandboxes()]
+        hand_out(monkeypatch, manager, slots)
+        with pytest.raises(PoolExhausted, match="claim failed"):
+            await manager.create(SandboxCreateParams(template="mine", launch="warm"), Timings())
+        assert len(slots) == 1, "three were tried"
+        creates = world.engine.calls.count("create")
+        with pytest.raises(SandboxGone):
+            await manager.create(SandboxCreateParams(template="mine"), Timings())
+        assert world.engine.calls.count("create") == creates + 1
+        await emptied(world)
+
+
+async def test_a_caller_who_leaves_before_the_claim_has_begun_leaves_no_slot_behind(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await slot_of(world)
+    async with world.managed(CONFIG) as manager:
+        (slot,) = [manager.register(row) for row in world.journal.sandboxes()]
+        hand_out(monkeypatch, manager, [slot])
+        async with anyio.create_task_group() as tasks, slot.lock:
+            tasks.start_soon(manager.create, SandboxCreateParams(template="mine"), Timings())
+            with anyio.fail_after(PATIENCE_S):
+                while slot.record.state is not State.RESERVED:
+                    await anyio.lowlevel.checkpoint()
+            tasks.cancel_scope.cancel()
+        await emptied(world)
+
+
+class Held:
+    """A running sandbox with a control group that somebody else writes to."""
+
+    def __init__(self, box: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.box = box
+        self.told: list[tuple[str, dict[str, Any]]] = []
+        self.written: list[Limits] = []
+        self.refusing = False
+        self.memory_bytes = box.record.limits.memory_bytes_max
+        box.pid = 1
+        box.on_told = lambda kind, _id, _name, data: self.told.append((kind, data))
+        monkeypatch.setattr(Sandbox, "connected", True)
+        monkeypatch.setattr(box, "_effective_or_unknown", self.read)
+        monkeypatch.setattr(box, "write_limits", self.write)
+
+    def read(self) -> EffectiveLimits:
+        tmpfs = dict.fromkeys(("/tmp", "/home/sandbox"), self.box.record.tmp_bytes_max)
+        own = OwnLimits(memory_bytes_max=self.memory_bytes, memory_swap_bytes_max=self.memory_bytes)
+        return EffectiveLimits(memory_bytes_max=self.memory_bytes, tmpfs_bytes_max=tmpfs, own=own)
+
+    def write(self, limits: Limits) -> None:
+        if self.refusing:
+            raise CgroupUnreadable("cannot write memory.max")
+        self.written.append(limits)
+        self.memory_bytes = limits.memory_bytes_max
+
+
+async def held(world: World, monkeypatch: pytest.MonkeyPatch) -> Held:
+    await world.container_of(record(state=State.RUNNING))
+    (box,) = [world.manager.register(row) for row in world.journal.sandboxes()]
+    found = Held(box, monkeypatch)
+    world.manager.prove(box)
+    assert all(proof.verified for proof in box.proofs if proof.name == "memory")
+    return found
+
+
+async def test_limits_that_somebody_changed_are_restored_by_a_sweep_which_says_so(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with world.managed() as manager:
+        found = await held(world, monkeypatch)
+        manager.restore_limits(found.box)
+        assert (found.written, found.told) == ([], []), "nothing was changed"
+        found.memory_bytes = 512 * MIB
+        with caplog.at_level(logging.WARNING):
+            await world.recovery.sweep()
+        assert found.memory_bytes == 64 * MIB
+        ((kind, data),) = found.told
+        assert kind == "limits_restored"
+        assert "memory" in data["reason"]
+        assert "somebody changed limits" in caplog.text
+        await world.recovery.sweep()
+        assert len(found.written) == 1
+
+
+async def test_a_group_that_takes_no_limits_is_not_said_to_have_them(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world.managed() as manager:
+        found = await held(world, monkeypatch)
+        found.memory_bytes, found.refusing = 512 * MIB, True
+        manager.restore_limits(found.box)
+        assert found.told == []
+        assert not all(proof.verified for proof in found.box.proofs if proof.name == "memory")
+
+
+async def test_limits_are_left_alone_while_they_are_being_changed_or_lifted_on_purpose(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world.managed() as manager:
+        found = await held(world, monkeypatch)
+        found.memory_bytes = 512 * MIB
+        async with found.box.lock:
+            manager.restore_limits(found.box)
+        with found.box.unthrottled():
+            before = len(found.written)
+            manager.restore_limits(found.box)
+            assert len(found.written) == before
+        found.memory_bytes = 512 * MIB
+        found.box.put(state=State.PAUSED)
+        before = len(found.written)
+        manager.restore_limits(found.box)
+        assert len(found.written) == before

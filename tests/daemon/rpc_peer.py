@@ -64,7 +64,8 @@ class Peer:
 
     def send_bytes(self, data: bytes, descriptors: Sequence[int] = ()) -> None:
         sent = socket.send_fds(self.socket, [data], descriptors) if descriptors else 0
-        self.socket.sendall(data[sent:])
+        if sent < len(data):  # of nothing, too, the kernel says when nobody reads it any more
+            self.socket.sendall(data[sent:])
 
     def request(self, method: str, params: Any = None, request_id: Any = 1) -> bytes:
         body = {"jsonrpc": "2.0", "id": request_id, "method": method, "params": params or {}}

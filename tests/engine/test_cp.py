@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import signal
+import subprocess
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,13 +14,14 @@ from pathlib import Path
 import pytest
 
 from tests.engine.conftest import Box
-from tests.engine.daemons import ENGINES, Daemon
+from tests.engine.daemons import ENGINES, PATIENCE_S, Daemon, ended, wait_until
 from tests.unit.transfers import describe
 
 pytestmark = pytest.mark.engine
 
 NOT_FOUND = 5
 USAGE = 2
+UNSUPPORTED = 4
 
 
 @pytest.fixture
@@ -130,6 +134,62 @@ def test_archives_on_stdin_and_stdout(daemon: Daemon, shared: Box, project: Path
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         assert tar.getnames() == ["in", "in/a", "in/a/b"]
     assert b"no tar archive" in copy(daemon, "-", f"{box}:in", stdin=b"x" * 10_000, code=USAGE)
+
+
+def test_what_cannot_be_copied_is_told_of_and_the_rest_is_copied(
+    daemon: Daemon, shared: Box, project: Path, tmp_path: Path
+) -> None:
+    box = shared["id"]
+    (project / "tree").mkdir()
+    (project / "tree/file").write_bytes(b"x")
+    os.mkfifo(project / "tree/fifo")
+    said = copy(daemon, f"{box}:tree", tmp_path / "out", code=1)
+    assert said == b"sandboxctl: skipped './fifo': it is a FIFO\n"
+    assert os.listdir(tmp_path / "out") == ["file"]
+    os.mkfifo(tmp_path / "out/mine")
+    done = daemon.ctl("cp", "--json", str(tmp_path / "out"), f"{box}:again")
+    assert (done.returncode, b'"reason": "it is a FIFO"' in done.stdout) == (1, True)
+    for path, code in {"/dev/zero": 1, "/proc/self/environ": 1, "/proc/version": UNSUPPORTED, "tree/fifo": 1}.items():
+        copy(daemon, f"{box}:{path}", tmp_path / "never", code=code)
+        assert not (tmp_path / "never").exists()
+    copy(daemon, "/dev/zero", f"{box}:never", code=1)
+    with open(project / "sparse", "wb") as file:
+        file.truncate(2**40)
+    copy(daemon, f"{box}:sparse", tmp_path / "sparse")
+    assert (tmp_path / "sparse").stat().st_blocks * 512 < 2**20
+
+
+def test_an_interrupted_copy_leaves_nothing_under_its_name(
+    daemon: Daemon, shared: Box, project: Path, tmp_path: Path
+) -> None:
+    """Both ways, and the daemon holds nothing afterwards."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    words = daemon.ctl_argv("cp", str(fifo), f"{shared['id']}:half")
+    with ended(subprocess.Popen(words, env=daemon.env)) as process, open_for_a_reader(fifo) as pipe:
+        pipe.write(b"begun" * 1000)
+        wait_until(lambda: holds(daemon, fifo), "the copy runs")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE_S) == 130
+    wait_until(lambda: not holds(daemon, fifo), "the daemon lets go")
+    assert os.listdir(project) == []
+
+
+def open_for_a_reader(fifo: Path) -> io.FileIO:
+    """The end of a FIFO to write to, as soon as somebody reads."""
+
+    def opened() -> int | None:
+        with contextlib.suppress(OSError):
+            return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+        return None
+
+    return io.FileIO(wait_until(opened, "somebody reads it"), "wb")
+
+
+def holds(daemon: Daemon, path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return any(number.readlink() == path for number in Path(f"/proc/{daemon.pid}/fd").iterdir())
+    return False
 
 
 def test_many_small_files(daemon: Daemon, shared: Box, project: Path, tmp_path: Path) -> None:

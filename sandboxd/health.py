@@ -63,12 +63,19 @@ def judge(facts: Facts) -> list[Problem]:
     """Return what is wrong. Pure: what is unknown is no problem."""
     problems = []
     should_answer = facts.state in (State.RUNNING, State.PAUSED)
-    if facts.state in (State.BROKEN, State.LOST) or (should_answer and not facts.init_answers):
+    # A sandbox that somebody stopped has no reason to be told.
+    ended_by_itself = facts.state is State.STOPPED and facts.state_reason != ""
+    if (
+        ended_by_itself
+        or facts.state in (State.BROKEN, State.LOST)
+        or (should_answer and not facts.init_answers)
+    ):
+        anew = f"sandboxctl rm {facts.sandbox_id}, and make it anew"
         problems.append(
             Problem(
                 kind="init_gone",
                 detail=facts.state_reason or "its init does not answer",
-                hint=f"sandboxctl rm {facts.sandbox_id}, and make it anew",
+                hint=f"sandboxctl start {facts.sandbox_id}" if ended_by_itself else anew,
             )
         )
     problems += [

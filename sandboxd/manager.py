@@ -1167,7 +1167,7 @@ class Manager:
     async def _look_into(self, sandbox: Sandbox) -> None:
         """Find out what became of a sandbox whose init is silent."""
         async with sandbox.lock:
-            settled = sandbox.record.state not in (State.CREATING, State.REMOVING)
+            settled = sandbox.record.state not in (State.CREATING, State.REMOVING, State.STOPPED)
             if sandbox.record.id not in self._sandboxes or sandbox.connected or not settled:
                 return
             if sandbox.record.container_id is None:
@@ -1188,7 +1188,9 @@ class Manager:
             elif facts.state is ContainerState.PAUSED:
                 sandbox.change(Event.PAUSE, reason=reconcile.PAUSED)
             else:
-                self.note(sandbox, Event.EXITED, _why_stopped(facts))
+                # Of one that was to stop it matters to nobody how its init took it.
+                asked = sandbox.record.state is State.STOPPING
+                self.note(sandbox, Event.EXITED, "" if asked else _why_stopped(facts))
 
     async def adopt(self, sandbox: Sandbox, engine: Engine, container_id: str) -> None:
         """Connect to a container that runs, unless we are, and book it as running, or as out of reach."""
@@ -1405,4 +1407,4 @@ def _above(used: int | None, limit: int | None) -> bool:
 def _why_stopped(facts: ContainerFacts) -> str:
     if facts.oom_killed:
         return "its init was killed for memory"
-    return "" if facts.exit_code in (None, 0) else f"its init ended with {facts.exit_code}"
+    return "its init ended" if facts.exit_code is None else f"its init ended with {facts.exit_code}"

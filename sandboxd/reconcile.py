@@ -113,4 +113,5 @@ def _judge(record: SandboxRecord, container: ContainerSummary | None, *, answere
         return Action.ADOPT, "its container runs"
     if container.state is ContainerState.PAUSED:
         return Action.NOTE_PAUSED, record.state_reason if record.state is State.PAUSED else PAUSED
-    return Action.NOTE_STOPPED, f"its container is {container.state.value}"
+    known = record.state is State.STOPPED
+    return Action.NOTE_STOPPED, record.state_reason if known else f"its container is {container.state.value}"

@@ -13,6 +13,9 @@ from tests.engine.daemons import Daemon, Ran, wait_until
 
 pytestmark = pytest.mark.engine
 
+FORKS = "while :; do sleep 1000 & done"
+"""A shell ends where it cannot fork, and what it started goes on."""
+
 
 @pytest.fixture
 def frail(daemon: Daemon, engine: str) -> Iterator[dict[str, Any]]:
@@ -49,9 +52,9 @@ def test_nothing_is_wrong_with_a_command_that_just_fails(daemon: Daemon, frail: 
 
 def test_a_full_disk_is_said_with_the_failure(daemon: Daemon, frail: dict[str, Any]) -> None:
     """Whichever of the places that can be written to it is; and no more once there is room."""
-    for path in ("/tmp", "$HOME"):
+    for count, path in enumerate(("/tmp", "$HOME"), 1):
         end = failed(daemon, frail, f"dd if=/dev/zero of={path}/big bs=64k 2>/dev/null").end
-        assert kinds(end) == ["disk_full"]
+        assert kinds(end) == ["disk_full"] * count
     told = daemon.call("sandbox/get", sandbox=frail["id"])
     assert [problem["detail"].split()[0] for problem in told["problems"]] == ["/tmp", "/home/sandbox"]
     done = daemon.ctl("exec", frail["id"], "sh", "-c", "echo more > /tmp/more")
@@ -63,12 +66,13 @@ def test_a_full_disk_is_said_with_the_failure(daemon: Daemon, frail: dict[str, A
 
 def test_exhausted_pids_are_said_with_the_failure_and_while_they_are(daemon: Daemon, frail: dict[str, Any]) -> None:
     """Also when those that used them up have ended with the command."""
-    end = failed(daemon, frail, "i=0; while [ $i -lt 40 ]; do sleep 1000 & i=$((i+1)); done; wait; exit 1").end
+    end = failed(daemon, frail, f"trap 'exit 1' TERM; ({FORKS}); kill 0; exit 1").end
     assert kinds(end) == ["pids_exhausted"]
     assert "refused" in end["problems"][0]["detail"]
-    storm = daemon.call(
-        "commands/start", sandbox=frail["id"], argv=["sh", "-c", "while :; do sleep 1000 & done 2>/dev/null"]
-    )
+    wait_until(lambda: daemon.call("sandbox/metrics", sandboxes=[frail["id"]])["sandboxes"][0]["pids"] == 1, "alone")
+    # The shell that could not fork has ended, and left room for one.
+    held = f"mkfifo /tmp/pipe; exec 3<>/tmp/pipe; ({FORKS}); sleep 1000 & read -r _ <&3"
+    storm = daemon.call("commands/start", sandbox=frail["id"], argv=["sh", "-c", held])
     wait_until(lambda: kinds(row(daemon, frail)) == ["pids_exhausted"], "it is told in the list")
     refusal = daemon.refusal("commands/run", sandbox=frail["id"], argv=["true"])
     assert "pids_exhausted" in refusal.detail
@@ -92,6 +96,13 @@ def test_a_lost_init_is_said(daemon: Daemon, frail: dict[str, Any]) -> None:
     os.kill(frail["pid"], signal.SIGKILL)
     wait_until(lambda: row(daemon, frail)["state"] != "running", "the loss is known")
     [problem] = row(daemon, frail)["problems"]
-    assert (problem["kind"], problem["hint"]) == ("init_gone", f"sandboxctl rm {frail['id']}, and make it anew")
+    assert (problem["kind"], problem["hint"]) == ("init_gone", f"sandboxctl start {frail['id']}")
+    assert "137" in problem["detail"]
     assert kinds(daemon.call("sandbox/get", sandbox=frail["id"])) == ["init_gone"]
     assert "init_gone" in daemon.refusal("commands/run", sandbox=frail["id"], argv=["true"]).detail
+
+
+def test_nothing_is_wrong_with_a_sandbox_that_was_stopped(daemon: Daemon, frail: dict[str, Any]) -> None:
+    """It is as somebody wanted it."""
+    daemon.call("sandbox/stop", sandbox=frail["id"])
+    assert kinds(row(daemon, frail)) == []

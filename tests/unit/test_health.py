@@ -50,6 +50,7 @@ def test_nothing_is_wrong_with_what_is_fine_or_unknown() -> None:
     [
         ({"state": State.BROKEN, "init_answers": False}, "init_gone"),
         ({"state": State.LOST, "init_answers": False}, "init_gone"),
+        ({"state": State.STOPPED, "state_reason": "its init ended with 137", "init_answers": False}, "init_gone"),
         ({"init_answers": False}, "init_gone"),
         ({"full": ("/tmp",)}, "disk_full"),
         ({"usage": Usage(pids=32)}, "pids_exhausted"),

@@ -58,6 +58,14 @@ def test_a_paused_sandbox_whose_container_runs_is_adopted() -> None:
     assert _actions([record(state=State.PAUSED)], {"podman": [container()]}) == {"sb-aaaaaaaaaa": Action.ADOPT}
 
 
+def test_a_sandbox_that_was_stopped_is_not_said_to_have_ended_by_itself() -> None:
+    """Whoever stopped it knows; of one that ran there is something to tell."""
+    ended = container(state=ContainerState.EXITED)
+    for box, reason in ((record(state=State.STOPPED), ""), (record(), "its container is exited")):
+        (decision,) = decide([box], {"podman": [ended]}, reachable={"podman"})
+        assert (decision.action, decision.reason) == (Action.NOTE_STOPPED, reason)
+
+
 def test_a_vanished_container_is_said_to_be_lost() -> None:
     """Somebody removed it behind our back: the user is told, not left guessing."""
     assert _actions([record()], {"podman": []}) == {"sb-aaaaaaaaaa": Action.NOTE_LOST}

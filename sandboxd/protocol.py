@@ -381,6 +381,7 @@ class SandboxSummary(Reply, frozen=True):
     name: str | None
     state: SandboxState
     engine: str
+    template: str
     image: str
     workspace: str | None
     created_at_ms: int

@@ -50,6 +50,12 @@ class CreateOptions(LimitOptions, total=False):
     """What a sandbox is made with, beside its template, metadata and variables."""
 
     name: str
+    image: str
+    """Another image than the template's, or the configured one."""
+    launch: Literal["auto", "warm", "wait", "cold"]
+    """Whether a warm slot is to be used: one if there is one, one or fail, one as soon as there is one, none."""
+    wait: Quantity
+    """How long ``launch="wait"`` may wait, in seconds."""
     engine: Literal["podman", "docker"]
     workspace: str | os.PathLike[str]
     """A directory of the host, seen at /workspace."""
@@ -121,7 +127,8 @@ class SandboxInfo:
 
     sandbox_id: str
     template_id: str
-    """Its image."""
+    """The name of its template."""
+    image: str
     name: str | None
     metadata: Env
     started_at: datetime
@@ -137,6 +144,8 @@ class SandboxInfo:
     warnings: list[str]
     problems: list[Problem]
     timings_ms: dict[str, float]
+    launch: str
+    """``warm``: it was a slot before; else ``cold``."""
     end_at: datetime | None
     """When its lifetime is over; None: never, or not while it is paused."""
     idle_timeout: float | None
@@ -150,6 +159,7 @@ class ListedSandbox:
 
     sandbox_id: str
     template_id: str
+    image: str
     name: str | None
     started_at: datetime
     state: str
@@ -314,7 +324,10 @@ def create_params(
             )
         network = "full" if internet else "none"
     return given(
-        image=template,
+        template=template,
+        image=options.get("image"),
+        launch=options.get("launch"),
+        wait=options.get("wait"),
         metadata=metadata,
         env=envs,
         name=options.get("name"),
@@ -425,7 +438,8 @@ def sandbox_info(reply: Mapping[str, Any]) -> SandboxInfo:
     """Read a ``SandboxInfo`` of the protocol."""
     return SandboxInfo(
         sandbox_id=reply["id"],
-        template_id=reply["image"],
+        template_id=reply["template"],
+        image=reply["image"],
         name=reply["name"],
         metadata=reply["metadata"],
         started_at=started_at(reply),
@@ -441,6 +455,7 @@ def sandbox_info(reply: Mapping[str, Any]) -> SandboxInfo:
         warnings=reply["warnings"],
         problems=problems_of(reply),
         timings_ms=reply["timings_ms"],
+        launch=reply["launch"],
         end_at=end_at(reply),
         idle_timeout=None if reply["idle_timeout_ms"] is None else reply["idle_timeout_ms"] / 1000,
         on_timeout=reply["on_timeout"],
@@ -453,7 +468,8 @@ def listed_sandboxes(reply: Mapping[str, Any], query: SandboxQuery | None) -> li
     return [
         ListedSandbox(
             sandbox_id=row["id"],
-            template_id=row["image"],
+            template_id=row["template"],
+            image=row["image"],
             name=row["name"],
             started_at=started_at(row),
             state=row["state"],

@@ -531,7 +531,7 @@ class Sandbox:
     """A sandbox. Making the object makes the sandbox; a ``with`` kills it at its end.
 
     Args:
-        template: Its image. Default: the configured one.
+        template: The name of a configured recipe. Default: ``default``. Another image: ``image=``.
         metadata: Kept with it, and what ``list`` can ask for.
         envs: Variables of all its commands.
         options: See ``CreateOptions``.

@@ -213,6 +213,7 @@ def _summary(sandbox: Sandbox) -> protocol.SandboxSummary:
         name=record.name,
         state=record.state.value,
         engine=record.engine,
+        template=record.template,
         image=record.image,
         workspace=None if record.workspace is None else record.workspace.path,
         created_at_ms=record.created_at_ms,

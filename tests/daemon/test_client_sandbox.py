@@ -43,9 +43,12 @@ def client(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 def test_options_reach_the_daemon(client: Any, tmp_path: Path) -> None:
     """By the names that agent code knows, and by ours."""
     box = client.create(
-        "image",
+        "recipe",
         {"task": "1"},
         {"A": "b"},
+        image="image",
+        launch="wait",
+        wait=5,
         engine="docker",
         name="box",
         workspace=tmp_path,
@@ -55,10 +58,12 @@ def test_options_reach_the_daemon(client: Any, tmp_path: Path) -> None:
         limits_policy="degraded",
     )
     info = box.get_info()
-    assert (info.template_id, info.metadata, info.envs) == ("image", {"task": "1"}, {"A": "b"})
+    assert (info.template_id, info.image, info.metadata, info.envs) == ("recipe", "image", {"task": "1"}, {"A": "b"})
     assert (info.engine, info.name, info.workspace, info.network) == ("docker", "box", str(tmp_path), "full")
     assert info.limits[0].verified
-    assert [row.name for row in client.list(SandboxQuery(metadata={"task": "1"}))] == ["box"]
+    assert info.launch == "warm"
+    [row] = client.list(SandboxQuery(metadata={"task": "1"}))
+    assert (row.name, row.template_id, row.image) == ("box", "recipe", "image")
     assert client.list(SandboxQuery(metadata={"task": "2"})) == []
     assert client.connect("box").sandbox_id == box.sandbox_id
     [provoked] = box.verify(provoke=True).provocations
@@ -102,7 +107,7 @@ def test_a_sandbox_that_is_not_there_is_not_found(client: Any) -> None:
 def test_a_request_that_takes_too_long_is_a_timeout(client: Any) -> None:
     """As far as its caller is concerned."""
     with pytest.raises(TimeoutException):
-        client.create("slow", request_timeout=0.05)
+        client.create(image="slow", request_timeout=0.05)
 
 
 def test_a_block_kills_its_sandbox_whatever_happens_in_it(client: Any) -> None:
@@ -115,7 +120,7 @@ def test_a_block_kills_its_sandbox_whatever_happens_in_it(client: Any) -> None:
 def test_other_failures_keep_their_type_and_hint(client: Any) -> None:
     """What has no class of its own is told apart by its type."""
     with pytest.raises(SandboxException, match="cannot reach podman") as raised:
-        client.create("no-engine")
+        client.create(image="no-engine")
     assert type(raised.value) is SandboxException
     assert (raised.value.type, raised.value.detail) == ("engine_unavailable", "no socket")
 
@@ -213,7 +218,7 @@ def test_a_cancelled_request_is_given_up(tmp_path: Path, monkeypatch: pytest.Mon
 
     async def main() -> None:
         with anyio.move_on_after(0.05) as scope:
-            await AsyncSandbox.create("slow")
+            await AsyncSandbox.create(image="slow")
         assert scope.cancelled_caught
         assert await AsyncSandbox.list() == []
 

@@ -65,11 +65,7 @@ def judge(facts: Facts) -> list[Problem]:
     should_answer = facts.state in (State.RUNNING, State.PAUSED)
     # A sandbox that somebody stopped has no reason to be told.
     ended_by_itself = facts.state is State.STOPPED and facts.state_reason != ""
-    if (
-        ended_by_itself
-        or facts.state in (State.BROKEN, State.LOST)
-        or (should_answer and not facts.init_answers)
-    ):
+    if ended_by_itself or facts.state in (State.BROKEN, State.LOST) or (should_answer and not facts.init_answers):
         anew = f"sandboxctl rm {facts.sandbox_id}, and make it anew"
         problems.append(
             Problem(

@@ -12,6 +12,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from sandboxd.client.aio import AsyncCommandHandle, AsyncSandbox, AsyncShell
     from sandboxd.client.aio_files import AsyncFiles, AsyncWatchHandle
+    from sandboxd.client.copying import Skipped, TransferInfo
     from sandboxd.client.errors import (
         AuthenticationException,
         CommandExitException,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 _ROOMS = {
     "aio": ("AsyncCommandHandle", "AsyncSandbox", "AsyncShell"),
     "aio_files": ("AsyncFiles", "AsyncWatchHandle"),
+    "copying": ("Skipped", "TransferInfo"),
     "errors": (
         "AuthenticationException",
         "CommandExitException",
@@ -127,7 +129,9 @@ __all__ = [
     "Shell",
     "ShellInfo",
     "ShellResult",
+    "Skipped",
     "TimeoutException",
+    "TransferInfo",
     "WatchHandle",
     "WriteEntry",
     "WriteInfo",

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from typing import TYPE_CHECKING, Any, Literal, overload
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import anyio
 import anyio.to_thread
@@ -38,12 +39,15 @@ if TYPE_CHECKING:
     from typing import Self
 
     from sandboxd.client.connection import Connection, Message
+    from sandboxd.client.copying import End, TransferInfo
     from sandboxd.client.file_model import Data
 
     EventCallback = Callable[[FilesystemEvent], object]
     ExitCallback = Callable[[Exception], object]
 
 WATCH_TIMEOUT_S = 60.0
+
+T = TypeVar("T")
 
 
 class AsyncFileStream:
@@ -185,6 +189,37 @@ class AsyncFiles:
         reply = await call("files/make_dir", path_params(self._sandbox_id, path, user), request_timeout)
         return bool(reply["created"])
 
+    async def upload(
+        self,
+        local: str | os.PathLike[str],
+        path: str,
+        user: str | None = None,
+        request_timeout: float | None = None,
+        exact: bool = False,
+    ) -> TransferInfo:
+        """Copy a file of this host to ``path``, or what is in a directory into ``path``. As ``Files.upload``."""
+        from sandboxd.client.copying import uploading
+
+        params = {**path_params(self._sandbox_id, path, user), "make_parents": True}
+        end = await _in_thread(partial(uploading, local, exact=exact))
+        return await _copy("files/upload", params, end, request_timeout)
+
+    async def download(
+        self,
+        path: str,
+        local: str | os.PathLike[str],
+        user: str | None = None,
+        request_timeout: float | None = None,
+        exact: bool = False,
+    ) -> TransferInfo:
+        """Copy a file of the sandbox to ``local``, or what is in a directory into it. As ``Files.download``."""
+        from sandboxd.client.copying import downloading
+
+        params = path_params(self._sandbox_id, path, user)
+        info = await call("files/stat", {**params, "follow": True}, request_timeout)
+        end = await _in_thread(partial(downloading, local, info, exact=exact))
+        return await _copy("files/download", params, end, request_timeout)
+
     async def watch_dir(
         self,
         path: str,
@@ -307,3 +342,33 @@ class AsyncWatchHandle:
     async def _tell(self, happened: Sequence[FilesystemEvent]) -> None:
         for event in happened:
             await settled(self._on_event(event))
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
+    """Its result; not to be given up before it is there, for it may hold descriptors."""
+    with anyio.CancelScope(shield=True):
+        result = await anyio.to_thread.run_sync(work)
+    # A scope may swallow an exception, as far as types can tell.
+    return result  # noqa: RET504
+
+
+async def _copy(method: str, params: Mapping[str, Any], end: End, timeout_s: float | None) -> TransferInfo:
+    from sandboxd.client.copying import transfer_info
+
+    with contextlib.closing(end):
+        reply: dict[str, Any] = {}
+        failure: SandboxException | None = None
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_in_thread, end.work)
+            try:
+                reply = await call(method, {**params, **end.params}, timeout_s, [end.descriptor])
+            except SandboxException as error:
+                end.stop()
+                failure = error
+            except BaseException:
+                end.stop()
+                raise
+            finally:
+                end.leave()
+        await _in_thread(partial(end.check, failure))
+        return transfer_info(reply, end)

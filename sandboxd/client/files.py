@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
+import threading
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from sandboxd.client.calls import call, open_file
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from sandboxd.client.connection import Connection, Message
+    from sandboxd.client.copying import End, TransferInfo
     from sandboxd.client.file_model import Data
 
 LIST_DEPTH = 1
@@ -143,6 +146,59 @@ class Files:
         """Make a directory, and those above it. False: it was there."""
         return bool(call("files/make_dir", path_params(self._sandbox_id, path, user), request_timeout)["created"])
 
+    def upload(
+        self,
+        local: str | os.PathLike[str],
+        path: str,
+        user: str | None = None,
+        request_timeout: float | None = None,
+        exact: bool = False,
+    ) -> TransferInfo:
+        """Copy a file of this host to ``path``, or what is in a directory into ``path``, which is made.
+
+        Args:
+            local: What to copy. Links below are copied as links; FIFOs, sockets and devices are skipped.
+            path: The name that it gets inside. Each file is under its name whole or not at all.
+            user: The sandbox's own; any other is refused.
+            request_timeout: Seconds that it may take. It is given up when nothing moves for a minute anyway.
+            exact: Keep times.
+
+        Raises:
+            OSError: A file of this host cannot be read.
+        """
+        from sandboxd.client.copying import uploading
+
+        params = {**path_params(self._sandbox_id, path, user), "make_parents": True}
+        return _copy("files/upload", params, uploading(local, exact=exact), request_timeout)
+
+    def download(
+        self,
+        path: str,
+        local: str | os.PathLike[str],
+        user: str | None = None,
+        request_timeout: float | None = None,
+        exact: bool = False,
+    ) -> TransferInfo:
+        """Copy a file of the sandbox to ``local``, or what is in a directory into ``local``, which is made.
+
+        Nothing of it leads out of ``local``, whatever the sandbox sends.
+
+        Args:
+            path: What to copy. A link is followed; those below are copied as links.
+            local: The name that it gets on this host. Each file is under its name whole or not at all.
+            user: The sandbox's own; any other is refused.
+            request_timeout: Seconds that it may take. It is given up when nothing moves for a minute anyway.
+            exact: Keep times, and modes whatever the umask.
+
+        Raises:
+            OSError: A file of this host cannot be written.
+        """
+        from sandboxd.client.copying import downloading
+
+        params = path_params(self._sandbox_id, path, user)
+        info = call("files/stat", {**params, "follow": True}, request_timeout)
+        return _copy("files/download", params, downloading(local, info, exact=exact), request_timeout)
+
     def watch_dir(
         self, path: str, user: str | None = None, request_timeout: float | None = None, recursive: bool = False
     ) -> WatchHandle:
@@ -221,6 +277,29 @@ class WatchHandle:
             return
         self.stop()
         self._failure = end_of(message.content, self._path)
+
+
+def _copy(method: str, params: Mapping[str, Any], end: End, timeout_s: float | None) -> TransferInfo:
+    from sandboxd.client.copying import transfer_info
+
+    with contextlib.closing(end):
+        reply: dict[str, Any] = {}
+        failure: SandboxException | None = None
+        thread = threading.Thread(target=end.work)
+        thread.start()
+        try:
+            reply = call(method, {**params, **end.params}, timeout_s, [end.descriptor])
+        except SandboxException as error:
+            end.stop()
+            failure = error
+        except BaseException:
+            end.stop()
+            raise
+        finally:
+            end.leave()
+            thread.join()
+        end.check(failure)
+        return transfer_info(reply, end)
 
 
 def end_of(reply: dict[str, Any], path: str) -> SandboxException:

@@ -363,10 +363,10 @@ def _hidden_name() -> bytes:
 
 
 def umask() -> int:
-    """What new files lose of their modes. To be asked before there are threads."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+    """What new files lose of their modes. Only looked at: to set it would be seen by other threads."""
+    with open("/proc/self/status", "rb") as file:
+        (value,) = (line.split()[1] for line in file if line.startswith(b"Umask:"))
+    return int(value, 8)
 
 
 def _said(error: OSError) -> str:

@@ -1,8 +1,10 @@
 """The methods of ``files/*`` on a real socket, for one sandbox that is a directory and a file worker on this host."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
@@ -11,6 +13,7 @@ from runtimes.init.files import FilesChannel
 from sandboxd.failures import NotFound
 from sandboxd.handlers.dispatch import Dispatcher
 from sandboxd.handlers.files import FileHandlers
+from sandboxd.lifecycle import State
 from sandboxd.listener import open_listener
 from sandboxd.server import Limits, serve
 from tests.unit.init_files import Tree, tree
@@ -19,16 +22,19 @@ SANDBOX = "box"
 
 
 class _Sandbox:
-    def __init__(self, channel: FilesChannel) -> None:
-        self._channel = channel
+    def __init__(self, served: Tree) -> None:
+        self.record = SimpleNamespace(id=SANDBOX, state=State.RUNNING, state_reason="")
+        self.files_base = os.fsencode(served.root)
+        self.take_file_worker = served.host.channel.take_file_worker
+        self._channel = served.files
 
     async def files(self) -> FilesChannel:
         return self._channel
 
 
 class _Manager:
-    def __init__(self, channel: FilesChannel) -> None:
-        self._sandbox = _Sandbox(channel)
+    def __init__(self, served: Tree) -> None:
+        self._sandbox = _Sandbox(served)
 
     def get(self, reference: str) -> _Sandbox:
         if reference != SANDBOX:
@@ -63,7 +69,7 @@ def files_daemon(directory: Path, limits: Limits | None = None) -> Iterator[File
         start_blocking_portal() as portal,
         portal.wrap_async_context_manager(tree()) as served,
     ):
-        manager: Any = _Manager(served.files)
+        manager: Any = _Manager(served)
         dispatch = Dispatcher([FileHandlers(manager).table()], _unused, lambda _: None)
 
         async def run() -> None:

@@ -39,6 +39,8 @@ from sandboxd.client.file_model import entry_info
 from tests.daemon.files_daemon import SANDBOX, FilesDaemon, files_daemon
 from tests.daemon.rpc_peer import PATIENCE_S
 from tests.twins import Twin
+from tests.unit.init_harness import open_descriptors, until
+from tests.unit.transfers import describe
 
 MANY_BYTES = 5 * 1024 * 1024 + 1
 """More than a message can hold."""
@@ -58,6 +60,106 @@ def files(request: pytest.FixtureRequest, daemon: FilesDaemon) -> Iterator[Any]:
     """``Files``, or what does the same over ``AsyncFiles``."""
     with asyncio.Runner() as runner:
         yield Files(SANDBOX) if request.param == "blocking" else Twin(AsyncFiles(SANDBOX), runner)
+
+
+# --- trees
+
+
+def make_tree(root: Path) -> None:
+    (root / "empty").mkdir(parents=True)
+    (root / "file").write_bytes(os.urandom(MANY_BYTES))
+    (root / "program").write_bytes(b"#!")
+    (root / "program").chmod(0o755)
+    (root / "link").symlink_to("file")
+    (root / os.fsdecode(b"line\nfeed \xff")).mkdir()
+    (root / os.fsdecode(b"line\nfeed \xff") / "below").write_bytes(b"below")
+    for path in [*root.rglob("*"), root]:
+        os.utime(path, ns=(10**18 + 7, 10**18 + 7), follow_symlinks=False)
+
+
+def test_a_tree_goes_in_and_comes_out_as_it_was(files: Any, daemon: FilesDaemon, tmp_path: Path) -> None:
+    """Down to the nanosecond, if that is asked for; and into directories that are not there yet."""
+    make_tree(tmp_path / "tree")
+    info = files.upload(tmp_path / "tree", "not/yet", exact=True)
+    assert (info.entries, info.skipped_count) == (7, 0)
+    assert describe(daemon.root / "not/yet") == describe(tmp_path / "tree")
+    info = files.download("not/yet", tmp_path / "nor/this", exact=True)
+    assert (info.entries, info.bytes, info.skipped) == (7, MANY_BYTES + 2 + 5, [])
+    assert describe(tmp_path / "nor/this") == describe(tmp_path / "tree")
+
+
+def test_a_file_goes_in_and_comes_out_in_place_of_another(files: Any, daemon: FilesDaemon, tmp_path: Path) -> None:
+    """With its mode, and without its time unless that is asked for."""
+    (tmp_path / "file").write_bytes(os.urandom(MANY_BYTES))
+    (tmp_path / "file").chmod(0o750)
+    os.utime(tmp_path / "file", ns=(10**18, 10**18))
+    assert files.upload(tmp_path / "file", "new/file").bytes == MANY_BYTES
+    there = daemon.root / "new/file"
+    assert (there.read_bytes() == (tmp_path / "file").read_bytes(), stat.S_IMODE(there.stat().st_mode)) == (
+        True,
+        0o750,
+    )
+    assert there.stat().st_mtime_ns != 10**18
+    (tmp_path / "back").write_text("old")
+    files.upload(tmp_path / "file", "new/file", exact=True)
+    assert files.download("new/file", tmp_path / "back", exact=True).bytes == MANY_BYTES
+    assert (tmp_path / "back").read_bytes() == there.read_bytes()
+    assert (tmp_path / "back").stat().st_mtime_ns == 10**18
+
+
+def test_what_is_no_file_is_left_out_of_a_tree_and_refused_by_itself(
+    files: Any, daemon: FilesDaemon, tmp_path: Path
+) -> None:
+    """At both ends; nobody waits for it."""
+    (tmp_path / "tree").mkdir()
+    for root in (tmp_path / "tree", daemon.root):
+        os.mkfifo(root / "fifo")
+        (root / "file").touch()
+    for info in (files.upload(tmp_path / "tree", "in"), files.download(".", tmp_path / "out")):
+        assert [(entry.path, entry.reason) for entry in info.skipped] == [("./fifo", "it is a FIFO")]
+    assert os.listdir(daemon.root / "in") == ["file"]
+    assert set(os.listdir(tmp_path / "out")) == {"file", "in"}
+    with pytest.raises(InvalidArgumentException, match="neither a file nor a directory"):
+        files.upload("/dev/null", "in")
+    with pytest.raises(InvalidArgumentException, match="neither a file nor a directory"):
+        files.download("fifo", tmp_path / "never")
+
+
+def test_a_copy_that_cannot_be_says_whose_fault_it_is(files: Any, daemon: FilesDaemon, tmp_path: Path) -> None:
+    """The host's own errors are ``OSError``, as everywhere; the sandbox's are ours. Nothing half-done is left."""
+    with pytest.raises(FileNotFoundError):
+        files.upload(tmp_path / "nothing", "in")
+    with pytest.raises(NotFoundException):
+        files.download("nothing", tmp_path / "out")
+    (daemon.root / "file").write_bytes(b"x")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(IsADirectoryError):
+        files.download("file", tmp_path / "out")
+    with pytest.raises(SandboxException):
+        files.upload(tmp_path / "out", "file")
+    (daemon.root / "tree").mkdir()
+    (tmp_path / "taken").touch()
+    with pytest.raises(FileExistsError):
+        files.download("tree", tmp_path / "taken")
+    assert sorted(os.listdir(daemon.root)) == ["file", "tree"]
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_a_cancelled_copy_ends_and_leaves_no_descriptor(daemon: FilesDaemon, tmp_path: Path) -> None:
+    """At both ends, whatever was under way."""
+    (tmp_path / "tree").mkdir()
+    with open(tmp_path / "tree/large", "wb") as file:
+        file.truncate(4 << 30)
+
+    async def main() -> None:
+        before = open_descriptors()
+        with anyio.move_on_after(0.05) as scope:
+            await AsyncFiles(SANDBOX).upload(tmp_path / "tree", "in")
+        assert scope.cancelled_caught
+        await until(lambda: open_descriptors().items() <= before.items(), "all is closed")
+        assert not (daemon.root / "in/large").exists()
+
+    anyio.run(main)
 
 
 # --- content

@@ -24,6 +24,7 @@ LEAVE = b"\x10\x11"
 """Ctrl-P Ctrl-Q, to ``sandboxctl attach``."""
 ESCAPE = b"\x1b"
 TERMINFO_ROOTS = ("/lib/terminfo", "/usr/share/terminfo", "/etc/terminfo")
+LOCALE = "/usr/lib/locale/C.utf8"
 TERMS = ("xterm-256color", "screen", "tmux-256color")
 
 
@@ -104,10 +105,11 @@ def tmux(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (found, *_) = (root for root in TERMINFO_ROOTS if Path(root, term[0], term).exists())
         (project / "terminfo" / term[0]).mkdir(parents=True, exist_ok=True)
         shutil.copy(Path(found, term[0], term), project / "terminfo" / term[0] / term)
+    shutil.copytree(LOCALE, project / "locale/C.UTF-8")
     wrapper = project / "tmux"
     wrapper.write_text(
         "#!/bin/sh\n"
-        "export TERMINFO=/workspace/terminfo LC_ALL=C.UTF-8\n"
+        "export TERMINFO=/workspace/terminfo LOCPATH=/workspace/locale LC_ALL=C.UTF-8\n"
         'exec /workspace/loader --library-path /workspace /workspace/tmux-program -u -f /dev/null "$@"\n'
     )
     wrapper.chmod(0o755)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.daemons import PATIENCE_S, Daemon, running, serving, wait_until
+from tests.engine.daemons import ENGINES, PATIENCE_S, Daemon, running, serving, wait_until
 
 pytestmark = pytest.mark.engine
 
@@ -125,6 +125,7 @@ def test_a_warm_sandbox_is_claimed_with_its_way_out(daemon: Daemon, page: int, t
         assert (box["launch"], box["network"]) == ("warm", "allow")
         assert own.sh(box, f"no_proxy= busybox wget -q -O - http://127.0.0.1:{page}/") == "hello"
         own.call("pool/drain")
+        wait_until(lambda: sum(len(own.containers(name)) for name in ENGINES) == 1, "the slots are gone")
 
 
 def test_a_daemon_that_was_killed_finds_its_doors_again(daemon: Daemon, engine: str, page: int) -> None:

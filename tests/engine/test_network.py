@@ -116,6 +116,10 @@ def test_a_port_of_the_host_leads_to_what_listens_inside(daemon: Daemon, engine:
         assert not path.exists()
 
 
+def slots_of(daemon: Daemon) -> int:
+    return sum(row["warm"] + row["filling"] for row in daemon.call("pool/list")["pools"])
+
+
 def test_a_warm_sandbox_is_claimed_with_its_way_out(daemon: Daemon, page: int, tmp_path: Path) -> None:
     """A slot has nothing on its loopback; what is asked for comes with the claim, without an engine call."""
     with running(Daemon(tmp_path, env={"SANDBOXD_POOL_MAX": "1"})) as own:
@@ -125,6 +129,7 @@ def test_a_warm_sandbox_is_claimed_with_its_way_out(daemon: Daemon, page: int, t
         assert (box["launch"], box["network"]) == ("warm", "allow")
         assert own.sh(box, f"no_proxy= busybox wget -q -O - http://127.0.0.1:{page}/") == "hello"
         own.call("pool/drain")
+        wait_until(lambda: slots_of(own) == 0, "no slot is there, nor under way")
         wait_until(lambda: sum(len(own.containers(name)) for name in ENGINES) == 1, "the slots are gone")
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,9 @@ _FICLONE = 0x40049409
 
 PORTION_BYTES = 8 * 1024 * 1024
 """Of one system call while a file is copied: between two of them whoever waits may have gone."""
+
+NAMES_PER_STEP = 1000
+"""Of a directory that is read: between two of them it may turn out to be too many."""
 
 XATTR_BYTES_MAX = 4096
 
@@ -67,6 +71,21 @@ def look(parent_fd: int, name: bytes) -> os.stat_result | None:
         return os.stat(name, dir_fd=parent_fd, follow_symlinks=False)
     except FileNotFoundError:
         return None
+
+
+def names_in(descriptor: int, step: Callable[[int], None]) -> list[bytes]:
+    """What is in an opened directory.
+
+    Args:
+        descriptor: The directory.
+        step: Called every now and then with how many names there are so far; raises to end it. There may be millions.
+    """
+    names: list[bytes] = []
+    with os.scandir(os.fsencode(f"/proc/self/fd/{descriptor}")) as entries:
+        while some := [entry.name for entry in itertools.islice(entries, NAMES_PER_STEP)]:
+            names += some
+            step(len(names))
+    return names
 
 
 def open_file(parent_fd: int, name: bytes) -> int:

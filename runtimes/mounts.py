@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import itertools
 import os
 import struct
+from collections.abc import Callable
 
 from runtimes.errors import UnreadableAnswer, Unsupported
 from runtimes.mountinfo import MountEntry, is_below, parse
@@ -45,6 +47,9 @@ _MNT_DETACH = 2
 _UMOUNT_NOFOLLOW = 8
 
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+_NAMES_MAX = 4096
+"""Held at a time while a tree is removed."""
 
 MOUNTINFO_CHARS_MAX = 4 * 1024 * 1024
 """Some ten thousand mounts."""
@@ -172,47 +177,60 @@ def mounts_of(process: int | str) -> tuple[MountEntry, ...]:
         raise UnreadableAnswer("cannot read the mounts of a process", detail=error.strerror or "") from error
 
 
-def remove_tree(directory: str) -> None:
+def remove_tree(directory: str, step: Callable[[], None] = lambda: None) -> None:
     """Remove a directory and what is in it, whatever somebody hostile has put there.
 
     Flat: what lies in a subdirectory is moved up before that is removed, so that no depth is too deep. Follows no
-    symlink, and never goes into another mount: such a directory is left, and the error says so.
+    symlink, and never goes into another mount: such a directory is left, and the error says so. Holds some thousand
+    names at a time, however many there are.
+
+    Args:
+        directory: Which.
+        step: Called every now and then; raises to end it. Whoever still writes there could keep it busy for ever.
 
     Raises:
         OSError: something cannot be removed.
     """
     top_fd = os.open(directory, _DIRECTORY_FLAGS)
     try:
-        _empty(top_fd)
+        _empty(top_fd, step)
     finally:
         os.close(top_fd)
     os.rmdir(directory)
 
 
-def _empty(top_fd: int) -> None:
+def _some_names(descriptor: int) -> list[str]:
+    with os.scandir(f"/proc/self/fd/{descriptor}") as entries:
+        return [entry.name for entry in itertools.islice(entries, _NAMES_MAX)]
+
+
+def _empty(top_fd: int, step: Callable[[], None]) -> None:
     number = 0
-    while names := os.listdir(top_fd):
+    while names := _some_names(top_fd):
+        step()
         for name in names:
             try:
                 os.unlink(name, dir_fd=top_fd)
             except IsADirectoryError:
-                number = _lift(top_fd, name, number)
+                number = _lift(top_fd, name, number, step)
 
 
-def _lift(top_fd: int, name: str, number: int) -> int:
+def _lift(top_fd: int, name: str, number: int, step: Callable[[], None]) -> int:
     """Move what is in a subdirectory up, and remove it. Moving across a mount fails, which is what is wanted."""
     _make_readable(top_fd, name)
     child_fd = os.open(name, _DIRECTORY_FLAGS, dir_fd=top_fd)
     try:
-        for grandchild in os.listdir(child_fd):
-            lifted = f".lifted-{number}"
-            number += 1
-            try:
-                os.rename(grandchild, lifted, src_dir_fd=child_fd, dst_dir_fd=top_fd)
-            except PermissionError:
-                # A directory is written to when it is moved: where it leads up.
-                _make_readable(child_fd, grandchild)
-                os.rename(grandchild, lifted, src_dir_fd=child_fd, dst_dir_fd=top_fd)
+        while names := _some_names(child_fd):
+            step()
+            for grandchild in names:
+                lifted = f".lifted-{number}"
+                number += 1
+                try:
+                    os.rename(grandchild, lifted, src_dir_fd=child_fd, dst_dir_fd=top_fd)
+                except PermissionError:
+                    # A directory is written to when it is moved: where it leads up.
+                    _make_readable(child_fd, grandchild)
+                    os.rename(grandchild, lifted, src_dir_fd=child_fd, dst_dir_fd=top_fd)
     finally:
         os.close(child_fd)
     os.rmdir(name, dir_fd=top_fd)

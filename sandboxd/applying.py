@@ -11,7 +11,7 @@ import contextlib
 import errno
 import os
 import secrets
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import msgspec
 
@@ -132,7 +132,9 @@ def _make_parents(transfer: Transfer, parts: Sequence[bytes]) -> None:
                     like = seen(os.fstat(there))
                 assert like is not None
                 _make_dir(transfer, current, part, like)
-                os.chmod(part, like.permissions, dir_fd=current)
+                # What stands there by now may be a symlink: whoever works in the target can be quicker.
+                with _opened_dir(current, part) as made_fd:
+                    os.fchmod(made_fd, like.permissions)
             following = beneath.open_dir(current, part)
             os.close(current)
             current = following
@@ -155,7 +157,7 @@ def _is_same(old: Seen | None, now: Seen | None) -> bool:
     return old.type == now.type and (old.type == "dir" or old.stamp == now.stamp)
 
 
-def _remove(transfer: Transfer, parent_fd: int, name: bytes, change: Change, _: Budget) -> None:
+def _remove(transfer: Transfer, parent_fd: int, name: bytes, change: Change, budget: Budget) -> None:
     now = _require_same(transfer, parent_fd, name, change.old)
     if now is None:
         return
@@ -170,7 +172,7 @@ def _remove(transfer: Transfer, parent_fd: int, name: bytes, change: Change, _: 
         if transfer.check:
             raise OSError(error.errno, "there are files in it that are to stay") from None
         # Of a sandbox's own directory nothing stays: what is left in it could not be looked at.
-        mounts.remove_tree(f"/proc/self/fd/{parent_fd}/{os.fsdecode(name)}")
+        mounts.remove_tree(f"/proc/self/fd/{parent_fd}/{os.fsdecode(name)}", budget.check)
 
 
 def _make(transfer: Transfer, parent_fd: int, name: bytes, change: Change, budget: Budget) -> None:
@@ -224,10 +226,16 @@ def _give(transfer: Transfer, name: bytes, parent_fd: int, like: Seen) -> None:
 
 def _set_mode_of_dir(_: Transfer, parent_fd: int, name: bytes, change: Change, __: Budget) -> None:
     assert change.new is not None
-    descriptor = beneath.open_dir(parent_fd, name)
-    try:
+    with _opened_dir(parent_fd, name) as descriptor:
         if os.fstat(descriptor).st_mode & PERMISSIONS != change.new.permissions:
             os.fchmod(descriptor, change.new.permissions)
+
+
+@contextlib.contextmanager
+def _opened_dir(parent_fd: int, name: bytes) -> Iterator[int]:
+    descriptor = beneath.open_dir(parent_fd, name)
+    try:
+        yield descriptor
     finally:
         os.close(descriptor)
 

@@ -310,7 +310,7 @@ class _Copying:
 
     def directory(self, source_fd: int, target_fd: int, parts: tuple[bytes, ...]) -> None:
         """Copy what is in one directory, then its own mode and times."""
-        names = os.listdir(os.fsencode(f"/proc/self/fd/{source_fd}"))
+        names = beneath.names_in(source_fd, self._budget.fits)
         self._budget.entries(len(names))
         for name in sorted(names):
             status = beneath.look(source_fd, name)

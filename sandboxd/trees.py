@@ -82,21 +82,26 @@ class Budget:
             CapacityExceeded: there are more than may be looked at.
             Timeout: it has taken too long.
         """
+        self.fits(count)
         self._entries_left -= count
-        if self._entries_left < 0:
+
+    def fits(self, count: int) -> None:
+        """See that so many directory entries could be taken. Raises as ``entries`` does."""
+        if count > self._entries_left:
             raise CapacityExceeded(
                 f"cannot look at more than {self._entries_max} files at once", hint="name some paths"
             )
-        self._check()
+        self.check()
 
     def bytes(self, count: int) -> None:
         """Take so many bytes of content. Raises as ``entries`` does."""
         self._bytes_left -= count
         if self._bytes_left < 0:
             raise CapacityExceeded(f"cannot read more than {self._bytes_max} bytes at once", hint="name some paths")
-        self._check()
+        self.check()
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """See that there is time left, and that somebody waits. Raises ``Stopped`` and ``Timeout``."""
         if self._stop.is_set():
             raise Stopped
         if time.monotonic() > self._deadline:
@@ -198,7 +203,7 @@ class _Walk:
         """What differs between two directories. None: there is none on that side."""
         names, removed = self._names(layer_fd)
         if project_fd is not None and (opaque or layer_fd is None):
-            names |= set(os.listdir(os.fsencode(f"/proc/self/fd/{project_fd}")))
+            names |= set(beneath.names_in(project_fd, self._budget.fits))
         elif project_fd is not None:
             names |= removed
         self._budget.entries(len(names))
@@ -213,7 +218,7 @@ class _Walk:
         """What is in a directory of the layer, and what fuse-overlayfs says was removed."""
         if layer_fd is None:
             return set(), set()
-        names = set(os.listdir(os.fsencode(f"/proc/self/fd/{layer_fd}")))
+        names = set(beneath.names_in(layer_fd, self._budget.fits))
         if self._trees.kind != "fuse":
             return names, set()
         markers = {name for name in names if name.startswith(_WHITEOUT_PREFIX)}

@@ -460,3 +460,77 @@ def test_what_a_sandbox_shut_is_removed_with_it(pair: tuple[Path, Path]) -> None
         apply(transfer, reversed_changes(found), plenty(), outcome)
     assert outcome.failed == {}
     assert os.listdir(layer) == []
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_a_directory_that_became_a_symlink_meanwhile_leads_nowhere(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: bool
+) -> None:
+    """Whoever works in the target puts a link where a directory was just made: nothing elsewhere changes."""
+    project, layer = pair
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    (layer / "wide").mkdir()
+    (layer / "wide").chmod(0o777)
+    (layer / "wide" / "file").write_text("x")
+    make_dir = os.mkdir
+
+    def make_and_swap(path: bytes, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
+        make_dir(path, mode, dir_fd=dir_fd)
+        os.rmdir(path, dir_fd=dir_fd)
+        os.symlink(elsewhere, path, dir_fd=dir_fd)
+
+    with opened(project, layer) as trees:
+        found = [change for change in changes(trees, plenty()) if change.path == b"wide/file"]
+        monkeypatch.setattr(os, "mkdir", make_and_swap)
+        outcome = carry(trees, found, check=check)
+    assert list(outcome.failed) == [b"wide/file"]
+    assert stat.S_IMODE(elsewhere.stat().st_mode) == 0o700
+    assert os.listdir(elsewhere) == []
+
+
+def test_a_directory_with_too_many_names_is_not_read_to_its_end(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sandbox can make millions of them, and what holds them is the daemon's memory."""
+    project, layer = pair
+    for number in range(30):
+        (layer / str(number)).touch()
+    monkeypatch.setattr("runtimes.beneath.NAMES_PER_STEP", 2)
+    looked_at = []
+
+    class Counting(Budget):
+        def fits(self, count: int) -> None:
+            looked_at.append(count)
+            super().fits(count)
+
+    with opened(project, layer) as trees, pytest.raises(CapacityExceeded):
+        changes(trees, Counting(entries_max=9, bytes_max=1, seconds_max=60))
+    assert looked_at == [2, 4, 6, 8, 10]
+
+
+def test_a_directory_that_is_filled_while_it_is_removed_keeps_nobody_for_ever(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sandbox goes on writing where a reset removes."""
+    project, layer = pair
+    (layer / "busy" / "in").mkdir(parents=True)
+    (layer / "busy" / "in" / "0").touch()
+    unlink, budget = os.unlink, plenty()
+    made = 0
+
+    def unlink_and_fill(path: str | bytes, *, dir_fd: int | None = None) -> None:
+        nonlocal made
+        unlink(path, dir_fd=dir_fd)
+        made += 1
+        os.close(os.open(f"{made}", os.O_CREAT | os.O_WRONLY, dir_fd=dir_fd))
+        if made == 100:
+            budget.stop()
+        assert made < 10_000
+
+    with opened(project, layer) as trees:
+        found = [change for change in changes(trees, plenty()) if change.path == b"busy"]
+        transfer = Transfer(source_fd=trees.project_fd, target_fd=trees.layer_fd, owner_of=None, check=False)
+        monkeypatch.setattr(os, "unlink", unlink_and_fill)
+        with pytest.raises(Stopped):
+            apply(transfer, reversed_changes(found), budget, Outcome())

@@ -24,14 +24,15 @@ from runtimes.model import Network
 from sandboxd.background import Background
 from sandboxd.commands import format_command_id
 from sandboxd.egress_rules import Egress, parse_rules
-from sandboxd.failures import CapacityExceeded, Failure, InvalidArgument, NotFound, Unsupported
+from sandboxd.failures import CapacityExceeded, Conflict, Failure, InvalidArgument, NotFound, Unsupported
 from sandboxd.journal import EgressRecord, ForwardRecord, GrantRecord
+from sandboxd.lifecycle import State
 from sandboxd.network import culprit
 from sandboxd.network.egress import PROXY_PORT, EgressProxy, Ledger
 from sandboxd.network.forwards import listen_on_path, listen_on_port, remove_path, serve_forward
 from sandboxd.network.outside import Outside
 from sandboxd.network.streams import Door
-from sandboxd.protocol import NetworkMode
+from sandboxd.protocol import NetworkMode, NetworkSetParams
 from sandboxd.sandbox import Sandbox
 from sandboxd.services.room import Serve, ServiceRoom
 
@@ -96,6 +97,35 @@ class Attachments:
             if forward.id not in attached.forwards:
                 self._open_again(sandbox, attached, forward)
         return list(attached.problems.values())
+
+    async def change(self, sandbox: Sandbox, params: NetworkSetParams) -> None:
+        """Change what a running sandbox may reach; it counts from its next request on.
+
+        Raises:
+            InvalidArgument, NotFound: rules or services that are none.
+            Unsupported: a change to or from the engine's own network.
+            Conflict: it does not run.
+        """
+        with anyio.CancelScope(shield=True):
+            async with sandbox.lock:
+                if sandbox.record.state is not State.RUNNING:
+                    raise Conflict(
+                        f"cannot change the network of a sandbox that is {sandbox.record.state.value}",
+                        hint=f"sandboxctl start {sandbox.record.id}",
+                    )
+                egress = changed_egress(
+                    sandbox,
+                    mode=params.mode,
+                    allow=params.allow,
+                    deny=params.deny,
+                    add_allow=params.add_allow,
+                    add_deny=params.add_deny,
+                )
+                services = sandbox.record.services
+                if params.services is not None:
+                    services = self._services.grants(params.services, sandbox_id=sandbox.record.id)
+                sandbox.put(egress=egress, services=services)
+                await self.attach(sandbox)
 
     def _attach(self, sandbox: Sandbox) -> _Attached:
         attached = self._attached.get(sandbox.record.id)

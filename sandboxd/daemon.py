@@ -61,6 +61,7 @@ from sandboxd.handlers.shells import ShellHandlers
 from sandboxd.handlers.workspaces import WorkspaceHandlers
 from sandboxd.image_builder import ImageBuilder
 from sandboxd.journal import Journal
+from sandboxd.launching import Launcher
 from sandboxd.lifetimes import Lifetimes
 from sandboxd.limits import Host
 from sandboxd.listener import AlreadyRunning, Listener, open_listener
@@ -190,7 +191,10 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
             )
             attachments = Attachments(background, services, Outside())
             secrets = SecretStore(os.path.join(state, "secrets"), env.get("CREDENTIALS_DIRECTORY"))
-            manager = ground.manager(background, services=services, attachments=attachments, secrets=secrets)
+            manager = ground.manager(background, attachments=attachments, secrets=secrets)
+            launcher = ground.launcher(
+                manager, background, services=services, attachments=attachments, secrets=secrets
+            )
             services.start(background)
             lifetimes = Lifetimes(manager, background)
             recovery = ground.recovery(manager)
@@ -212,7 +216,7 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 shut_down=stop.set,
             )
             families = (
-                SandboxHandlers(manager, lifetimes, Capacity(manager, config, ground.host)),
+                SandboxHandlers(manager, launcher, lifetimes, Capacity(manager, config, ground.host)),
                 EventHandlers(ground.events, manager),
                 CommandHandlers(manager, ground.engines),
                 FileHandlers(manager),
@@ -220,7 +224,7 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 NetworkHandlers(manager, services, attachments),
                 ServiceHandlers(manager, services),
                 WorkspaceHandlers(manager),
-                PoolHandlers(manager),
+                PoolHandlers(launcher),
                 SecretHandlers(manager, secrets),
                 daemon,
             )
@@ -228,11 +232,11 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
             await ground.engines.refresh()
             await clients.wait_for_clients(owner_label_argument(ground.owner), deadline_s=LEFT_CLIENTS_DEADLINE_S)
             await recovery.recover()
-            manager.keep_pools()
+            launcher.keep_pools()
             async with _serving(listener, dispatcher):
                 tasks.start_soon(recovery.sweep_periodically)
                 tasks.start_soon(lifetimes.run)
-                tasks.start_soon(manager.pools.run)
+                tasks.start_soon(launcher.pools.run)
                 tasks.start_soon(manager.engine_records.run)
                 logger.info("listening on %s", listener.path)
                 activation.tell("READY=1")
@@ -241,7 +245,7 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 await stop.wait()
                 logger.info("stopping")
                 activation.tell("STOPPING=1")
-                manager.pools.close()
+                launcher.pools.close()
                 await dispatcher.drain(deadline_s=DRAIN_DEADLINE_S)
             await manager.finish_removals(deadline_s=REMOVALS_DEADLINE_S)
             manager.disconnect_all()
@@ -258,6 +262,7 @@ class _Ground:
     host: Host
     userns_fd: int | None
     manager: Callable[..., Manager]
+    launcher: Callable[..., Launcher]
     recovery: Callable[[Manager], Recovery]
 
 
@@ -286,6 +291,7 @@ def _prepare(
         config.daemon.engine_calls_max,
     )
     host = _host()
+    caller = _caller(env)
     events = EventLog(journal.reserve_event_numbers)
     places = Places(
         boxes_dir=boxes_dir,
@@ -305,7 +311,7 @@ def _prepare(
             Manager,
             config=config,
             host=host,
-            caller=_caller(env),
+            caller=caller,
             places=places,
             journal=journal,
             engines=engines,
@@ -315,6 +321,16 @@ def _prepare(
             mounter=held.enter_context(contextlib.closing(Mounter(mounter_binary_path())))
             if late_mounts_exist()
             else None,
+        ),
+        launcher=functools.partial(
+            Launcher,
+            config=config,
+            host=host,
+            caller=caller,
+            bin_dir=places.bin_dir,
+            journal=journal,
+            engines=engines,
+            idmap_works=userns_fd is not None,
             memory_available=_memory_available,
         ),
         recovery=functools.partial(Recovery, engines=engines, journal=journal, places=places),

@@ -10,6 +10,7 @@ from runtimes.engine import Engine
 from runtimes.errors import EngineUnavailable
 from runtimes.model import EngineInfo, EngineName
 from runtimes.suitability import choose
+from sandboxd.failures import Unsupported
 
 
 class EngineRoom:
@@ -85,3 +86,18 @@ class EngineRoom:
         except EngineUnavailable:
             await self.refresh()
             return self.chosen(name)
+
+
+def require_pausable(engine: Engine, on_timeout: str) -> None:
+    """Refuse to promise a pause that the engine cannot keep.
+
+    Raises:
+        Unsupported: it cannot.
+    """
+    able = engine.info.capabilities
+    if on_timeout == "pause" and (able is None or not able.pause):
+        raise Unsupported(
+            f"cannot pause a sandbox of {engine.name} when its time is over",
+            detail="its containers have no control group that could be frozen here",
+            hint="--on-timeout kill",
+        )

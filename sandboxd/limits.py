@@ -12,8 +12,8 @@ import msgspec
 
 from runtimes import quantities
 from runtimes.cgroup.readings import UNLIMITED
-from runtimes.cgroup.verify import LimitProof
-from runtimes.model import CPU_MILLIS_PER_CPU, Limits
+from runtimes.cgroup.verify import LimitProof, enforceable
+from runtimes.model import CPU_MILLIS_PER_CPU, EngineInfo, Limits
 from runtimes.quantities import QuantityError
 from sandboxd.config import (
     NOFILE_MIN,
@@ -200,3 +200,23 @@ def _value(value: int | tuple[int, ...] | None) -> int | str | None:
     if isinstance(value, tuple):
         return quantities.format_cpuset(value)
     return "unlimited" if value == UNLIMITED else value
+
+
+_FIELDS = {
+    "memory": "memory_bytes_max",
+    "cpus": "cpu_millis",
+    "pids": "pids_max",
+    "cpuset": "cpuset_cpus",
+}
+
+
+def passable(limits: Limits, info: EngineInfo) -> Limits:
+    """The limits that the engine is told: all, unless the caller goes on without those that cannot be enforced."""
+    missing = {entry.limit for entry in enforceable(limits, info)}
+    return msgspec.structs.replace(limits, **{field: None for name, field in _FIELDS.items() if name in missing})
+
+
+def difference(before: Limits, after: Limits) -> Limits:
+    """The limits of ``after`` that are not those of ``before``."""
+    old = msgspec.structs.asdict(before)
+    return Limits(**{name: value for name, value in msgspec.structs.asdict(after).items() if value != old[name]})

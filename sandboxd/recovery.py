@@ -151,7 +151,7 @@ class Recovery:
             if decision.action is reconcile.Action.REMOVE_CONTAINER or self._is_due(decision):
                 await self._carry_out(decision)
         for sandbox in self._manager.all():
-            self._manager.restore_limits(sandbox)
+            self._manager.enforcer.restore(sandbox)
             await anyio.lowlevel.checkpoint()
 
     def _is_due(self, decision: reconcile.Decision) -> bool:

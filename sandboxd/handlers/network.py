@@ -39,7 +39,7 @@ class NetworkHandlers:
     async def set(self, params: protocol.NetworkSetParams, _: Context) -> protocol.NetworkInfo:
         """Change that."""
         sandbox = self._manager.get(params.sandbox)
-        await self._manager.set_network(sandbox, params)
+        await self._attachments.change(sandbox, params)
         return self._info(sandbox)
 
     async def forward(self, params: protocol.PortForwardParams, _: Context) -> protocol.PortForward:

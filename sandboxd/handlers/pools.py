@@ -5,7 +5,7 @@ from __future__ import annotations
 from sandboxd import protocol
 from sandboxd.failures import InvalidArgument
 from sandboxd.handlers.table import Handler
-from sandboxd.manager import Manager
+from sandboxd.launching import Launcher
 from sandboxd.pool import Slots
 from sandboxd.running import seconds
 from sandboxd.server import Context
@@ -14,9 +14,9 @@ from sandboxd.server import Context
 class PoolHandlers:
     """Warm slots, and the recipes that they are made by."""
 
-    def __init__(self, manager: Manager) -> None:
-        self._pools = manager.pools
-        self._templates = manager.templates
+    def __init__(self, launcher: Launcher) -> None:
+        self._pools = launcher.pools
+        self._templates = launcher.templates
 
     def table(self) -> dict[str, Handler]:
         """By method."""

@@ -12,6 +12,7 @@ from sandboxd.attaching import mode_of
 from sandboxd.capacity import Capacity
 from sandboxd.failures import InvalidArgument
 from sandboxd.handlers.table import Handler
+from sandboxd.launching import Launcher
 from sandboxd.lifecycle import State
 from sandboxd.lifetimes import Lifetimes
 from sandboxd.manager import Manager
@@ -28,8 +29,9 @@ _WAIT = "--wait-capacity"
 class SandboxHandlers:
     """Making sandboxes, looking at them, changing and removing them."""
 
-    def __init__(self, manager: Manager, lifetimes: Lifetimes, capacity: Capacity) -> None:
+    def __init__(self, manager: Manager, launcher: Launcher, lifetimes: Lifetimes, capacity: Capacity) -> None:
         self._manager = manager
+        self._launcher = launcher
         self._capacity = capacity
         self._lifetimes = lifetimes
 
@@ -59,12 +61,12 @@ class SandboxHandlers:
             raise InvalidArgument(f"cannot keep more than {METADATA_CHARS_MAX} characters of metadata")
         timings = Timings()
         async with self._capacity.admitted(
-            admission.share_of(self._manager.limits_of(params)),
+            admission.share_of(self._launcher.limits_of(params)),
             wait_s=None if params.wait_capacity is None else running.seconds(params.wait_capacity, option=_WAIT),
             progress=context.progress,
         ):
             timings.mark("admit")
-            sandbox = await self._manager.create(params, timings, context.progress)
+            sandbox = await self._launcher.create(params, timings, context.progress)
         if params.ephemeral:
             sandbox.on_forgotten = context.on_close(lambda: self._manager.remove_soon(sandbox))
         return _info(sandbox, timings)
@@ -75,7 +77,7 @@ class SandboxHandlers:
         sandbox = self._manager.get(params.sandbox)
         facts = await self._manager.facts(sandbox)
         timings.mark("engine")
-        self._manager.prove(sandbox, None if facts is None else facts.limits)
+        self._manager.enforcer.prove(sandbox, None if facts is None else facts.limits)
         timings.mark("verify")
         problems = await health.look(sandbox)
         timings.mark("health")
@@ -95,9 +97,9 @@ class SandboxHandlers:
         """Change limits and prove them."""
         timings = Timings()
         sandbox = self._manager.get(params.sandbox)
-        grown = admission.growth(sandbox.record.limits, self._manager.limits_after(sandbox, params))
+        grown = admission.growth(sandbox.record.limits, self._manager.enforcer.limits_after(sandbox, params))
         async with self._capacity.admitted(grown, wait_s=None, progress=context.progress):
-            await self._manager.update(sandbox, params, timings)
+            await self._manager.enforcer.update(sandbox, params, timings)
         return _info(sandbox, timings)
 
     async def stop(self, params: protocol.SandboxStopParams, _: Context) -> protocol.SandboxInfo:
@@ -177,7 +179,7 @@ class SandboxHandlers:
         timings = Timings()
         sandbox = self._manager.get(params.sandbox)
         running.require_running(sandbox)
-        proofs = self._manager.prove(sandbox)
+        proofs = self._manager.enforcer.prove(sandbox)
         timings.mark("verify")
         provocations = await provoke(sandbox) if params.provoke else []
         if params.provoke:

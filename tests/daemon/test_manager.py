@@ -20,6 +20,7 @@ from sandboxd.config import Capacity, Config, Daemon
 from sandboxd.engines import EngineRoom
 from sandboxd.failures import CapacityExceeded, Conflict, InvalidArgument, NotFound, SandboxGone
 from sandboxd.journal import Journal, SandboxRecord
+from sandboxd.launching import Launcher
 from sandboxd.lifecycle import State
 from sandboxd.limits import Host
 from sandboxd.manager import Caller, Manager, Places
@@ -60,6 +61,7 @@ class World:
         self.boxes.mkdir()
         self.journal = Journal.open(str(directory / "journal.sqlite3"))
         self.manager: Manager
+        self.launcher: Launcher
         self.recovery: Recovery
 
     @asynccontextmanager
@@ -83,21 +85,39 @@ class World:
         async with anyio.create_task_group() as tasks:
             background = Background(tasks)
             services = ServiceRoom(config or Config(), str(self.boxes.parent / "services"), list)
+            settings = config or Config()
+            host = Host(cpus_online=(0, 1), memory_bytes=2**33, swap_bytes=0, pid_max=2**22, nr_open=2**20)
+            caller = Caller(user=User(uid=1000, gid=1000), home="/home/somebody")
+            attachments = Attachments(background, services, Outside())
+            secrets = SecretStore(str(self.boxes.parent / "secrets"))
             self.manager = Manager(
                 background,
-                config=config or Config(),
-                host=Host(cpus_online=(0, 1), memory_bytes=2**33, swap_bytes=0, pid_max=2**22, nr_open=2**20),
-                caller=Caller(user=User(uid=1000, gid=1000), home="/home/somebody"),
+                config=settings,
+                host=host,
+                caller=caller,
                 places=places,
                 journal=self.journal,
                 engines=room,
                 userns_fd=None,
                 inotify=inotify,
-                services=services,
-                attachments=Attachments(background, services, Outside()),
+                attachments=attachments,
                 mounter=None,
+                secrets=secrets,
+            )
+            self.launcher = Launcher(
+                self.manager,
+                background,
+                config=settings,
+                host=host,
+                caller=caller,
+                bin_dir=places.bin_dir,
+                journal=self.journal,
+                engines=room,
+                services=services,
+                attachments=attachments,
+                secrets=secrets,
+                idmap_works=False,
                 memory_available=lambda: 2**33,
-                secrets=SecretStore(str(self.boxes.parent / "secrets")),
             )
             self.recovery = Recovery(self.manager, engines=room, journal=self.journal, places=places)
             yield self.manager
@@ -149,10 +169,10 @@ def world(tmp_path: Path) -> Iterator[World]:
 )
 async def test_a_create_that_the_engine_fails_leaves_nothing(world: World, said: RuntimeFailure, type_: str) -> None:
     """And what the engine said arrives as it was: nobody can mend "something went wrong"."""
-    async with world.managed() as manager:
+    async with world.managed():
         world.engine.fail_next("create", said)
         with pytest.raises(RuntimeFailure) as caught:
-            await manager.create(SandboxCreateParams(), Timings())
+            await world.launcher.create(SandboxCreateParams(), Timings())
         failure = failure_from(caught.value)
         assert (failure.type, failure.detail, failure.hint) == (type_, said.detail, said.hint)
         assert "remove_sandbox" in world.engine.calls, "a client that failed may have left a container"
@@ -160,16 +180,16 @@ async def test_a_create_that_the_engine_fails_leaves_nothing(world: World, said:
 
 
 async def test_a_container_whose_init_is_silent_is_removed(world: World) -> None:
-    async with world.managed() as manager:
+    async with world.managed():
         with pytest.raises(SandboxGone):
-            await manager.create(SandboxCreateParams(), Timings())
+            await world.launcher.create(SandboxCreateParams(), Timings())
         await world.assert_empty()
 
 
 async def test_an_image_that_is_not_there_is_the_engines_word(world: World) -> None:
-    async with world.managed() as manager:
+    async with world.managed():
         with pytest.raises(ImageNotFound):
-            await manager.create(SandboxCreateParams(image="localhost/no/such:image"), Timings())
+            await world.launcher.create(SandboxCreateParams(image="localhost/no/such:image"), Timings())
         await world.assert_empty()
 
 
@@ -178,7 +198,7 @@ async def test_what_a_failed_create_cannot_undo_is_undone_by_the_next_sweep(worl
     async with world.managed() as manager:
         world.engine.fail_next("remove_sandbox", UNAVAILABLE)
         with pytest.raises(SandboxGone):
-            await manager.create(SandboxCreateParams(), Timings())
+            await world.launcher.create(SandboxCreateParams(), Timings())
         (left,) = manager.all()
         assert left.record.state is State.REMOVING
         assert "nobody answers" not in left.record.state_reason, "it is one clause"
@@ -294,7 +314,7 @@ async def test_a_kill_waits_for_no_engine(world: World) -> None:
                 manager.get(reference)
         assert manager.present() == []
         assert manager.get(box.record.id, leaving=True) is box
-        manager._check_room("mine")
+        world.launcher._check_room("mine")
         world.engine.release("remove")
         await box.gone.wait()
         await world.assert_empty()
@@ -451,7 +471,7 @@ async def test_a_sweep_leaves_a_create_in_flight_alone(world: World) -> None:
 
         async def create() -> None:
             with pytest.raises(SandboxGone):
-                await manager.create(SandboxCreateParams(), Timings())
+                await world.launcher.create(SandboxCreateParams(), Timings())
 
         tasks.start_soon(create)
         while "create" not in world.engine.calls:
@@ -463,7 +483,7 @@ async def test_a_sweep_leaves_a_create_in_flight_alone(world: World) -> None:
 
 
 async def test_nonsense_is_refused_before_anything_is_written_down(world: World) -> None:
-    async with world.managed() as manager:
+    async with world.managed():
         refused = [
             SandboxCreateParams(limits=LimitsParams(memory="banana")),
             SandboxCreateParams(limits=LimitsParams(cpus=64)),
@@ -471,17 +491,17 @@ async def test_nonsense_is_refused_before_anything_is_written_down(world: World)
         ]
         for params in refused:
             with pytest.raises(InvalidArgument):
-                await manager.create(params, Timings())
+                await world.launcher.create(params, Timings())
         assert "create" not in world.engine.calls
         await world.assert_empty()
 
 
 async def test_there_is_room_for_as_many_as_the_configuration_says(world: World) -> None:
     await world.container_of(record(state=State.STOPPED))
-    async with world.managed(Config(daemon=Daemon(sandboxes_max=1))) as manager:
+    async with world.managed(Config(daemon=Daemon(sandboxes_max=1))):
         await world.recovery.recover()
         with pytest.raises(CapacityExceeded):
-            await manager.create(SandboxCreateParams(), Timings())
+            await world.launcher.create(SandboxCreateParams(), Timings())
 
 
 async def test_a_reference_is_an_id_or_its_beginning_or_a_name(world: World) -> None:
@@ -495,7 +515,7 @@ async def test_a_reference_is_an_id_or_its_beginning_or_a_name(world: World) -> 
             with pytest.raises(failure):
                 manager.get(reference)
         with pytest.raises(Conflict):
-            await manager.create(SandboxCreateParams(name="first"), Timings())
+            await world.launcher.create(SandboxCreateParams(name="first"), Timings())
 
 
 async def test_sandboxes_with_whole_cpus_are_spread_over_them_if_configured(world: World) -> None:
@@ -503,18 +523,20 @@ async def test_sandboxes_with_whole_cpus_are_spread_over_them_if_configured(worl
     async with world.managed(Config(capacity=Capacity(pack_cpus=True))) as manager:
         taken = record(id="sb-taken11111", limits=Limits(cpuset_cpus=(0,)))
         manager.register(taken)
-        packed = manager._packed(Limits(cpu_millis=1000), world.engine.info)
+        packed = manager.enforcer.packed(Limits(cpu_millis=1000), world.engine.info)
         assert packed.cpuset_cpus == (1,)
         for own in (Limits(cpu_millis=1500), Limits(cpu_millis=1000, cpuset_cpus=(0,)), Limits(cpu_millis=2000)):
-            assert manager._packed(own, world.engine.info) is own
+            assert manager.enforcer.packed(own, world.engine.info) is own
         with pytest.raises(SandboxGone):
-            await manager.create(SandboxCreateParams(limits=LimitsParams(cpus=1)), Timings())
+            await world.launcher.create(SandboxCreateParams(limits=LimitsParams(cpus=1)), Timings())
         assert world.engine.specs[-1].limits.cpuset_cpus == (1,)
         box = manager.register(record(id="sb-packed1111", limits=packed, cpus_packed=True))
-        assert manager._repacked(box, Limits(cpu_millis=2000)).cpuset_cpus == (0, 1), "all, when it may use all"
-        assert manager._repacked(box, Limits(cpu_millis=1000)).cpuset_cpus == (1,)
-        assert manager._repacked(box, Limits(pids_max=9)).cpuset_cpus is None
+        assert manager.enforcer._repacked(box, Limits(cpu_millis=2000)).cpuset_cpus == (0, 1), (
+            "all, when it may use all"
+        )
+        assert manager.enforcer._repacked(box, Limits(cpu_millis=1000)).cpuset_cpus == (1,)
+        assert manager.enforcer._repacked(box, Limits(pids_max=9)).cpuset_cpus is None
     async with world.managed() as manager:
         own = Limits(cpu_millis=1000)
-        assert manager._packed(own, world.engine.info) is own
-        assert manager._repacked(manager.register(taken), own) is own
+        assert manager.enforcer.packed(own, world.engine.info) is own
+        assert manager.enforcer._repacked(manager.register(taken), own) is own

@@ -17,8 +17,8 @@ from runtimes.model import Limits
 from sandboxd.config import Config, Template
 from sandboxd.failures import PoolExhausted, SandboxGone
 from sandboxd.journal import SandboxRecord
+from sandboxd.launching import Launcher
 from sandboxd.lifecycle import State
-from sandboxd.manager import Manager
 from sandboxd.protocol import SandboxCreateParams
 from sandboxd.sandbox import Sandbox
 from sandboxd.timings import Timings
@@ -71,7 +71,7 @@ async def test_a_slot_that_cannot_be_claimed_after_a_start_is_removed(world: Wor
     await slot_of(world, state=state, slot=state is State.WARM)
     async with world.managed(CONFIG) as manager:
         await world.recovery.recover()
-        manager.keep_pools()
+        world.launcher.keep_pools()
         assert manager.present() == []
         await world.recovery.sweep()
         await emptied(world)
@@ -84,7 +84,7 @@ async def test_a_slot_of_an_engine_that_is_silent_goes_as_soon_as_it_answers(wor
     async with world.managed(CONFIG) as manager:
         world.engine.fail_next("list_containers", EngineUnavailable("cannot reach podman"))
         await world.recovery.recover()
-        manager.keep_pools()
+        world.launcher.keep_pools()
         assert [box for box in manager.present() if not box.record.state_reason] == []
         assert [box.record.state for box in manager.all()] == [State.REMOVING]
         await world.recovery.sweep()
@@ -96,13 +96,13 @@ async def test_a_template_that_is_gone_from_the_configuration_costs_its_slots_an
     async with world.managed(CONFIG) as manager:
         (slot,) = [manager.register(row) for row in world.journal.sandboxes()]
         assert slot.record.state is State.WARM
-        manager.keep_pools()
-        assert {bucket.recipe.template for bucket in manager.pools.buckets()} == {"default", "mine"}
+        world.launcher.keep_pools()
+        assert {bucket.recipe.template for bucket in world.launcher.pools.buckets()} == {"default", "mine"}
         await emptied(world)
 
 
-def hand_out(monkeypatch: pytest.MonkeyPatch, manager: Manager, slots: list[Sandbox]) -> None:
-    monkeypatch.setattr(manager.pools, "take", lambda _: slots.pop(0) if slots else None)
+def hand_out(monkeypatch: pytest.MonkeyPatch, launcher: Launcher, slots: list[Sandbox]) -> None:
+    monkeypatch.setattr(launcher.pools, "take", lambda _: slots.pop(0) if slots else None)
 
 
 async def test_slots_that_have_died_unheard_are_passed_over(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,13 +111,13 @@ async def test_slots_that_have_died_unheard_are_passed_over(world: World, monkey
         await slot_of(world, id=f"sb-slot-{number}")
     async with world.managed(CONFIG) as manager:
         slots = [manager.register(row) for row in world.journal.sandboxes()]
-        hand_out(monkeypatch, manager, slots)
+        hand_out(monkeypatch, world.launcher, slots)
         with pytest.raises(PoolExhausted, match="claim failed"):
-            await manager.create(SandboxCreateParams(template="mine", launch="warm"), Timings())
+            await world.launcher.create(SandboxCreateParams(template="mine", launch="warm"), Timings())
         assert len(slots) == 1, "three were tried"
         creates = world.engine.calls.count("create")
         with pytest.raises(SandboxGone):
-            await manager.create(SandboxCreateParams(template="mine"), Timings())
+            await world.launcher.create(SandboxCreateParams(template="mine"), Timings())
         assert world.engine.calls.count("create") == creates + 1
         await emptied(world)
 
@@ -128,9 +128,9 @@ async def test_a_caller_who_leaves_before_the_claim_has_begun_leaves_no_slot_beh
     await slot_of(world)
     async with world.managed(CONFIG) as manager:
         (slot,) = [manager.register(row) for row in world.journal.sandboxes()]
-        hand_out(monkeypatch, manager, [slot])
+        hand_out(monkeypatch, world.launcher, [slot])
         async with anyio.create_task_group() as tasks, slot.lock:
-            tasks.start_soon(manager.create, SandboxCreateParams(template="mine"), Timings())
+            tasks.start_soon(world.launcher.create, SandboxCreateParams(template="mine"), Timings())
             with anyio.fail_after(PATIENCE_S):
                 while slot.record.state is not State.RESERVED:
                     await anyio.lowlevel.checkpoint()
@@ -169,7 +169,7 @@ async def held(world: World, monkeypatch: pytest.MonkeyPatch) -> Held:
     await world.container_of(record(state=State.RUNNING))
     (box,) = [world.manager.register(row) for row in world.journal.sandboxes()]
     found = Held(box, monkeypatch)
-    world.manager.prove(box)
+    world.manager.enforcer.prove(box)
     assert all(proof.verified for proof in box.proofs if proof.name == "memory")
     return found
 
@@ -179,7 +179,7 @@ async def test_limits_that_somebody_changed_are_restored_by_a_sweep_which_says_s
 ) -> None:
     async with world.managed() as manager:
         found = await held(world, monkeypatch)
-        manager.restore_limits(found.box)
+        manager.enforcer.restore(found.box)
         assert (found.written, found.told) == ([], []), "nothing was changed"
         found.memory_bytes = 512 * MIB
         with caplog.at_level(logging.WARNING):
@@ -199,7 +199,7 @@ async def test_a_group_that_takes_no_limits_is_not_said_to_have_them(
     async with world.managed() as manager:
         found = await held(world, monkeypatch)
         found.memory_bytes, found.refusing = 512 * MIB, True
-        manager.restore_limits(found.box)
+        manager.enforcer.restore(found.box)
         assert found.told == []
         assert not all(proof.verified for proof in found.box.proofs if proof.name == "memory")
 
@@ -211,13 +211,13 @@ async def test_limits_are_left_alone_while_they_are_being_changed_or_lifted_on_p
         found = await held(world, monkeypatch)
         found.memory_bytes = 512 * MIB
         async with found.box.lock:
-            manager.restore_limits(found.box)
+            manager.enforcer.restore(found.box)
         with found.box.unthrottled():
             before = len(found.written)
-            manager.restore_limits(found.box)
+            manager.enforcer.restore(found.box)
             assert len(found.written) == before
         found.memory_bytes = 512 * MIB
         found.box.put(state=State.PAUSED)
         before = len(found.written)
-        manager.restore_limits(found.box)
+        manager.enforcer.restore(found.box)
         assert len(found.written) == before

@@ -655,7 +655,7 @@ def _conflicts(found: Collection[Change], base: Base, trees: Trees) -> dict[byte
 
 
 def _conflict_failure(sandbox: Sandbox, conflicts: dict[bytes, str]) -> Conflict:
-    listed = [f"{path.decode(errors='backslashreplace')}: {reason}" for path, reason in conflicts.items()]
+    listed = [f"{_in_one_line(path)}: {reason}" for path, reason in conflicts.items()]
     more = len(listed) - CONFLICTS_SHOWN_MAX
     if more > 0:
         listed[CONFLICTS_SHOWN_MAX:] = [f"and {more} more"]
@@ -665,6 +665,12 @@ def _conflict_failure(sandbox: Sandbox, conflicts: dict[bytes, str]) -> Conflict
         detail="; ".join(listed),
         hint=f"name other paths, or sandboxctl workspace apply --force {name}",
     )
+
+
+def _in_one_line(path: bytes) -> str:
+    """A name that a sandbox chose, for people: it begins no line of its own."""
+    text = path.decode(errors="backslashreplace")
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def _out_of_reach(sandbox: Sandbox, *, runs: bool) -> Failure:

@@ -120,12 +120,20 @@ def complain(error: RpcError) -> None:
         return
     say(str(error))
     if error.hint:
-        sys.stderr.write(f"hint: {error.hint}\n")
+        sys.stderr.write(f"hint: {_harmless(error.hint)}\n")
 
 
 def say(text: str) -> None:
-    """One line on stderr."""
-    sys.stderr.write(f"sandboxctl: {text}\n")
+    """One line on stderr. It may hold names that a sandbox chose."""
+    sys.stderr.write(f"sandboxctl: {_harmless(text)}\n")
+
+
+def _harmless(text: str) -> str:
+    if text.isprintable():
+        return text
+    from sandboxd.cli import render
+
+    return render.harmless(text)
 
 
 def show(text: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from sandboxd.cli import session
 from sandboxd.cli.main import FAMILIES, build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -161,3 +162,12 @@ def test_what_documents_show_is_taken_by_the_command_line(parser: argparse.Argum
                 refused.append(f"{path.relative_to(ROOT)}: sandboxctl {command}\n{refusal}")
     assert count > len(FAMILIES)
     assert not refused, "\n".join(refused)
+
+
+def test_what_a_sandbox_chose_moves_no_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    """A failure may name its files."""
+    session.complain(session.RpcError(-32001, "conflict", "cannot apply", "a\x1b[2Jb\tc\r", "sandboxctl ls \x9b1A"))
+    session.say("plain: é")
+    assert capsys.readouterr().err == (
+        "sandboxctl: cannot apply: a\\x1b[2Jb\tc\\r\nhint: sandboxctl ls \\x9b1A\nsandboxctl: plain: é\n"
+    )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from runtimes.model import EngineInfo, EngineName, User
 from sandboxd.failures import InvalidArgument, Unsupported
 from sandboxd.protocol import WorkspaceParams
 from sandboxd.workspace import Identity, OpenedPath, Rules
-from sandboxd.workspaces import Bounds, Opened, Workspaces, project_paths
+from sandboxd.workspaces import Bounds, Opened, Workspaces, _conflict_failure, project_paths
 
 ME = User(uid=1001, gid=1001)
 OPENED = Opened(
@@ -72,3 +75,12 @@ def test_the_project_itself_is_all_of_it(path: str) -> None:
 def test_a_path_that_leads_out_of_the_project_is_refused(path: str) -> None:
     with pytest.raises(InvalidArgument, match="cannot use the path"):
         project_paths([path], [])
+
+
+def test_a_conflict_tells_of_each_path_in_one_line() -> None:
+    """A sandbox chose the names, and what follows a line break would look like ours."""
+    sandbox: Any = SimpleNamespace(record=SimpleNamespace(id="sb-1", name=None))
+    failure = _conflict_failure(
+        sandbox, {b"a\nhint: rm -r .\x1b[2J": "it was changed", "é\xff".encode() + b"\xff": "gone"}
+    )
+    assert failure.detail == "a\\nhint: rm -r .\\x1b[2J: it was changed; é\u00ff\\xff: gone"

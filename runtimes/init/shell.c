@@ -67,6 +67,8 @@ enum {
     KILL_WAVES_MAX = 64,
     OPEN_TRIES_MAX = 1000, /* 2 s */
     ASK_AGAIN_MS = 50,
+    LOOK_FIRST_MS = 250,
+    LOOK_LAST_MS = 4000,
     ASKS_MAX = 4,
     TOKEN_CHARS = 32
 };
@@ -484,6 +486,25 @@ static int end_run(int status)
 static bool ordered;
 static int asks_left;
 
+/*
+ * A text may interrupt its own shell, and nobody hears of it. Where dash and busybox have read the line that asks for
+ * the report together with the first one, they then drop it. So whenever the pipe is empty, one more is put there; under
+ * bash, who reads no further than it must, it never is. If nothing was dropped, it is answered after the run, with a
+ * token that is nobody's any more.
+ */
+static int look_in_ms = LOOK_FIRST_MS;
+
+static void look(int control, pid_t host_pid)
+{
+    int unread = 0;
+    if (ioctl(control, FIONREAD, &unread) == 0 && unread == 0) {
+        ask_for_report(control, host_pid);
+        look_in_ms = LOOK_FIRST_MS;
+    } else if (look_in_ms < LOOK_LAST_MS) {
+        look_in_ms *= 2;
+    }
+}
+
 static void obey(uint32_t signo, int control, pid_t host_pid, const struct process *own)
 {
     if (signo == SIGTERM)
@@ -508,13 +529,15 @@ static int follow_run(int control, int reports, int orders, pid_t host_pid, int 
             [OUT] = {streams[0].from, POLLIN, 0},
             [ERR] = {streams[1].from, POLLIN, 0},
         };
-        int woken = poll(polled, POLLED, asks_left > 0 ? ASK_AGAIN_MS : -1);
+        int woken = poll(polled, POLLED, asks_left > 0 ? ASK_AGAIN_MS : look_in_ms);
         if (woken < 0) {
             if (errno == EINTR)
                 continue;
             fail("wait");
         }
-        if (woken == 0) {
+        if (woken == 0 && asks_left == 0) {
+            look(control, host_pid);
+        } else if (woken == 0) {
             asks_left--;
             ask_for_report(control, host_pid);
         }

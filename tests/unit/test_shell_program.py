@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -85,10 +86,16 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.fixture(params=["bash", "sh"])
-def host(request: pytest.FixtureRequest, program: Path) -> Iterator[Host]:
+@pytest.fixture(params=["bash", "sh", "busybox"])
+def host(request: pytest.FixtureRequest, program: Path, tmp_path: Path) -> Iterator[Host]:
     """Each shell in turn."""
-    host = Host(program, request.param)
+    found = shutil.which(request.param)
+    if found is None:
+        pytest.fail(f"{request.param} is not installed: run hack/engines")
+    shell = tmp_path / "sh"
+    if request.param == "busybox":
+        shell.symlink_to(found)
+    host = Host(program, str(shell) if shell.exists() else found)
     yield host
     host.close()
 
@@ -132,6 +139,15 @@ def test_an_interrupt_of_its_own_does_not_fall_on_the_next_text(host: Host) -> N
     assert host.run("echo before; kill -INT $$; echo after", signal.SIGINT).stdout == b"before\n"
     for number in range(5):
         assert host.run(f"echo {number}").stdout == f"{number}\n".encode()
+
+
+def test_a_text_that_interrupts_its_own_shell_ends_by_itself(host: Host) -> None:
+    """Nobody has to wait for its timeout; and a text that takes its time is not taken for one."""
+    ran = host.run("echo before; kill -INT $$; echo after")
+    assert (ran.status, ran.stdout) == (128 + signal.SIGINT, b"before\n")
+    for number in range(3):
+        ran = host.run(f"sleep 0.6; cd /usr; echo {number}; (exit {number})")
+        assert (ran.status, ran.stdout, ran.cwd) == (number, f"{number}\n".encode(), "/usr")
 
 
 def test_the_end_of_the_shell_is_no_status(host: Host) -> None:

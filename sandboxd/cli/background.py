@@ -26,7 +26,10 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 def _add_command(parser: argparse.ArgumentParser) -> None:
     verb.add_sandbox(parser)
-    parser.add_argument("command", metavar="COMMAND", help="id, or unambiguous beginning of one: see sandboxctl ps")
+    named = parser.add_argument(
+        "command", metavar="COMMAND", help="id, or unambiguous beginning of one: see sandboxctl ps"
+    )
+    verb.complete_commands(named)
 
 
 # --- ps

@@ -5,14 +5,48 @@ from __future__ import annotations
 import argparse
 
 from sandboxd.cli.session import show
-from sandboxd.cli.verb import NAMES_FUNCTION, PLACES_FUNCTION, Verb
+from sandboxd.cli.verb import COMMANDS_FUNCTION, NAMES_FUNCTION, PLACES_FUNCTION, SHELLS_FUNCTION, Verb
 
 _LIST = """sandboxctl daemon status >/dev/null 2>&1 &&
     sandboxctl ls 2>/dev/null | awk 'NR > 1 { print $1; if ($2 != "-") print $2 }'"""
 """To press a key is not to start a daemon."""
 
+_LIST_OF = {SHELLS_FUNCTION: "session ls", COMMANDS_FUNCTION: "ps"}
+"""What lists the things of a sandbox, with their ids at the beginning of each line."""
+
+
+def _ids(verb: str, word_before: str) -> str:
+    """The script that prints the ids of the things of a sandbox."""
+    return f"""sandboxctl daemon status >/dev/null 2>&1 &&
+    sandboxctl {verb} -- "{word_before}" 2>/dev/null | awk 'NR > 1 {{ print $1 }}'"""
+
+
+def _functions_for_bash() -> str:
+    return "".join(
+        f"""
+{function}() {{
+  compgen -W "$({_ids(verb, "${COMP_WORDS[COMP_CWORD-1]}")})" -- "$1"
+}}
+"""
+        for function, verb in _LIST_OF.items()
+    )
+
+
+def _functions_for_zsh() -> str:
+    return "".join(
+        f"""
+{function}() {{
+  local -a ids
+  ids=(${{(f)"$({_ids(verb, "${words[CURRENT-1]}")})"}})
+  compadd -a ids
+}}
+"""
+        for function, verb in _LIST_OF.items()
+    )
+
+
 PREAMBLE = {
-    "bash": f"""
+    "bash": f"""{_functions_for_bash()}
 {NAMES_FUNCTION}() {{
   compgen -W "$({_LIST})" -- "$1"
 }}
@@ -21,7 +55,7 @@ PREAMBLE = {
   compgen -f -- "$1"
 }}
 """,
-    "zsh": f"""
+    "zsh": f"""{_functions_for_zsh()}
 {NAMES_FUNCTION}() {{
   local -a names
   names=(${{(f)"$({_LIST})"}})

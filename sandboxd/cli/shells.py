@@ -56,9 +56,10 @@ def _add_session(parser: argparse.ArgumentParser) -> None:
 
 def _add_shell(parser: argparse.ArgumentParser) -> None:
     verb.add_sandbox(parser)
-    parser.add_argument(
+    named = parser.add_argument(
         "shell_id", metavar="SHELL", help="id, or unambiguous beginning of one: see sandboxctl session ls"
     )
+    verb.complete_shells(named)
 
 
 def _session(arguments: argparse.Namespace) -> int:

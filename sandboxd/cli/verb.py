@@ -22,6 +22,12 @@ COLUMNS_MAX = 120
 NAMES_FUNCTION = "_sandboxctl_names"
 """The shell's function that completes ids and names of sandboxes."""
 
+SHELLS_FUNCTION = "_sandboxctl_shells"
+"""That for ids of shells, of the sandbox that is the word before."""
+
+COMMANDS_FUNCTION = "_sandboxctl_commands"
+"""The same, of commands."""
+
 PLACES_FUNCTION = "_sandboxctl_places"
 """That for paths, and for sandboxes that a path is to follow."""
 
@@ -118,6 +124,16 @@ def add_sandboxes(parser: argparse.ArgumentParser, *, optional: bool = False) ->
 def _complete_names(action: argparse.Action) -> None:
     # What shtab looks for; see ``completion`` for the function.
     action.complete = {"bash": NAMES_FUNCTION, "zsh": NAMES_FUNCTION}  # type: ignore[attr-defined]
+
+
+def complete_shells(action: argparse.Action) -> None:
+    """Have the shell complete ids of shells of the sandbox that was named before."""
+    action.complete = {"bash": SHELLS_FUNCTION, "zsh": SHELLS_FUNCTION}  # type: ignore[attr-defined]
+
+
+def complete_commands(action: argparse.Action) -> None:
+    """The same, of commands."""
+    action.complete = {"bash": COMMANDS_FUNCTION, "zsh": COMMANDS_FUNCTION}  # type: ignore[attr-defined]
 
 
 def complete_places(action: argparse.Action) -> None:

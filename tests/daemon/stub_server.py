@@ -108,6 +108,7 @@ class Stub:
         self._listener = listener
         self._tasks = tasks
         self._spooled: dict[str, Spooled] = {}
+        self._shells: dict[str, p.ShellInfo] = {}
         self._sandboxes: dict[str, p.SandboxInfo] = {}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._numbers = itertools.count(1)
@@ -474,6 +475,88 @@ class Stub:
             truncated=False,
             timings_ms=TIMINGS,
         )
+
+    # --- shells: they keep their directory, and nothing else
+
+    async def shells_open(self, params: p.ShellOpenParams, context: Context) -> p.ShellInfo:
+        shell_id = f"{next(self._numbers):x}".rjust(12, "5")
+        info = p.ShellInfo(
+            sandbox=self._find(params.sandbox).id,
+            shell_id=shell_id,
+            shell=params.shell,
+            state="idle",
+            cwd=params.cwd or "/",
+            opened_at_ms=int(time.time() * 1000),
+            command_id=None,
+        )
+        self._shells[shell_id] = info
+        return info
+
+    async def shells_list(self, params: p.ShellListParams, context: Context) -> p.ShellList:
+        sandbox = self._find(params.sandbox).id
+        return p.ShellList(shells=[info for info in self._shells.values() if info.sandbox == sandbox])
+
+    async def shells_run(self, params: p.ShellRunParams, context: Context) -> p.ShellEnd:
+        """``hang`` cannot be interrupted, and ``exit`` ends the shell."""
+        info = self._shell(params)
+        command_id = f"{next(self._numbers):012x}"
+        code, written, cwd = -9, (b"", b""), info.cwd
+        if params.text != "hang":
+            script = f"cd {info.cwd}; . /proc/self/fd/0; code=$?; pwd >&2; exit $code"
+            ran = await anyio.run_process(["sh", "-c", script], input=params.text.encode(), check=False)
+            stderr, _, last = ran.stderr.removesuffix(b"\n").rpartition(b"\n")
+            code, written, cwd = ran.returncode, (ran.stdout, stderr), last.decode()
+        if params.follow:
+            for name, data in zip(("stdout", "stderr"), written, strict=True):
+                output = p.CommandOutput(
+                    sandbox=info.sandbox,
+                    command_id=command_id,
+                    stream=name,  # type: ignore[arg-type]
+                    offset=0,
+                    data=data,
+                    dropped_bytes=0,
+                )
+                context.notify("commands/output", output)
+        ended, hung = params.text.startswith("exit"), params.text == "hang"
+        self._shells[info.shell_id] = msgspec.structs.replace(info, cwd=cwd)
+        if ended:
+            del self._shells[info.shell_id]
+        full = p.Problem(kind="disk_full", detail="/tmp has no room left", hint="remove files below /tmp")
+        return p.ShellEnd(
+            command_id=command_id,
+            exit_code=None if hung else code,
+            signal=9 if hung else None,
+            status="timeout" if hung else "nonzero" if code else "ok",
+            oom_kills=0,
+            cpu_ms=None,
+            wall_ms=1.0,
+            memory_bytes_peak=None,
+            stdout_bytes=len(written[0]),
+            stderr_bytes=len(written[1]),
+            truncated=False,
+            timings_ms=TIMINGS,
+            problems=[full] if code == 28 else [],
+            shell_id=info.shell_id,
+            ended=ended,
+            interrupted=hung,
+            restarted=hung,
+            restored=hung,
+            cwd=cwd,
+        )
+
+    async def shells_interrupt(self, params: p.ShellRef, context: Context) -> p.ShellInterrupted:
+        self._shell(params)
+        return p.ShellInterrupted(interrupted=False, restarted=False)
+
+    async def shells_close(self, params: p.ShellRef, context: Context) -> p.Acknowledged:
+        del self._shells[self._shell(params).shell_id]
+        return p.Acknowledged()
+
+    def _shell(self, params: p.ShellRef | p.ShellRunParams) -> p.ShellInfo:
+        self._find(params.sandbox)
+        if params.shell_id not in self._shells:
+            raise failures.NotFound(f"cannot find shell {params.shell_id}", detail="it has ended, or never was")
+        return self._shells[params.shell_id]
 
     # --- images, daemon
 

@@ -507,28 +507,30 @@ def test_completion_knows_every_verb(ctl: Ctl, shell: str) -> None:
 
 
 def test_completion_knows_the_sandboxes_there_are(ctl: Ctl, tmp_path: Path) -> None:
-    """By id and by name, after any verb that takes one."""
+    """By id and by name, after any verb that takes one; and the shells and commands of the one before."""
     box = ctl("create", "--name", "completed").stdout.strip()
+    shell = ctl("session", "open", "completed").stdout.strip()
+    command = ctl("exec", "-d", "completed", "sleep", "1000").stdout.strip()
     (tmp_path / "sandboxctl").write_text(f'#!/bin/sh\nexec {" ".join(CTL)} "$@"\n')
     (tmp_path / "sandboxctl").chmod(0o755)
     (tmp_path / "script").write_text(ctl("completion", "bash").stdout)
     presses = """
         . "$0"
         function=$(complete -p sandboxctl | sed 's/.* -F //; s/ .*//')
-        for typed in "exec comp" "rm $1" "rm completed $1"; do
+        for typed in "exec comp" "rm $1" "rm completed $1" "session run completed $2" "logs completed $3"; do
             COMP_WORDS=(sandboxctl $typed) COMP_CWORD=${#COMP_WORDS[@]}
             let COMP_CWORD--
             $function; echo "${COMPREPLY[@]}"
         done
     """
     done = subprocess.run(
-        ["bash", "-c", presses, str(tmp_path / "script"), box[:12]],
+        ["bash", "-c", presses, str(tmp_path / "script"), box[:12], shell[:3], command[:3]],
         env={**ctl.env, "PATH": f"{tmp_path}:{ctl.env['PATH']}"},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.stdout.splitlines() == ["completed", box, box], done.stderr
+    assert done.stdout.splitlines() == ["completed", box, box, shell, command], done.stderr
 
 
 def test_stats_show_ids_that_can_be_typed(ctl: Ctl, box: str) -> None:

@@ -55,7 +55,8 @@ def test_it_is_refused_and_the_hint_mends_it(daemon: Daemon, memory_alone: None,
     with daemon.box("podman", limits={"memory": "64m"}, limits_policy="degraded") as box:
         verified = limits(box, "verified")
         assert (verified["memory"], verified["pids"], verified["cpus"]) == (True, False, False)
-        assert limits(box, "effective")["pids"] is None
+        # A group above the user's may count them all the same, without a limit.
+        assert limits(box, "effective")["pids"] in {None, "unlimited"}
 
     run("sh", "-ec", hint)
     wait_until_manager_runs()

@@ -421,11 +421,13 @@ class Pools:
         with self._filling(bucket):
             try:
                 slot = await self._fill(bucket.recipe)
-            except (RuntimeFailure, Failure) as error:
+            except Exception as error:
+                # Whatever it is, the next try comes after a pause.
                 bucket.failures += 1
                 bucket.failed_s = self._clock()
                 bucket.failure = str(error)
-                logger.warning("cannot make a slot of %s: %s", bucket.recipe.template, error)
+                unknown = not isinstance(error, (RuntimeFailure, Failure))
+                logger.warning("cannot make a slot of %s: %s", bucket.recipe.template, error, exc_info=unknown)
                 return
             bucket.failures = 0
             bucket.failure = ""

@@ -193,9 +193,10 @@ async def test_who_waits_too_long_is_told_why() -> None:
     assert "the disk is full" in caught.value.detail
 
 
-async def test_failures_are_not_repeated_without_a_pause() -> None:
+@pytest.mark.parametrize("failing", [EngineRefused("cannot create a container"), OSError(28, "no space left")])
+async def test_failures_are_not_repeated_without_a_pause(failing: Exception) -> None:
     world = World()
-    world.failing = EngineRefused("cannot create a container")
+    world.failing = failing
     async with world.running() as pools:
         pools.take(RECIPE)
         await world.until(lambda: world.bucket().failures >= 1 and not world.at_once)

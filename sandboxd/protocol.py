@@ -974,7 +974,7 @@ class FileUploadParams(TransferParams, frozen=True):
     """``tar``: files get the times that the archive tells."""
     mode: Annotated[int, Meta(ge=0, le=0o777)] | None = None
     """``file``: default: that of the file that is there, else 0644."""
-    mtime_ns: int | None = None
+    mtime_ns: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     """``file``: default: now."""
     size_bytes: Annotated[int, Meta(ge=0)] | None = None
     """``file``: how much is to come; what ends earlier is refused. Default: what comes until the end."""

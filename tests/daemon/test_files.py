@@ -76,6 +76,28 @@ class Watch:
             self.changes += [(row["kind"], row["path"]) for row in params["changes"]]
 
 
+# --- numbers
+
+
+@pytest.mark.parametrize("number", [-(2**63) - 1, -(2**63), -1, 0, 2**63 - 1, 2**63, 10**30])
+@pytest.mark.parametrize("field", ["mtime_ns", "bytes_max", "entries_max", "size_bytes", "mode"])
+def test_no_number_of_an_upload_is_more_than_the_daemon_can_take(
+    connection: Connection, field: str, number: int
+) -> None:
+    """It is refused for what it is, or it is taken; it never is a fault of the daemon."""
+    read_end, write_end = os.pipe()
+    os.write(write_end, b"text")
+    os.close(write_end)
+    try:
+        params = {"sandbox": SANDBOX, "path": "made", "form": "file", field: number}
+        reply = connection.call("files/upload", params, [read_end], timeout_s=PATIENCE_S)
+        assert reply["bytes"] == (0 if (field, number) == ("size_bytes", 0) else 4)
+    except RpcError as error:
+        assert error.type in {"invalid_argument", "invalid_params", "capacity_exceeded"}, error
+    finally:
+        os.close(read_end)
+
+
 # --- content
 
 

@@ -5,6 +5,7 @@ The user has no systemd session, so no control group of its own: no limit of it 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pwd
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ from typing import Any
 import pytest
 
 from sandboxd.client import RpcError
-from tests.engine.daemons import CHECKOUT, IMAGE, PATIENCE_S, Daemon, running, serving
+from tests.engine import kernel
+from tests.engine.daemons import CHECKOUT, IMAGE, PATIENCE_S, Daemon, running, serving, wait_until
 
 pytestmark = pytest.mark.engine
 
@@ -285,3 +288,138 @@ def test_the_home_of_another_user_is_no_project(rootless: UsersDaemon, user: pwd
     for path in ("/root", str(place / "home"), "/etc"):
         refusal = rootless.refusal("sandbox/create", engine="podman", workspace={"path": path})
         assert refusal.type == "invalid_argument", path
+
+
+# --- warm slots -----------------------------------------------------------------------------------------
+
+POOLED = {
+    "SANDBOXD_POOL_MAX": "2",
+    "SANDBOXD_DEFAULTS_MEMORY": "64m",
+    "SANDBOXD_DEFAULTS_TMP": "16m",
+    "SANDBOXD_DEFAULTS_PIDS": "64",
+}
+
+
+def place_of(user: pwd.struct_passwd, directory: Path) -> Path:
+    """Made, with a file that says which it is."""
+    directory.mkdir()
+    (directory / "who").write_text(directory.name)
+    for path in (directory, directory / "who"):
+        os.chown(path, user.pw_uid, user.pw_gid)
+    return directory
+
+
+@contextlib.contextmanager
+def pooled(
+    user: pwd.struct_passwd, place: Path, engine: str, as_user: Sequence[str], **env: str
+) -> Iterator[UsersDaemon]:
+    """A daemon of that user with a pool. In the end nothing may be left of it, nor mounted."""
+    changes = {**environment(user, place), **POOLED, "SANDBOXD_DEFAULTS_ENGINE": engine, **env}
+    merged = {name: value for name, value in {**os.environ, **changes}.items() if value is not None}
+    directory = Path(tempfile.mkdtemp(dir=place, prefix="pooled-"))
+    own = UsersDaemon(directory, env=changes, launcher=as_user, python=interpreter(as_user, merged))
+    for path in (own.directory, own.socket.parent):
+        os.chown(path, user.pw_uid, user.pw_gid)
+    with running(own, (engine,)):
+        try:
+            yield own
+        finally:
+            own.remove_everything()
+            own.call("pool/drain")
+            wait_until(lambda: own.journal() == [], "nothing was written down any more")
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        assert [line for line in file if f"{place}/home/tmp" in line or f"{directory}/" in line] == []
+
+
+@pytest.fixture(scope="module")
+def slots_of_podman(rootless: UsersDaemon, user: pwd.struct_passwd, place: Path) -> Iterator[UsersDaemon]:
+    assert rootless.running, "it has made the image"
+    with pooled(user, place, "podman", launcher(user), SANDBOXD_DEFAULTS_LIMITS_POLICY="degraded") as own:
+        own.remove(own.call("sandbox/create"))
+        yield own
+
+
+def test_a_slot_gets_its_project_late(slots_of_podman: UsersDaemon, user: pwd.struct_passwd, project: Path) -> None:
+    """In a namespace of the user's own, where only a path can be mounted."""
+    own = slots_of_podman
+    for mode in ("rw", "ro"):
+        work = place_of(user, project / mode)
+        asked = {"workspace": {"path": str(work), "mode": mode}, "limits": {"tmp": "12m"}, "env": {"A": "b"}}
+        box = own.call("sandbox/create", launch="wait", name=f"late-{mode}", **asked)
+        assert (box["launch"], box["workspace"]["mounted"]) == ("warm", "keep-id")
+        script = "cat who; echo; id -u; hostname; echo $A $HOSTNAME; df -k /tmp | tail -n 1; echo > made; ls"
+        done = own.ctl("exec", box["id"], "sh", "-c", script)
+        words = done.stdout.decode().split()
+        assert words[:5] == [mode, str(user.pw_uid), f"late-{mode}", "b", f"late-{mode}"], done
+        assert str(12 * 1024) in words
+        assert os.listdir(work) == words[words.index("/tmp") + 1 :] or mode == "rw"
+        assert (work / "made").exists() is (mode == "rw")
+        if mode == "rw":
+            assert (work / "made").stat().st_uid == user.pw_uid
+            assert own.ctl("stop", "-t", "0", box["id"]).returncode == 0
+            assert own.ctl("start", box["id"]).returncode == 0
+            done = own.ctl("exec", box["id"], "sh", "-c", "cat who; hostname")
+            assert done.stdout == b"rwlate-rw\n", done
+        own.remove(box)
+
+
+def test_a_path_that_changes_while_slots_are_claimed_is_never_another_directory(
+    slots_of_podman: UsersDaemon, user: pwd.struct_passwd, project: Path
+) -> None:
+    own = slots_of_podman
+    names = [place_of(user, project / "path"), project / "link", project / "aside"]
+    names[1].symlink_to(place_of(user, project / "other"))
+    over = threading.Event()
+
+    def swap() -> None:
+        while not over.is_set():
+            os.rename(names[0], names[2])
+            os.rename(names[1], names[0])
+            os.rename(names[0], names[1])
+            os.rename(names[2], names[0])
+
+    swapping = threading.Thread(target=swap)
+    swapping.start()
+    inside: list[tuple[str, bytes]] = []
+    refused: set[str] = set()
+    try:
+        for _ in range(6):
+            try:
+                box = own.call("sandbox/create", workspace={"path": str(names[0])})
+            except RpcError as error:
+                refused.add(error.type)
+                continue
+            told = "other" if box["workspace"]["path"].endswith("/other") else "path"
+            inside.append((told, own.ctl("exec", box["id"], "cat", "/workspace/who").stdout))
+            own.call("sandbox/kill", sandbox=box["id"])
+    finally:
+        over.set()
+        swapping.join()
+    assert all(told.encode() == found for told, found in inside), inside
+    assert len(inside) + len(refused) > 0
+
+
+def test_slots_of_docker_are_made_with_the_project_that_was_used_lately(
+    user: pwd.struct_passwd, place: Path, project: Path
+) -> None:
+    """A member of its group may mount nothing into a container, nor write to its control group."""
+    first, other = place_of(user, project / "first"), place_of(user, project / "other")
+    group = os.stat("/var/run/docker.sock").st_gid
+    become = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", f"--groups={user.pw_gid},{group}", "--"]
+    with pooled(user, place, "docker", [*become, "sh", "-c", 'exec "$@"', "sh"]) as own:
+        cold = own.call("sandbox/create", workspace={"path": str(first)})
+        assert (cold["launch"], cold["miss_reason"]) == ("cold", "empty")
+        limits = {"memory": "80m", "cpus": "0.25", "pids": 40}
+        warm = own.call("sandbox/create", workspace={"path": str(first)}, launch="wait", limits=limits)
+        assert (warm["launch"], warm["verified"]) == ("warm", True)
+        held = kernel.held(warm["pid"])
+        assert (held.memory, held.cpu_millis, held.pids) == (80 << 20, 250, 40)
+        done = own.ctl("exec", warm["id"], "sh", "-c", "cat who; echo > made")
+        assert (done.returncode, done.stdout) == (0, b"first")
+        assert (first / "made").stat().st_uid == user.pw_uid
+        refusal = own.refusal("sandbox/create", workspace={"path": str(other)}, launch="warm")
+        assert refusal.type == "pool_exhausted"
+        again = own.call("sandbox/create", workspace={"path": str(other)}, launch="cold")
+        assert own.ctl("exec", again["id"], "cat", "who").stdout == b"other"
+        rows = own.call("pool/list")["pools"]
+        assert {str(first), str(other)} <= {row["workspace"] for row in rows}

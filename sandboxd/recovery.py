@@ -145,23 +145,33 @@ class Recovery:
         usable = {engine.name.value for engine in self._engines.usable()}
         if any(sandbox.record.engine not in usable for sandbox in self._manager.all()):
             await self._engines.refresh()
+        before = {sandbox.record.id: sandbox.record.state for sandbox in self._manager.all()}
         listed = await self._listed()
         records = [sandbox.record for sandbox in self._manager.all()]
         for decision in reconcile.decide(records, listed, reachable=set(listed)):
-            if decision.action is reconcile.Action.REMOVE_CONTAINER or self._is_due(decision):
+            is_due = self._is_due(decision, before.get(decision.sandbox_id))
+            if decision.action is reconcile.Action.REMOVE_CONTAINER or is_due:
                 await self._carry_out(decision)
         for sandbox in self._manager.all():
             self._manager.enforcer.restore(sandbox)
             await anyio.lowlevel.checkpoint()
 
-    def _is_due(self, decision: reconcile.Decision) -> bool:
-        """Whether a sweep may act: what is under way is left to whoever does it."""
+    def _is_due(self, decision: reconcile.Decision, before: State | None) -> bool:
+        """Whether a sweep may act: what is under way is left to whoever does it.
+
+        Args:
+            decision: What it would do.
+            before: The sandbox's state when the engines were asked; None: there was none.
+        """
         sandbox = self._manager.find(decision.sandbox_id)
         if sandbox is None or sandbox.lock.locked():
             return False
         match decision.action:
             case reconcile.Action.FORGET:
-                return sandbox.record.state is State.REMOVING or sandbox.record.slot
+                # The engines could not know of a slot that was made while they were asked.
+                return sandbox.record.state is State.REMOVING or (
+                    sandbox.record.slot and before is sandbox.record.state
+                )
             case reconcile.Action.ADOPT | reconcile.Action.NOTE_STOPPED:
                 # Running, and yet not connected: whoever noticed could not write it down.
                 silent = sandbox.record.state is State.RUNNING and not sandbox.connected

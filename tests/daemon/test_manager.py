@@ -12,7 +12,7 @@ import pytest
 
 from runtimes.errors import EngineRefused, EngineTimeout, EngineUnavailable, ImageNotFound, RuntimeFailure
 from runtimes.inotify import Inotify
-from runtimes.model import ContainerSpec, EngineInfo, Limits, User
+from runtimes.model import ContainerSpec, ContainerSummary, EngineInfo, Limits, User
 from sandboxd import reconcile, running
 from sandboxd.attaching import Attachments
 from sandboxd.background import Background
@@ -257,6 +257,26 @@ async def test_a_sandbox_that_was_paused_is_paused_for_the_next_daemon(world: Wo
         assert kept.record.state is State.BROKEN, "the fake engine has no init to go on with"
         await manager.remove(kept, Timings())
         await world.assert_empty()
+
+
+async def test_a_slot_that_was_made_while_the_engines_were_asked_is_kept(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that they should have known of goes."""
+    async with world.managed() as manager:
+
+        async def nothing(*, owner: str) -> list[ContainerSummary]:
+            if not manager.all():
+                made = record(state=State.WARM, slot=True, container_id="c" * 64)
+                world.journal.put(made)
+                manager.register(made)
+            return []
+
+        monkeypatch.setattr(world.engine, "list_containers", nothing)
+        await world.recovery.sweep()
+        assert [slot.record.state for slot in manager.all()] == [State.WARM]
+        await world.recovery.sweep()
+        assert manager.all() == []
 
 
 async def test_what_was_paused_or_unpaused_behind_our_back_is_noticed(world: World) -> None:

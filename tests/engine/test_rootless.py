@@ -356,7 +356,7 @@ def test_a_slot_gets_its_project_late(slots_of_podman: UsersDaemon, user: pwd.st
         assert (work / "made").exists() is (mode == "rw")
         if mode == "rw":
             assert (work / "made").stat().st_uid == user.pw_uid
-            assert own.ctl("stop", "-t", "0", box["id"]).returncode == 0
+            assert own.ctl("stop", "--grace", "0", box["id"]).returncode == 0
             assert own.ctl("start", box["id"]).returncode == 0
             done = own.ctl("exec", box["id"], "sh", "-c", "cat who; hostname")
             assert done.stdout == b"rwlate-rw\n", done
@@ -381,13 +381,11 @@ def test_a_path_that_changes_while_slots_are_claimed_is_never_another_directory(
     swapping = threading.Thread(target=swap)
     swapping.start()
     inside: list[tuple[str, bytes]] = []
-    refused: set[str] = set()
     try:
-        for _ in range(6):
+        for _ in range(12):
             try:
                 box = own.call("sandbox/create", workspace={"path": str(names[0])})
-            except RpcError as error:
-                refused.add(error.type)
+            except RpcError:
                 continue
             told = "other" if box["workspace"]["path"].endswith("/other") else "path"
             inside.append((told, own.ctl("exec", box["id"], "cat", "/workspace/who").stdout))
@@ -396,7 +394,7 @@ def test_a_path_that_changes_while_slots_are_claimed_is_never_another_directory(
         over.set()
         swapping.join()
     assert all(told.encode() == found for told, found in inside), inside
-    assert len(inside) + len(refused) > 0
+    assert inside, "and some arrived"
 
 
 def test_slots_of_docker_are_made_with_the_project_that_was_used_lately(

@@ -66,6 +66,11 @@ _BY_ERRNO: dict[int, type[Failure]] = {
 }
 """Any other is a conflict with what is there: a link, a right that is missing, a directory that is not empty."""
 
+_HINTS = {
+    errno.EISDIR: "sandboxctl files ls SANDBOX PATH",
+    errno.ENOTEMPTY: "with what is in it: sandboxctl files rm -r SANDBOX PATH",
+}
+
 _NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR)
 
 
@@ -77,7 +82,7 @@ def failure_from_refusal(error: FileRefused) -> Failure:
 def _failure(number: int, brief: str) -> Failure:
     name = errno.errorcode.get(number, str(number))
     why = "as many as may be are under way" if number == errno.EUSERS else os.strerror(number)
-    return _BY_ERRNO.get(number, Conflict)(brief, detail=f"{name}: {why}")
+    return _BY_ERRNO.get(number, Conflict)(brief, detail=f"{name}: {why}", hint=_HINTS.get(number, ""))
 
 
 def path_of(params: protocol.PathParams) -> bytes:

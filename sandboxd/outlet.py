@@ -203,7 +203,7 @@ class Outlet:
             raise Conflict(
                 "cannot write to the command",
                 detail="it has no open stdin",
-                hint='start it with stdin "pipe", or a pty',
+                hint='start it with stdin "pipe" or a pty: sandboxctl exec -di SANDBOX COMMAND, or -dt',
             )
         return self._input_fd
 

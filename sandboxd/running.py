@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import posixpath
+import shlex
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -404,6 +405,15 @@ def _check_harmless(descriptor: int) -> None:
         )
 
 
+def _exec_hint(program: str) -> str:
+    """What was probably meant by a program that is not there."""
+    if program.startswith("-"):
+        return "flags go before the sandbox: sandboxctl exec [FLAG ...] SANDBOX COMMAND"
+    if " " in program and program.isprintable():
+        return f"this is one word; for a shell to take it apart: sh -c {shlex.quote(program)}"
+    return ""
+
+
 def not_started(error: SpawnFailed, request: SpawnRequest) -> Exception:
     """The failure that says why init could not start a command."""
     program = request.argv[0].decode()
@@ -411,7 +421,8 @@ def not_started(error: SpawnFailed, request: SpawnRequest) -> Exception:
     said = f"{name}: {os.strerror(error.errno)}"
     match error.stage:
         case Stage.EXEC:
-            return CommandNotStarted(f"cannot execute {program!r}", detail=said)
+            hint = _exec_hint(program) if error.errno == errno.ENOENT else ""
+            return CommandNotStarted(f"cannot execute {program!r}", detail=said, hint=hint)
         case Stage.CHDIR:
             return CommandNotStarted(f"cannot enter {request.cwd.decode()!r}", detail=f"working directory: {said}")
         case Stage.FORK | Stage.KEEPER if error.errno in (errno.EAGAIN, errno.ENOMEM):

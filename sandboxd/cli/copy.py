@@ -104,7 +104,7 @@ def _cp(arguments: argparse.Namespace) -> int:
 
 def _reason_against(source: Place, target: Place, *, as_json: bool) -> str:
     if source.sandbox is None and target.sandbox is None:
-        return "cannot copy: neither SRC nor DST is in a sandbox"
+        return "cannot copy: neither SRC nor DST is in a sandbox; one of them is written SANDBOX:PATH"
     if source.path is None and os.isatty(0):
         return "cannot read an archive from a terminal"
     if target.path is None and os.isatty(1):

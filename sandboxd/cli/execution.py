@@ -125,7 +125,7 @@ def exit_code_of_end(end: dict[str, Any], sandbox: str, timeout: str | None = No
     """The exit code that a command's end gives us. A verdict that no code tells is said on stderr."""
     status = end["status"]
     if status == "timeout" and timeout is not None:
-        say(f"the command ran into its time limit of {timeout}")
+        say(f"the command ran into its time limit of {timeout}{'s' if timeout[-1:].isdigit() else ''}")
     elif status in VERDICTS:
         say(VERDICTS[status])
     elif end["signal"] in CRASHES:

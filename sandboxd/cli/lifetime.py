@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 
     from sandboxd.client import Message
 
+EVENT_KINDS = (
+    *("created", "started", "adopted", "recovered", "paused", "resumed", "stopping", "stopped", "broken", "lost"),
+    *("expiring", "expired", "timeout_changed", "removing", "removed", "oom", "limits_restored"),
+    *("command_started", "command_ended"),
+)
+"""As in the protocol, whose module is not imported here: it costs more than the rest of the command."""
+
 
 def _add_several(parser: argparse.ArgumentParser) -> None:
     verb.add_sandboxes(parser)
@@ -69,7 +76,12 @@ def _add_events(parser: argparse.ArgumentParser) -> None:
         "--since", type=int, metavar="NUMBER", help="only what came after this one; default: all that is kept"
     )
     parser.add_argument(
-        "--kind", action="append", default=[], metavar="KIND", help="only these, such as removed; may be repeated"
+        "--kind",
+        action="append",
+        default=[],
+        choices=EVENT_KINDS,
+        metavar="KIND",
+        help="only these, such as removed; may be repeated",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     verb.add_sandbox(parser, optional=True)

@@ -14,6 +14,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+PORT_MAX = 65_535
+PORT_DIGITS_MAX = len(str(PORT_MAX))
+
 RULE_HELP = "let it reach [METHOD ]HOST[:PORT], *.HOST, or a preset: pypi npm debian ubuntu github crates go"
 
 
@@ -93,7 +96,7 @@ def _forward(arguments: argparse.Namespace) -> int:
         return 0
     place = _place(arguments.place)
     if place is None:
-        say(f"{arguments.place!r} is neither [[ADDRESS:]HOST_PORT:]PORT nor PATH:PORT")
+        say(f"{arguments.place!r} is neither [[ADDRESS:]HOST_PORT:]PORT nor PATH:PORT; ports go from 1 to {PORT_MAX}")
         return USAGE
     reply = request("ports/forward", sandbox=arguments.sandbox, **place)
     if arguments.json:
@@ -106,15 +109,19 @@ def _forward(arguments: argparse.Namespace) -> int:
 def _place(text: str) -> dict[str, Any] | None:
     """The fields of a request; None: it is none."""
     before, _, port = text.rpartition(":")
-    if not (port.isascii() and port.isdigit()):
+    if not _is_port(port) or int(port) == 0:
         return None
     if "/" in before:
         return {"port": int(port), "path": os.path.abspath(before)}
     address, _, host_port = before.rpartition(":")
-    if host_port and not (host_port.isascii() and host_port.isdigit()):
+    if host_port and not _is_port(host_port):
         return None
     fields: dict[str, Any] = {"port": int(port), "host_port": int(host_port or 0)}
     return {**fields, "address": address.strip("[]")} if address else fields
+
+
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= PORT_DIGITS_MAX and int(text) <= PORT_MAX
 
 
 def _add_ports(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,63 @@
+"""What is said to type next, where a first try goes wrong."""
+
+from __future__ import annotations
+
+import errno
+from typing import get_args
+
+import pytest
+
+from runtimes.init.channel import SpawnFailed
+from runtimes.init.file_worker import FileRefused
+from runtimes.init.files_wire import FileType
+from runtimes.init.wire import SpawnRequest, Stage
+from sandboxd.cli import lifetime
+from sandboxd.cli.execution import exit_code_of_end
+from sandboxd.failures import CommandNotStarted
+from sandboxd.files import failure_from_refusal
+from sandboxd.protocol import EventKind
+from sandboxd.running import not_started
+
+
+def test_the_command_knows_every_kind_of_event() -> None:
+    """It has its own list, for it does not import the protocol."""
+    assert get_args(EventKind) == lifetime.EVENT_KINDS
+
+
+@pytest.mark.parametrize(
+    ("program", "hint"),
+    [
+        (b"--timeout", "flags go before the sandbox: sandboxctl exec [FLAG ...] SANDBOX COMMAND"),
+        (b"ls -l", "this is one word; for a shell to take it apart: sh -c 'ls -l'"),
+        (b"a\n b", ""),
+        (b"nothing", ""),
+    ],
+)
+def test_what_is_no_program_is_told_what_was_meant(program: bytes, hint: str) -> None:
+    """Of a text with lines of its own nothing is said: a terminal would show it as several."""
+    request = SpawnRequest(command_id=1, argv=[program], env=[], cwd=b"/")
+    failure = not_started(SpawnFailed(errno.ENOENT, Stage.EXEC), request)
+    assert isinstance(failure, CommandNotStarted)
+    assert failure.hint == hint
+
+
+def test_a_program_that_is_there_and_is_refused_is_not_explained_away() -> None:
+    """A file may well have a space in its name."""
+    request = SpawnRequest(command_id=1, argv=[b"./my tool"], env=[], cwd=b"/")
+    failure = not_started(SpawnFailed(errno.EACCES, Stage.EXEC), request)
+    assert isinstance(failure, CommandNotStarted)
+    assert not failure.hint
+
+
+@pytest.mark.parametrize(("number", "says"), [(errno.EISDIR, "files ls"), (errno.ENOTEMPTY, "files rm -r")])
+def test_a_directory_where_a_file_was_meant_is_told_what_takes_directories(number: int, says: str) -> None:
+    """The words of the errno alone leave one to guess."""
+    assert says in failure_from_refusal(FileRefused(number, FileType.DIRECTORY, b"d")).hint
+
+
+@pytest.mark.parametrize(("given", "shown"), [("1", "1s"), ("1.5", "1.5s"), ("90s", "90s"), ("2m", "2m")])
+def test_a_time_limit_is_told_with_its_unit(given: str, shown: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A bare number is seconds, and says so."""
+    end = {"status": "timeout", "signal": 9, "exit_code": None}
+    assert exit_code_of_end(end, "box", given) == 124
+    assert capsys.readouterr().err == f"sandboxctl: the command ran into its time limit of {shown}\n"

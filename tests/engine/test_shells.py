@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import shutil
+import subprocess
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -251,3 +255,43 @@ def test_the_command_line_opens_runs_and_closes(daemon: Daemon, box: dict[str, A
 def rows(daemon: Daemon, box: dict[str, Any]) -> dict[str, str]:
     """The states of the sandbox's shells."""
     return {row["shell_id"]: row["state"] for row in daemon.call("shells/list", sandbox=box["id"])["shells"]}
+
+
+@pytest.fixture(scope="session")
+def bash(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with the host's bash in it, and all that it needs, for an image that has none."""
+    program = shutil.which("bash")
+    if program is None:
+        pytest.skip("bash is not installed on this host, so there is none to take into a sandbox: apt install bash")
+    project = tmp_path_factory.mktemp("bash")
+    linked = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
+    for library in re.findall(r"(/\S+)", linked):
+        shutil.copy(library, project)
+    (loader,) = project.glob("ld-*")
+    loader.rename(project / "loader")
+    shutil.copy(program, project / "bash-program")
+    wrapper = project / "bash"
+    wrapper.write_text('#!/bin/sh\nexec /workspace/loader --library-path /workspace /workspace/bash-program "$@"\n')
+    wrapper.chmod(0o755)
+    project.chmod(0o755)
+    return project
+
+
+def test_bash_keeps_what_only_bash_has_and_comes_back(daemon: Daemon, engine: str, bash: Path) -> None:
+    """Arrays and functions stay; an interrupt, its own too, costs nothing; a lost one is replaced by a bash."""
+    with (
+        daemon.box(engine, workspace={"path": str(bash)}) as box,
+        Sandbox.connect(box["id"]).shells.open(shell="/workspace/bash", cwd="/tmp") as shell,
+    ):
+        shell.run('items=(one "two three"); f() { echo "${#items[@]} ${items[1]}"; }; export KEPT=yes')
+        assert shell.run("f; [[ $BASH_VERSION == 5* ]] && pwd").stdout == "2 two three\n/tmp\n"
+        assert refused(shell, "kill -INT $$; echo never").stdout == ""
+        with pytest.raises(TimeoutException) as late:
+            shell.run("sleep 1000", timeout=1)
+        assert late.value.result is not None
+        assert shell.run("f").stdout == "2 two three\n"
+        with pytest.raises(TimeoutException) as lost:
+            shell.run("trap '' INT; while :; do :; done", timeout=1)
+        assert lost.value.result is not None
+        assert (lost.value.result.restarted, lost.value.result.restored) == (True, True)
+        assert shell.run("echo $KEPT ${#items[@]} ${BASH_VERSION%%.*}; pwd").stdout == "yes 0 5\n/tmp\n"

@@ -60,8 +60,8 @@ def shown(text: str) -> str:
 
 
 def until(at_ms: int | None, now_ms: int) -> str:
-    """How long until then, in the largest unit that fits."""
-    return UNKNOWN if at_ms is None else age(now_ms, max(at_ms, now_ms))
+    """How long until then, to the nearest second, in the largest unit that fits."""
+    return UNKNOWN if at_ms is None else age(now_ms, max(at_ms, now_ms) + 500)
 
 
 def duration(milliseconds: int | None) -> str:

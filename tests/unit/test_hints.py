@@ -13,6 +13,7 @@ from runtimes.init.files_wire import FileType
 from runtimes.init.wire import SpawnRequest, Stage
 from sandboxd.cli import lifetime
 from sandboxd.cli.execution import exit_code_of_end
+from sandboxd.cli.render import until
 from sandboxd.failures import CommandNotStarted
 from sandboxd.files import failure_from_refusal
 from sandboxd.protocol import EventKind
@@ -53,6 +54,12 @@ def test_a_program_that_is_there_and_is_refused_is_not_explained_away() -> None:
 def test_a_directory_where_a_file_was_meant_is_told_what_takes_directories(number: int, says: str) -> None:
     """The words of the errno alone leave one to guess."""
     assert says in failure_from_refusal(FileRefused(number, FileType.DIRECTORY, b"d")).hint
+
+
+@pytest.mark.parametrize(("left_ms", "shown"), [(600_000, "10m"), (599_990, "10m"), (599_400, "9m"), (0, "now")])
+def test_what_was_just_given_is_what_is_left(left_ms: int, shown: str) -> None:
+    """A reply is some milliseconds late, which is no minute less."""
+    assert until(1_000_000 + left_ms, 1_000_000) == shown
 
 
 @pytest.mark.parametrize(("given", "shown"), [("1", "1s"), ("1.5", "1.5s"), ("90s", "90s"), ("2m", "2m")])

@@ -28,6 +28,9 @@ CANCEL_TIMEOUT_S = 30.0
 AT_ONCE_MAX = 8
 """Requests under way in a verb that is given many sandboxes: the engines slow each other down beyond that."""
 
+_CONTROLS_IN_JSON = {code: f"\\u{code:04x}" for code in range(0x7F, 0xA0)}
+"""What JSON leaves as it is, and a terminal obeys."""
+
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C came, and the request had its result all the same."""
@@ -145,4 +148,4 @@ def show_json(reply: dict[str, Any] | list[dict[str, Any]]) -> None:
     """A reply as it came, or several as one array."""
     import json
 
-    show(json.dumps(reply, indent=2, ensure_ascii=False))
+    show(json.dumps(reply, indent=2, ensure_ascii=False).translate(_CONTROLS_IN_JSON))

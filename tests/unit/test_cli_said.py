@@ -4,6 +4,7 @@ import argparse
 import ast
 import contextlib
 import io
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -171,3 +172,8 @@ def test_what_a_sandbox_chose_moves_no_cursor(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err == (
         "sandboxctl: cannot apply: a\\x1b[2Jb\tc\\r\nhint: sandboxctl ls \\x9b1A\nsandboxctl: plain: é\n"
     )
+    name = "é\x1b\x7f\x9b1A"
+    session.show_json({"path": name})
+    out = capsys.readouterr().out
+    assert out.replace("\n", "").isprintable()
+    assert json.loads(out) == {"path": name}

@@ -6,8 +6,9 @@ import contextlib
 import os
 from collections.abc import Sequence
 
+from runtimes.cgroup.fs import read_fixed_limits
 from runtimes.engine import Engine
-from runtimes.errors import ImageNotFound
+from runtimes.errors import CgroupUnreadable, ImageNotFound
 from runtimes.model import ContainerSpec, EngineInfo, Mount, Tmpfs
 from sandboxd.journal import SandboxRecord
 from sandboxd.limits import passable
@@ -93,7 +94,9 @@ class Containers:
         if made is None or record.tmp_bytes_max != made.tmp_bytes_max:
             tmpfs_bytes = _tmpfs_bytes(record.tmp_bytes_max, has_workspace=record.workspace is not None)
         shm = record.limits.shm_bytes_max
-        if shm is not None and (made is None or shm != made.limits.shm_bytes_max):
+        # Rootless Podman's belongs to a namespace above, and cannot be changed: it is left alone where it is right.
+        shm_made = _shm_bytes(sandbox) if made is None else made.limits.shm_bytes_max
+        if shm is not None and shm != shm_made:
             tmpfs_bytes["/dev/shm"] = shm  # noqa: S108  (inside the sandbox)
         source = next(iter(sources), None)
         await self._staging.change(sandbox, source, tmpfs_bytes=tmpfs_bytes, hostname=record.name)
@@ -162,6 +165,16 @@ def _paths_inside(sandbox: Sandbox, mounts: Sequence[Mount]) -> dict[str, str]:
 def programs_of(sandbox: Sandbox) -> dict[str, str]:
     """Target inside to path on the host: the programs of ours that are mounted into it."""
     return {INSIDE_BIN: sandbox.record.bin_dir} if sandbox.record.bin_dir else {}
+
+
+def _shm_bytes(sandbox: Sandbox) -> int | None:
+    """The size of its /dev/shm now; None where that cannot be read."""
+    if sandbox.pid is None:
+        return None
+    try:
+        return read_fixed_limits(sandbox.pid).shm_bytes_max
+    except CgroupUnreadable:
+        return None
 
 
 def _tmpfs_bytes(tmp_bytes_max: int, *, has_workspace: bool) -> dict[str, int]:

@@ -146,3 +146,28 @@ def test_no_plan_goes_beyond_its_bounds(pool: PoolView, room: Room) -> None:
     assert len(set(decided.retire)) == len(decided.retire)
     assert not (decided.start and len(decided.retire) == len(pool.warm) > decided.start + decided.target)
     assert decided.look_again_s is None or decided.look_again_s > NOW
+    assert pool.filling + decided.start <= max(SETTINGS.slots_max, pool.filling)
+
+
+@given(
+    st.builds(
+        view,
+        filling=st.integers(0, 8),
+        waiting=st.integers(1, 50),
+        asked_s=st.lists(st.floats(0, 2000), min_size=1, max_size=40).map(lambda ages: asked(*ages)),
+    )
+)
+def test_whoever_waits_has_a_slot_made_for_him(pool: PoolView) -> None:
+    """Nobody waits while there is a warm one; and then as many are made as may be, so that nobody starves."""
+    decided = plan(pool, AMPLE, NOW)
+    assert pool.filling + decided.start >= min(SETTINGS.slots_max, pool.waiting)
+
+
+@given(st.integers(0, 8), st.integers(0, 8), st.integers(0, 8))
+def test_a_slot_is_kept_or_let_go_and_what_is_kept_is_what_is_wanted(fresh: int, old: int, stale: int) -> None:
+    warm = [*slots(fresh), *slots(old, age_s=4000.0), *slots(stale, age_s=2.0, current=False)]
+    decided = plan(view(warm=warm), AMPLE, NOW)
+    kept = {slot.slot_id for slot in warm} - set(decided.retire)
+    assert not any(not slot.current for slot in warm if slot.slot_id in kept)
+    assert len(kept) <= decided.target
+    assert len(kept) == min(decided.target, fresh + old)

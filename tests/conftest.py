@@ -11,7 +11,11 @@ _FIGURES = pytest.StashKey[list[str]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("sandboxd")
-    group.addoption("--soak", action="store_true", help="run test_soak.py and test_claims.py of tests/engine at full size: an hour")
+    group.addoption(
+        "--soak",
+        action="store_true",
+        help="run test_soak.py and test_claims.py of tests/engine at full size: an hour",
+    )
     group.addoption(
         "--sleeper-seconds", type=float, help="how long its sleeper sleeps; 1800 with --soak, otherwise 3"
     )

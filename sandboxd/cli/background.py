@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import time
 
 from sandboxd.cli import detach_keys, render, verb, wire
 from sandboxd.cli.execution import SIGNAL_BASE, exit_code_of_end, fail
-from sandboxd.cli.session import call, connect, request, say, show, show_json
+from sandboxd.cli.session import call, columns, connect, request, say, show, show_json
 from sandboxd.cli.spooled import Output, find, look, say_dropped
 from sandboxd.cli.verb import Verb
 from sandboxd.client import RpcError, result_of
@@ -45,16 +44,8 @@ def _ps(arguments: argparse.Namespace) -> int:
     if arguments.json:
         show_json(reply)
     else:
-        show(render.command_list(reply["commands"], int(time.time() * 1000), _columns()))
+        show(render.command_list(reply["commands"], int(time.time() * 1000), columns()))
     return 0
-
-
-def _columns() -> int | None:
-    """The width of the terminal that we write to, if it is one."""
-    try:
-        return os.get_terminal_size(1).columns or None
-    except OSError:
-        return None
 
 
 # --- logs

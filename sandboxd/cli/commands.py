@@ -72,10 +72,15 @@ def _run(arguments: argparse.Namespace) -> int:
         check_create_arguments(arguments)
         with connect() as connection:
             sandbox = create(connection, arguments, ephemeral=arguments.rm)
+            unused = arguments.rm
             try:
                 return run_in(connection, sandbox["id"], argv, arguments, env={})
+            except RpcError as error:
+                # What was asked for makes no sense: nothing ran, and nobody wants the sandbox that was made for it.
+                unused = unused or error.type == "invalid_argument"
+                raise
             finally:
-                _leave(connection, sandbox, remove=arguments.rm)
+                _leave(connection, sandbox, remove=unused)
     except RpcError as error:
         return fail(error)
 

@@ -139,27 +139,56 @@ def _verdict(limit: dict[str, Any]) -> str:
     return f"{word} ({limit['reason']})" if limit["reason"] else word
 
 
-def sandbox_list(sandboxes: Sequence[dict[str, Any]], now_ms: int) -> str:
-    """One line per sandbox."""
-    return table(
-        ("ID", "NAME", "STATE", "ENGINE", "IMAGE", "WORKSPACE", "AGE", "LEFT", "COMMANDS", "VERIFIED", "PROBLEMS"),
-        [
-            (
-                row["id"],
-                _known(row["name"]),
-                row["state"],
-                row["engine"],
-                row["image"],
-                _known(row["workspace"]),
-                age(row["created_at_ms"], now_ms),
-                until(row["expires_at_ms"], now_ms),
-                str(row["commands_running"]),
-                yes_no(row["verified"]),
-                _known(" ".join(problem["kind"] for problem in row.get("problems", ()))),
-            )
-            for row in sandboxes
-        ],
+def fitted(text: str, columns: int | None) -> str:
+    """The text with lines no longer than a terminal's; None: as it is."""
+    return text if columns is None else "".join(f"{_cut(line, columns)}\n" for line in text.splitlines())
+
+
+def _without_empty(text_of: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The table without columns of which nothing is known; the header is its first row."""
+    told = [any(row[column] != UNKNOWN for row in text_of[1:]) for column in range(len(text_of[0]))]
+    return [[cell for cell, keep in zip(row, told, strict=True) if keep] for row in text_of]
+
+
+def _short(image: str) -> str:
+    return image.removeprefix("localhost/").removesuffix(":latest")
+
+
+def sandbox_list(sandboxes: Sequence[dict[str, Any]], now_ms: int, columns: int | None = None) -> str:
+    """One line per sandbox; on a terminal without what nobody has, and no wider than that."""
+    header = (
+        "ID",
+        "NAME",
+        "STATE",
+        "ENGINE",
+        "IMAGE",
+        "WORKSPACE",
+        "AGE",
+        "LEFT",
+        "COMMANDS",
+        "VERIFIED",
+        "PROBLEMS",
     )
+    rows = [
+        (
+            row["id"],
+            _known(row["name"]),
+            row["state"],
+            row["engine"],
+            row["image"] if columns is None else _short(row["image"]),
+            _known(row["workspace"]),
+            age(row["created_at_ms"], now_ms),
+            until(row["expires_at_ms"], now_ms),
+            str(row["commands_running"]),
+            yes_no(row["verified"]),
+            _known(" ".join(problem["kind"] for problem in row.get("problems", ()))),
+        )
+        for row in sandboxes
+    ]
+    if columns is None or not rows:
+        return table(header, rows)
+    shown, *lines = _without_empty([header, *rows])
+    return fitted(table(shown, lines), columns)
 
 
 def shell_list(shells: Sequence[dict[str, Any]], now_ms: int) -> str:
@@ -263,7 +292,7 @@ def command_list(commands: Sequence[dict[str, Any]], now_ms: int, columns: int |
             for row in commands
         ],
     )
-    return text if columns is None else "".join(f"{_cut(line, columns)}\n" for line in text.splitlines())
+    return fitted(text, columns)
 
 
 def _cut(line: str, columns: int) -> str:
@@ -284,9 +313,9 @@ def _end(end: dict[str, Any] | None) -> str:
     return f"{end['status']} ({how})" if how else str(end["status"])
 
 
-def metrics_table(sandboxes: Sequence[dict[str, Any]]) -> str:
-    """Usage against limits, one line per sandbox."""
-    return table(
+def metrics_table(sandboxes: Sequence[dict[str, Any]], columns: int | None = None) -> str:
+    """Usage against limits, one line per sandbox; no wider than a terminal."""
+    text = table(
         ("ID", "NAME", "STATE", "CPU", "MEMORY", "PEAK", "PIDS", "THROTTLED", "OOM KILLS", "WAITING"),
         [
             (
@@ -304,6 +333,7 @@ def metrics_table(sandboxes: Sequence[dict[str, Any]]) -> str:
             for row in sandboxes
         ],
     )
+    return fitted(text, columns)
 
 
 def _cpu(percent: float | None, millis: int | None) -> str:

@@ -14,6 +14,7 @@ from sandboxd.cli.session import (
     Interrupted,
     call,
     call_each,
+    columns,
     complain,
     connect,
     env_of,
@@ -232,7 +233,7 @@ def _ls(arguments: argparse.Namespace) -> int:
     elif arguments.quiet:
         sys.stdout.writelines(f"{row['id']}\n" for row in reply["sandboxes"])
     else:
-        show(render.sandbox_list(reply["sandboxes"], _now_ms()))
+        show(render.sandbox_list(reply["sandboxes"], _now_ms(), columns()))
     return 0
 
 

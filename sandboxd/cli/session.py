@@ -139,6 +139,14 @@ def _harmless(text: str) -> str:
     return render.harmless(text)
 
 
+def columns() -> int | None:
+    """The width of the terminal that we write to, if it is one."""
+    try:
+        return os.get_terminal_size(1).columns or None
+    except OSError:
+        return None
+
+
 def show(text: str) -> None:
     """Text on stdout, with a newline at its end."""
     sys.stdout.write(text if text.endswith("\n") else f"{text}\n")

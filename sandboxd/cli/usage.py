@@ -7,7 +7,7 @@ import sys
 import time
 
 from sandboxd.cli import render, verb
-from sandboxd.cli.session import call, connect, show, show_json
+from sandboxd.cli.session import call, columns, connect, show, show_json
 from sandboxd.cli.verb import Verb
 
 WATCH_INTERVAL_S = 1.0
@@ -29,7 +29,7 @@ def _stats(arguments: argparse.Namespace) -> int:
             if arguments.json:
                 show_json(reply)
             else:
-                show(render.metrics_table(reply["sandboxes"]))
+                show(render.metrics_table(reply["sandboxes"], columns()))
             if not arguments.watch:
                 return 0
             sys.stdout.flush()

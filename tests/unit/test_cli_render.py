@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from sandboxd.cli import render
 from sandboxd.cli.render import command_list, verification
 
 
@@ -54,3 +55,27 @@ def test_what_was_not_found_out_is_neither_yes_nor_no() -> None:
     rows = [{"limit": name, "held": held, "evidence": "e"} for name, held in (("a", True), ("b", False), ("c", None))]
     shown = verification({"limits": [], "provocations": rows})
     assert [line.split()[:2] for line in shown.splitlines()[-3:]] == [["a", "yes"], ["b", "no"], ["c", "-"]]
+
+
+def test_a_list_fits_the_terminal_and_leaves_out_what_nobody_has() -> None:
+    row = {
+        "id": "sb-abcdefghij",
+        "name": None,
+        "state": "running",
+        "engine": "podman",
+        "image": "localhost/sandboxd/default:latest",
+        "workspace": "/home/me/" + "long" * 40,
+        "created_at_ms": 0,
+        "expires_at_ms": None,
+        "commands_running": 0,
+        "verified": True,
+        "problems": [],
+    }
+    piped = render.sandbox_list([row], 1000)
+    assert "NAME" in piped
+    assert "localhost/sandboxd/default:latest" in piped
+    shown = render.sandbox_list([row], 1000, 100)
+    assert max(map(len, shown.splitlines())) <= 100
+    assert "NAME" not in shown
+    assert "sandboxd/default " in shown
+    assert render.sandbox_list([], 1000, 100) == render.sandbox_list([], 1000)

@@ -241,7 +241,7 @@ def parse_tmpfs_sizes(raw: bytes | None) -> dict[str, int] | None:
     if raw is None:
         return None
     sizes: dict[str, int] = {}
-    mounts = _mounts(raw)
+    mounts = _mounts(_at_tmpfs(raw))
     points = {mount.number: mount.point for mount in mounts}
     # The order of the lines says nothing; at one place each mount lies on the one that was there before.
     covered = {m.parent for m in mounts if points.get(m.parent) == m.point and m.parent != m.number}
@@ -253,6 +253,13 @@ def parse_tmpfs_sizes(raw: bytes | None) -> dict[str, int] | None:
         else:
             sizes.pop(mount.point, None)
     return sizes
+
+
+def _at_tmpfs(raw: bytes) -> bytes:
+    """The lines of a mountinfo that say something of a place where a tmpfs is; there are many others."""
+    lines = [line.split(b" ", 5) for line in raw.splitlines()]
+    places = {fields[4] for fields in lines if len(fields) > 5 and b" - tmpfs " in fields[5]}
+    return b"\n".join(b" ".join(fields) for fields in lines if len(fields) <= 5 or fields[4] in places)
 
 
 def tightest(levels: Iterable[int | None]) -> int | None:

@@ -37,7 +37,7 @@ from sandboxd.running import seconds
 from sandboxd.sandbox import Sandbox
 from sandboxd.secret_store import SecretStore
 from sandboxd.services.room import ServiceRoom
-from sandboxd.templates import Templates
+from sandboxd.templates import Templates, shm_is_late
 from sandboxd.timings import Timings, now_ms
 from sandboxd.workspace import Identity, identify
 from sandboxd.workspaces import Opened, Progress, silent
@@ -267,7 +267,7 @@ class Launcher:
         return taken, "" if taken else "empty"
 
     def _recipe(self, record: SandboxRecord, engine: Engine) -> Recipe:
-        return self.templates.recipe_of(record, late=self._containers.changes_late(engine.info))
+        return self.templates.recipe_of(record, engine.info, late=self._containers.changes_late(engine.info))
 
     def _unfit(self, record: SandboxRecord, recipe: Recipe, engine: Engine) -> tuple[str, ...]:
         """Why no slot will do, in the words of the command line."""
@@ -437,7 +437,7 @@ class Launcher:
             network=Network(defaults.network),
             nofile_max=resolved.limits.nofile_max,
             tmp_bytes_max=None if late else resolved.tmp_bytes_max,
-            shm_bytes_max=None if late else resolved.limits.shm_bytes_max,
+            shm_bytes_max=None if shm_is_late(engine.info, late=late) else resolved.limits.shm_bytes_max,
         )
 
     def _pool_settings(self, recipe: Recipe) -> PoolSettings:

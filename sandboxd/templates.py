@@ -64,11 +64,12 @@ class Templates:
             )
         return self._limits[key]
 
-    def recipe_of(self, record: SandboxRecord, *, late: bool) -> Recipe:
+    def recipe_of(self, record: SandboxRecord, engine: EngineInfo, *, late: bool) -> Recipe:
         """What must fit of a slot that is to become this sandbox, or that this record is of.
 
         Args:
             record: Of the sandbox.
+            engine: Whose container it is.
             late: Mounts and sizes of tmpfs can be changed in a container that runs.
         """
         return Recipe(
@@ -80,7 +81,7 @@ class Templates:
             network=record.network,
             nofile_max=record.limits.nofile_max,
             tmp_bytes_max=None if late else record.tmp_bytes_max,
-            shm_bytes_max=None if late else record.limits.shm_bytes_max,
+            shm_bytes_max=None if shm_is_late(engine, late=late) else record.limits.shm_bytes_max,
             prebound=None if late else record.workspace,
         )
 
@@ -99,7 +100,7 @@ class Templates:
             network=Network(defaults.network),
             nofile_max=resolved.limits.nofile_max,
             tmp_bytes_max=None if late else resolved.tmp_bytes_max,
-            shm_bytes_max=None if late else resolved.limits.shm_bytes_max,
+            shm_bytes_max=None if shm_is_late(engine, late=late) else resolved.limits.shm_bytes_max,
         )
         return differences(wanted, template)
 
@@ -156,6 +157,11 @@ class Templates:
             pool_min=low,
             pool_max=high,
         )
+
+
+def shm_is_late(engine: EngineInfo, *, late: bool) -> bool:
+    """Whether the size of /dev/shm can be changed later: a rootless engine mounts it where we have no say."""
+    return late and not engine.rootless
 
 
 def _description(name: str, template: Template) -> str:

@@ -122,7 +122,7 @@ def test_memory_that_the_host_is_to_keep_is_not_made_slots_of() -> None:
 @pytest.mark.parametrize("late", [True, False])
 @pytest.mark.parametrize("name", ["default", "node"])
 def test_a_slot_of_a_template_does_for_whoever_asks_for_nothing_else(name: str, late: bool) -> None:
-    wanted = templates().recipe_of(record_of(name), late=late)
+    wanted = templates().recipe_of(record_of(name), ENGINE, late=late)
     assert templates().unfit(wanted, ENGINE) == ()
     assert (wanted.tmp_bytes_max is None) is (wanted.shm_bytes_max is None) is late
 
@@ -149,8 +149,8 @@ def test_what_no_slot_can_become_is_said_in_the_words_of_the_command_line(
 ) -> None:
     """What only makes a variant has slots of its own, and is none of these."""
     box = record_of("node", **changes)
-    assert templates().unfit(templates().recipe_of(box, late=True), ENGINE) == late
-    assert templates().unfit(templates().recipe_of(box, late=False), ENGINE) == early
+    assert templates().unfit(templates().recipe_of(box, ENGINE, late=True), ENGINE) == late
+    assert templates().unfit(templates().recipe_of(box, ENGINE, late=False), ENGINE) == early
 
 
 @pytest.mark.parametrize(
@@ -169,12 +169,22 @@ def test_limits_are_no_obstacle_but_those_that_are_fixed_at_creation(
 ) -> None:
     limits: Limits = msgspec.structs.replace(record_of("node").limits, **{field: value})
     box = record_of("node", limits=limits)
-    assert templates().unfit(templates().recipe_of(box, late=True), ENGINE) == late
-    assert templates().unfit(templates().recipe_of(box, late=False), ENGINE) == early
+    assert templates().unfit(templates().recipe_of(box, ENGINE, late=True), ENGINE) == late
+    assert templates().unfit(templates().recipe_of(box, ENGINE, late=False), ENGINE) == early
 
 
 def test_projects_that_are_mounted_in_advance_have_slots_of_their_own() -> None:
     box = record_of("node", workspace=PROJECT)
     other = record_of("node", workspace=msgspec.structs.replace(PROJECT, path="/home/me/other"))
-    assert templates().recipe_of(box, late=False) != templates().recipe_of(other, late=False)
-    assert templates().recipe_of(box, late=True) == templates().recipe_of(other, late=True)
+    assert templates().recipe_of(box, ENGINE, late=False) != templates().recipe_of(other, ENGINE, late=False)
+    assert templates().recipe_of(box, ENGINE, late=True) == templates().recipe_of(other, ENGINE, late=True)
+
+
+def test_a_rootless_engine_lets_nobody_change_the_size_of_shared_memory() -> None:
+    """So it is fixed at creation there: another size is no slot's, and not a claim that fails."""
+    rootless = msgspec.structs.replace(ENGINE, rootless=True)
+    box = record_of("default")
+    other = msgspec.structs.replace(box, limits=msgspec.structs.replace(box.limits, shm_bytes_max=2**20))
+    for engine, unfit in ((ENGINE, ()), (rootless, ("shm",))):
+        recipe = templates().recipe_of(other, engine, late=True)
+        assert templates().unfit(recipe, engine) == unfit

@@ -144,7 +144,9 @@ class Sandbox:
             **({} if container_id is None else {"container_id": container_id}),
         )
         kind = kind_of(before, event)
-        if kind is not None:
+        if kind == "created":
+            self.tell(kind, reason=reason, launch=self.record.launch, miss_reason=self.record.miss_reason)
+        elif kind is not None:
             self.tell(kind, reason=reason)
 
     def tell(self, kind: str, **data: str | int | None) -> None:

@@ -9,6 +9,7 @@ same. The figures are printed at the end of the run.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import socket
@@ -62,6 +63,9 @@ def test_a_claimed_sandbox_sees_its_own_project_as_it_is_now(own: Daemon, projec
     assert own.sh(box, "cat later; echo back > answer") == "written after the slot was made"
     answer = project / "answer"
     assert (answer.read_text(), answer.stat().st_uid) == ("back\n", 1000)
+    told = [json.loads(line) for line in own.ctl("events", "--json").stdout.splitlines()]
+    (created,) = (event for event in told if (event["kind"], event["sandbox"]) == ("created", box["id"]))
+    assert (created["data"]["launch"], created["data"]["miss_reason"]) == ("warm", "")
     own.remove(box)
 
 

@@ -97,6 +97,8 @@ class Staging:
             Unsupported: it cannot be mounted as it was asked for.
         """
         with contextlib.ExitStack() as staged:
+            # Last of all, with the place that the stages were in.
+            staged.callback(sandbox.clear_stages)
             mounts = []
             for source in sources:
                 stage = Stage(sandbox.stage_path(source.target))

@@ -253,7 +253,20 @@ async def it_says_who_it_is_and_what_it_can_do(bench: Bench) -> None:
     assert bench.engine.info.name is bench.engine.name
 
 
+async def only_a_rootless_engine_removes_the_files_of_its_users(bench: Bench) -> None:
+    directory = bench.archive.parent / "of-a-user"
+    directory.mkdir(exist_ok=True)
+    if bench.engine.info.rootless:
+        await bench.engine.remove_tree(str(directory))
+        assert not directory.exists()
+        return
+    with pytest.raises(Unsupported):
+        await bench.engine.remove_tree(str(directory))
+    assert directory.exists()
+
+
 CLAUSES = [
+    only_a_rootless_engine_removes_the_files_of_its_users,
     a_created_container_runs_and_is_listed_with_its_labels,
     another_owner_sees_nothing,
     a_second_create_of_the_same_sandbox_is_refused_and_harms_nothing,

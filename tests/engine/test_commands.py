@@ -138,7 +138,9 @@ def test_a_command_starts_in_the_project_or_where_it_is_told(
             assert daemon.run(with_project, "pwd", **fields).stdout.decode() == f"{expected}\n"
         refusal = daemon.refusal("commands/run", sandbox=with_project["id"], argv=["pwd"], cwd="nowhere")
     assert (refusal.type, refusal.brief) == ("command_not_started", "cannot enter '/workspace/nowhere'")
-    assert daemon.run(box, "pwd").stdout == b"/workspace\n", "without a project it is empty, and goes with the sandbox"
+    assert daemon.run(box, "pwd").stdout == b"/workspace\n", (
+        "without a project it is empty, and goes with the sandbox"
+    )
 
 
 @pytest.mark.parametrize("grace", [0, "200ms"])

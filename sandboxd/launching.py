@@ -55,6 +55,11 @@ DYING_S_MAX = 0.5
 """How long the kernel takes between the last that can be read of a process and saying that it has ended."""
 
 
+CLAIMS_AT_ONCE = 3
+"""Claims that are carried out at the same time. More finish no sooner, all together; fewer would let one that waits
+for its mount hold up the others."""
+
+
 class Launcher:
     """Makes the sandboxes of a manager, and the slots that some of them are.
 
@@ -106,6 +111,7 @@ class Launcher:
         self._secrets = secrets
         self._idmap_works = idmap_works
         self._sandboxes_max = config.daemon.sandboxes_max
+        self._turns = anyio.Semaphore(CLAIMS_AT_ONCE)
         self.templates = Templates(config, host)
         self.pools = Pools(
             background,
@@ -317,8 +323,9 @@ class Launcher:
         try:
             async with slot.lock:
                 await self._workspaces.fill(slot, places, progress)
-                with anyio.CancelScope(shield=True):
-                    await self._change_to_claimed(slot, before, engine, places, timings)
+                async with self._turns:
+                    with anyio.CancelScope(shield=True):
+                        await self._change_to_claimed(slot, before, engine, places, timings)
         except (RuntimeFailure, LimitNotEnforceable) as error:
             # What has died cannot be proven, either; else it is the caller's limits that cannot.
             passed_over = isinstance(error, RuntimeFailure) or await _has_died(slot)

@@ -385,6 +385,8 @@ class Pools:
                 fills=max(0, self._fills_max - filling),
                 slots=max(0, bucket.settings.slots_max - others - len(bucket.warm) - bucket.filling),
             )
+            if room.slots == 0 and room.fills and self._made_room(bucket, now_s):
+                room = msgspec.structs.replace(room, slots=1)
             plan = planner.plan(bucket.view(), room, now_s)
             if plan.start:
                 spare = self._spare_slots() if spare is None else spare
@@ -401,6 +403,25 @@ class Pools:
             if bucket.idle:
                 self._let_go(recipe, bucket, now_s)
         return wait_s
+
+    def _made_room(self, bucket: Slots, now_s: float) -> bool:
+        """Let a slot of another variant of the template go, for one that is needed more."""
+        missing = planner.target_of(bucket.view(), now_s) > len(bucket.warm) + bucket.filling
+        if bucket.filling or not (bucket.waiters or missing):
+            return False
+        others = [
+            each
+            for each in self._buckets.values()
+            if each is not bucket
+            and each.recipe.template == bucket.recipe.template
+            and each.warm
+            and not each.waiters
+        ]
+        idlest = min(others, key=_last_asked_s, default=None)
+        if idlest is None or not (bucket.waiters or _last_asked_s(idlest) < _last_asked_s(bucket)):
+            return False
+        self._retire(idlest, idlest.warm[0].record.id)
+        return True
 
     def _let_go(self, recipe: Recipe, bucket: Slots, now_s: float) -> None:
         """Forget a variant that nobody has asked for lately; a template's own stays for its figures."""
@@ -459,6 +480,10 @@ class Pools:
             if current is not None and current != bucket.current_image:
                 bucket.current_image = current
                 self._wake()
+
+
+def _last_asked_s(bucket: Slots) -> float:
+    return bucket.asked_s[-1] if bucket.asked_s else 0.0
 
 
 def _exhausted(recipe: Recipe, why: str) -> PoolExhausted:

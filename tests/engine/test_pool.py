@@ -390,14 +390,12 @@ def test_the_engine_is_told_of_a_claims_limits_by_and_by(daemon: Daemon, tmp_pat
         held = kernel.held(box["pid"])
 
         def is_told() -> bool:
-            rows = own.call("sandbox/get", sandbox=box["id"])["limits"]
-            return all(row["reported"] in (None, row["requested"]) for row in rows)
+            host = json.loads(own.client("docker", "inspect", box["container_id"]))[0]["HostConfig"]
+            return bool((host["Memory"], host["PidsLimit"]) == (80 * MIB, 40))
 
         assert not is_told()
         wait_until(is_told, "it said what was asked for")
         assert kernel.held(box["pid"]) == held
-        host = json.loads(own.client("docker", "inspect", box["container_id"]))[0]["HostConfig"]
-        assert (host["Memory"], host["PidsLimit"]) == (80 * MIB, 40)
 
 
 def test_the_limits_of_a_claimed_sandbox_hold(pooled: Daemon, engine: str) -> None:
@@ -531,16 +529,19 @@ def test_slots_of_an_image_that_was_replaced_are_let_go(daemon: Daemon, engine: 
     try:
         with of_its_own(tmp_path / "own", engine, **env) as own:
             warmed(own, engine)
+            wait_until(lambda: all(row["image_id"] for row in slots(own)), "it is known what each was made of")
             old = {row["id"]: row["image_id"] for row in slots(own)}
             archive = tmp_path / "image.tar"
             container = own.client(engine, "create", IMAGE, "true").strip()
             own.client(engine, "export", "--output", str(archive), container)
             own.client(engine, "rm", container)
             own.client(engine, "import", "--change", "LABEL other=yes", str(archive), reference)
-            wait_until(
-                lambda: slots(own) and old.keys().isdisjoint(row["id"] for row in slots(own)), "they were replaced"
-            )
-            assert {row["image_id"] for row in slots(own)}.isdisjoint(old.values())
+
+            def are_replaced() -> bool:
+                images = {row["image_id"] for row in slots(own)}
+                return bool(images) and None not in images and images.isdisjoint(old.values())
+
+            wait_until(are_replaced, "they were replaced")
             with claimed(own, engine) as box:
                 assert box["id"] not in old
     finally:

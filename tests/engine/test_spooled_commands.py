@@ -139,7 +139,8 @@ def test_a_command_is_followed_to_its_end_across_a_kill_of_the_daemon(tmp_path: 
             assert (end["exit_code"], end["status"]) == (5, "nonzero")
             assert daemon.call("commands/wait", **quick)["exit_code"] == 6
             assert logs(daemon, quick) == b"quick\n"
-        wait_until(lambda: not list(tmp_path.rglob("*.out")), "what it wrote went with the sandbox")
+        spools = tmp_path / "state" / "spools"
+        wait_until(lambda: os.listdir(spools) == [], "what it wrote went with the sandbox")
 
 
 def test_many_spooled_commands_leave_nothing_open(daemon: Daemon, box: Box) -> None:

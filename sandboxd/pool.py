@@ -247,9 +247,7 @@ class Pools:
         if bucket is None:
             self._discard(slot)
             return
-        bucket.warm.append(slot)
-        bucket.made_s[slot.record.id] = self._clock() - age_s
-        bucket.image_ids[slot.record.id] = slot.record.image_id
+        self._keep(bucket, slot, self._clock() - age_s)
         self._wake()
 
     def lost(self, slot: Sandbox) -> None:
@@ -275,8 +273,12 @@ class Pools:
                 waiter.slot = slot
                 waiter.served.set()
                 return
+        self._keep(bucket, slot, self._clock())
+
+    @staticmethod
+    def _keep(bucket: Slots, slot: Sandbox, made_s: float) -> None:
         bucket.warm.append(slot)
-        bucket.made_s[slot.record.id] = self._clock()
+        bucket.made_s[slot.record.id] = made_s
         bucket.image_ids[slot.record.id] = slot.record.image_id
 
     # --- what users say -------------------------------------------------------------------------------
@@ -306,10 +308,8 @@ class Pools:
         count = 0
         for bucket in self._of(template):
             bucket.drained = True
-            while bucket.warm:
-                slot = bucket.warm.popleft()
-                self._forget(bucket, slot)
-                self._discard(slot)
+            for slot in list(bucket.warm):
+                self._drop(bucket, slot)
                 count += 1
         self._wake()
         return count
@@ -321,19 +321,19 @@ class Pools:
             PoolExhausted: they cannot be made; the detail says why.
         """
         buckets = self._of(template)
-        for bucket in buckets[:1]:
-            bucket.drained = False
-            bucket.failures = 0
-            bucket.asked_s.extend([self._clock()] * max(0, min(count, bucket.settings.slots_max) - 1))
-            if not bucket.asked_s:
-                bucket.asked_s.append(self._clock())
-            self._wake()
-            wanted = min(count, bucket.settings.slots_max)
-            with anyio.move_on_after(deadline_s):
-                while len(bucket.warm) < wanted and not bucket.failures:
-                    await self._changed_soon()
-            if len(bucket.warm) < wanted and bucket.failure:
-                raise _exhausted(bucket.recipe, bucket.failure)
+        own = buckets[0]
+        wanted = min(count, own.settings.slots_max)
+        own.drained = False
+        own.failures = 0
+        own.asked_s.extend([self._clock()] * max(0, wanted - 1))
+        if not own.asked_s:
+            own.asked_s.append(self._clock())
+        self._wake()
+        with anyio.move_on_after(deadline_s):
+            while len(own.warm) < wanted and not own.failures:
+                await self._changed_soon()
+        if len(own.warm) < wanted and own.failure:
+            raise _exhausted(own.recipe, own.failure)
         return sum(len(bucket.warm) for bucket in buckets)
 
     async def _changed_soon(self) -> None:
@@ -382,20 +382,21 @@ class Pools:
                 if each is not bucket and each.recipe.template == recipe.template
             )
             room = Room(
-                fills=max(0, self._fills_max - filling),
+                fills=0 if self._closed else max(0, self._fills_max - filling),
                 slots=max(0, bucket.settings.slots_max - others - len(bucket.warm) - bucket.filling),
             )
-            if room.slots == 0 and room.fills and self._made_room(bucket, now_s):
-                room = msgspec.structs.replace(room, slots=1)
-            plan = planner.plan(bucket.view(), room, now_s)
+            view = bucket.view()
+            # Memory, and the place of another's slot, are asked for only by who would make one of it.
+            plan = planner.plan(view, msgspec.structs.replace(room, slots=max(room.slots, 1)), now_s)
             if plan.start:
                 spare = self._spare_slots() if spare is None else spare
-                plan = planner.plan(bucket.view(), msgspec.structs.replace(room, slots=min(room.slots, spare)), now_s)
+                slots = room.slots or (1 if spare > 0 and self._made_room(bucket) else 0)
+                plan = planner.plan(view, msgspec.structs.replace(room, slots=min(slots, spare)), now_s)
                 spare -= plan.start
             bucket.target = plan.target
             for slot_id in plan.retire:
                 self._retire(bucket, slot_id)
-            for _ in range(0 if self._closed else plan.start):
+            for _ in range(plan.start):
                 bucket.filling += 1
                 self._background.start(self._fill_one, bucket)
             if plan.look_again_s is not None:
@@ -404,11 +405,8 @@ class Pools:
                 self._let_go(recipe, bucket, now_s)
         return wait_s
 
-    def _made_room(self, bucket: Slots, now_s: float) -> bool:
-        """Let a slot of another variant of the template go, for one that is needed more."""
-        missing = planner.target_of(bucket.view(), now_s) > len(bucket.warm) + bucket.filling
-        if bucket.filling or not (bucket.waiters or missing):
-            return False
+    def _made_room(self, bucket: Slots) -> bool:
+        """Let a slot of another variant of the template go: one asked for longer ago, or any for who waits."""
         others = [
             each
             for each in self._buckets.values()
@@ -416,11 +414,15 @@ class Pools:
             and each.recipe.template == bucket.recipe.template
             and each.warm
             and not each.waiters
+            and (
+                bucket.waiters
+                or (len(each.warm) > each.settings.slots_min and _last_asked_s(each) < _last_asked_s(bucket))
+            )
         ]
-        idlest = min(others, key=_last_asked_s, default=None)
-        if idlest is None or not (bucket.waiters or _last_asked_s(idlest) < _last_asked_s(bucket)):
+        if bucket.filling or not others:
             return False
-        self._retire(idlest, idlest.warm[0].record.id)
+        idlest = min(others, key=_last_asked_s)
+        self._drop(idlest, idlest.warm[0])
         return True
 
     def _let_go(self, recipe: Recipe, bucket: Slots, now_s: float) -> None:
@@ -430,12 +432,14 @@ class Pools:
             del self._buckets[recipe]
 
     def _retire(self, bucket: Slots, slot_id: str) -> None:
-        for slot in bucket.warm:
-            if slot.record.id == slot_id:
-                bucket.warm.remove(slot)
-                self._forget(bucket, slot)
-                self._discard(slot)
-                return
+        for slot in [each for each in bucket.warm if each.record.id == slot_id]:
+            self._drop(bucket, slot)
+
+    def _drop(self, bucket: Slots, slot: Sandbox) -> None:
+        """Let a warm slot go."""
+        bucket.warm.remove(slot)
+        self._forget(bucket, slot)
+        self._discard(slot)
 
     async def _fill_one(self, bucket: Slots) -> None:
         started_s = self._clock()

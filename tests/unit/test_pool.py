@@ -302,6 +302,42 @@ async def test_idle_slots_of_another_variant_make_room_for_who_waits() -> None:
         assert sum(len(bucket.warm) + bucket.filling for bucket in pools.buckets()) <= 3
 
 
+async def test_a_variant_that_cannot_be_made_takes_no_place_of_another() -> None:
+    """Nor does one for which there is no memory: the slots that there are would go, and nothing come of it."""
+    world = World()
+    world.settings = msgspec.structs.replace(world.settings, slots_max=3)
+    other = msgspec.structs.replace(RECIPE, user=User(uid=1234, gid=1234))
+    async with world.running() as pools:
+        for _ in range(3):
+            pools.take(RECIPE)
+        await world.until(lambda: len(world.bucket().warm) == 3)
+        world.failing = EngineRefused("cannot create a container")
+        for _ in range(10):
+            pools.take(other)
+            await anyio.sleep(0.03)
+        assert len(world.discarded) == 1, "for the one that was tried"
+        world.spare = 0
+        world.now_s += 30.0
+        pools.take(other)
+        await anyio.sleep(0.1)
+        assert len(world.bucket().warm) == 2
+
+
+async def test_what_is_always_kept_is_given_up_only_for_who_waits() -> None:
+    world = World()
+    world.settings = msgspec.structs.replace(world.settings, slots_min=3, slots_max=3)
+    variant = msgspec.structs.replace(
+        RECIPE, prebound=WorkspaceRecord(path="/project", read_only=False, mounted="same-uid")
+    )
+    async with world.running() as pools:
+        pools.keep(RECIPE)
+        await world.until(lambda: len(world.bucket().warm) == 3)
+        pools.take(variant)
+        await anyio.sleep(0.1)
+        assert len(world.bucket().warm) == 3
+        assert await pools.wait(variant, deadline_s=PATIENCE_S) is world.made[-1]
+
+
 async def test_a_pool_of_nothing_is_no_pool() -> None:
     world = World()
     world.settings = msgspec.structs.replace(world.settings, slots_max=0)

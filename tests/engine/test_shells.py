@@ -198,8 +198,10 @@ def test_a_caller_that_goes_away_interrupts_its_text(daemon: Daemon, box: dict[s
     """Nobody would take the answer; the shell is to be there for the next caller."""
     ref = {"sandbox": box["id"], "shell_id": shell.shell_id}
     with daemon.connect() as connection:
-        connection.send("shells/run", {**ref, "text": "mark=1; sleep 1000"})
-        wait_until(lambda: rows(daemon, box)[shell.shell_id] == "busy", "the text runs")
+        connection.send("shells/run", {**ref, "text": "mark=1; : > /tmp/began; sleep 1000"})
+        # The shell is busy before it has read a word of the text.
+        began = {"sandbox": box["id"], "path": "/tmp/began"}
+        wait_until(lambda: daemon.call("files/exists", **began)["exists"], "the text runs")
     wait_until(lambda: rows(daemon, box)[shell.shell_id] == "idle", "it was interrupted")
     assert shell.run("echo $mark").stdout == "1\n"
 

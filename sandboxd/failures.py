@@ -66,6 +66,18 @@ class NotFound(Failure):
     exit_code = Exit.NO_SUCH_SANDBOX
 
 
+class NoSuchSandbox(NotFound):
+    """No sandbox has this id or name."""
+
+    code = -32015
+
+
+class NoSuchFile(NotFound):
+    """Nothing has this path in the sandbox."""
+
+    code = -32016
+
+
 class Conflict(Failure):
     """The thing is not in a state in which this can be done."""
 
@@ -166,6 +178,8 @@ FAILURES: tuple[type[Failure], ...] = (
     Failure,
     InvalidArgument,
     NotFound,
+    NoSuchSandbox,
+    NoSuchFile,
     Conflict,
     Timeout,
     LimitNotEnforceable,

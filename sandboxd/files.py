@@ -23,8 +23,8 @@ from sandboxd.failures import (
     Conflict,
     Failure,
     InvalidArgument,
+    NoSuchFile,
     NotEnoughSpace,
-    NotFound,
     Unsupported,
 )
 
@@ -51,7 +51,7 @@ _TYPES = {
 }
 
 _BY_ERRNO: dict[int, type[Failure]] = {
-    errno.ENOENT: NotFound,
+    errno.ENOENT: NoSuchFile,
     errno.EINVAL: InvalidArgument,
     errno.ENAMETOOLONG: InvalidArgument,
     errno.EISDIR: InvalidArgument,

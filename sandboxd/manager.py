@@ -30,7 +30,7 @@ from sandboxd.containers import Containers, programs_of
 from sandboxd.enforcing import Enforcer, require_proof
 from sandboxd.engine_records import EngineRecords
 from sandboxd.engines import EngineRoom
-from sandboxd.failures import Conflict, Failure, InvalidArgument, NotFound, SandboxGone
+from sandboxd.failures import Conflict, Failure, InvalidArgument, NoSuchSandbox, SandboxGone
 from sandboxd.journal import Journal, SandboxRecord
 from sandboxd.lifecycle import Event, State, next_state
 from sandboxd.limits import Host, output_bytes_max, passable
@@ -161,7 +161,7 @@ class Manager:
             leaving: By its id, one that is as good as gone is found, too.
 
         Raises:
-            NotFound: there is none.
+            NoSuchSandbox: there is none.
             InvalidArgument: the prefix fits several.
         """
         exact = self._sandboxes.get(reference)
@@ -183,7 +183,7 @@ class Manager:
                 detail=f"{len(fitting)} ids begin with it",
                 hint="sandboxctl ls",
             )
-        raise NotFound(f"cannot find sandbox {reference!r}", hint="sandboxctl ls")
+        raise NoSuchSandbox(f"cannot find sandbox {reference!r}", hint="sandboxctl ls")
 
     # --- having and forgetting --------------------------------------------------------------------------
 

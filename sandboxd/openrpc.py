@@ -166,7 +166,7 @@ def wire_table() -> str:
         "}",
         "",
         "EXIT_CODES: dict[str, int] = {",
-        *(f'    "{failure.type}": {int(failure.exit_code)},' for failure in FAILURES),
+        *(f'    "{kind}": {code},' for kind, code in {each.type: int(each.exit_code) for each in FAILURES}.items()),
     ]
     return "\n".join([*lines, "}", ""])
 

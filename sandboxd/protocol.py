@@ -387,6 +387,7 @@ class SandboxSummary(Reply, frozen=True):
     created_at_ms: int
     commands_running: int
     verified: bool
+    metadata: dict[str, str] = {}
     expires_at_ms: int | None = None
     """Milliseconds since the epoch; null: never."""
     problems: list[Problem] = []

@@ -10,17 +10,19 @@ from sandboxd.client.connection import FRAME_BYTES_MAX, Connection, Message, Not
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from sandboxd.client.aio import AsyncCommandHandle, AsyncSandbox, AsyncShell
+    from sandboxd.client.aio import AsyncCommandHandle, AsyncSandbox, AsyncSandboxPaginator, AsyncShell
     from sandboxd.client.aio_files import AsyncFiles, AsyncWatchHandle
     from sandboxd.client.copying import Skipped, TransferInfo
     from sandboxd.client.errors import (
         AuthenticationException,
         CommandExitException,
+        FileNotFoundException,
         InvalidArgumentException,
         NotEnoughSpaceException,
         NotFoundException,
         RateLimitException,
         SandboxException,
+        SandboxNotFoundException,
         TimeoutException,
     )
     from sandboxd.client.file_model import (
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
         PtySize,
         SandboxInfo,
         SandboxMetrics,
+        SandboxPaginator,
         SandboxQuery,
         SandboxVerification,
         ShellInfo,
@@ -50,17 +53,19 @@ if TYPE_CHECKING:
     from sandboxd.client.sandbox import CommandHandle, Sandbox, Shell
 
 _ROOMS = {
-    "aio": ("AsyncCommandHandle", "AsyncSandbox", "AsyncShell"),
+    "aio": ("AsyncCommandHandle", "AsyncSandbox", "AsyncSandboxPaginator", "AsyncShell"),
     "aio_files": ("AsyncFiles", "AsyncWatchHandle"),
     "copying": ("Skipped", "TransferInfo"),
     "errors": (
         "AuthenticationException",
         "CommandExitException",
+        "FileNotFoundException",
         "InvalidArgumentException",
         "NotEnoughSpaceException",
         "NotFoundException",
         "RateLimitException",
         "SandboxException",
+        "SandboxNotFoundException",
         "TimeoutException",
     ),
     "file_model": (
@@ -82,6 +87,7 @@ _ROOMS = {
         "PtySize",
         "SandboxInfo",
         "SandboxMetrics",
+        "SandboxPaginator",
         "SandboxQuery",
         "SandboxVerification",
         "ShellInfo",
@@ -95,6 +101,7 @@ __all__ = [
     "AsyncCommandHandle",
     "AsyncFiles",
     "AsyncSandbox",
+    "AsyncSandboxPaginator",
     "AsyncShell",
     "AsyncWatchHandle",
     "AuthenticationException",
@@ -103,6 +110,7 @@ __all__ = [
     "CommandResult",
     "Connection",
     "EntryInfo",
+    "FileNotFoundException",
     "FileType",
     "Files",
     "FilesystemEvent",
@@ -124,6 +132,8 @@ __all__ = [
     "SandboxException",
     "SandboxInfo",
     "SandboxMetrics",
+    "SandboxNotFoundException",
+    "SandboxPaginator",
     "SandboxQuery",
     "SandboxVerification",
     "Shell",

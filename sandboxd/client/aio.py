@@ -6,12 +6,14 @@ the daemon then ends what was asked for. Requests are small and the socket is lo
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import anyio
 
-from sandboxd.client.aio_calls import call, connect, late, settled
+from sandboxd.client.aio_calls import call, connect, settled
 from sandboxd.client.aio_files import AsyncFiles
+from sandboxd.client.calls import late
 from sandboxd.client.connection import Connection
 from sandboxd.client.errors import NotFoundException, SandboxException, translated
 from sandboxd.client.following import Chunk, Following, checked, input_params
@@ -37,6 +39,7 @@ from sandboxd.client.model import (
     create_params,
     find_command,
     given,
+    host_of,
     input_bytes,
     limits_params,
     list_params,
@@ -54,7 +57,7 @@ from sandboxd.client.model import (
 from sandboxd.client.sandbox import InstanceOrClass
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
     from types import TracebackType
     from typing import Self, Unpack
 
@@ -78,6 +81,11 @@ async def receive(connection: Connection, following: Following, timeout_s: float
             connection.send(*request)
 
 
+def left(deadline: float | None) -> float | None:
+    """Seconds until then; None: there is no end."""
+    return None if deadline is None else max(deadline - time.monotonic(), 0)
+
+
 class AsyncCommandHandle:
     """A command that runs in the background. Iterate over it, or ``wait`` for it; its output is kept until then.
 
@@ -95,6 +103,7 @@ class AsyncCommandHandle:
         on_data: BytesCallback | None = None,
         *,
         pty: bool = False,
+        timeout: float | None = None,
     ) -> None:
         self._ref = {"sandbox": sandbox_id, "command_id": command_id}
         self._pid = pid
@@ -102,6 +111,7 @@ class AsyncCommandHandle:
         self._on_stdout = on_stdout
         self._on_stderr = on_stderr
         self._on_data = on_data
+        self._timeout_s = timeout or None
         self._connection: Connection | None = None
         self._following = Following()
 
@@ -145,7 +155,8 @@ class AsyncCommandHandle:
 
         Raises:
             CommandExitException: It did not exit with 0.
-            TimeoutException: It ran into the timeout that it was started with.
+            TimeoutException: It ran into the timeout that it was started with; or, where there is no ``result``, the
+                handle into its own, and the command goes on.
         """
         on_data = on_pty or self._on_data
         async for chunk in self._chunks():
@@ -161,13 +172,13 @@ class AsyncCommandHandle:
         """Kill it and everything that it started. False: it had ended."""
         return await kill(self._ref)
 
-    async def send_stdin(self, data: str | bytes) -> None:
+    async def send_stdin(self, data: str | bytes, request_timeout: float | None = None) -> None:
         """Write to its stdin or terminal."""
-        await send_stdin(self._ref, data)
+        await send_stdin(self._ref, data, request_timeout)
 
-    async def close_stdin(self) -> None:
+    async def close_stdin(self, request_timeout: float | None = None) -> None:
         """Close its stdin: it reads end of file."""
-        await call("commands/close_stdin", self._ref)
+        await call("commands/close_stdin", self._ref, request_timeout)
 
     async def disconnect(self) -> None:
         """Stop following it, from the task that does. It goes on, and ``wait`` takes up where this left off."""
@@ -177,6 +188,7 @@ class AsyncCommandHandle:
 
     async def _chunks(self) -> AsyncIterator[Chunk]:
         following = self._following
+        deadline = None if self._timeout_s is None else time.monotonic() + self._timeout_s
         with translated():
             if not following.ended():
                 connection = self._connection = await connect()
@@ -187,7 +199,7 @@ class AsyncCommandHandle:
                         while following.chunks:
                             yield following.chunks.popleft()
                         if self._connection is connection:
-                            await receive(connection, following)
+                            await receive(connection, following, left(deadline))
                 finally:
                     connection.close()
         while following.chunks and following.ended():
@@ -343,10 +355,21 @@ class AsyncCommands(_Processes):
         on_stdout: TextCallback | None = None,
         on_stderr: TextCallback | None = None,
         request_timeout: float | None = None,
+        timeout: float | None = None,
     ) -> AsyncCommandHandle:
-        """A handle on a command that was started in the background, by its pid inside or by its id."""
+        """A handle on a command that was started in the background, by its pid inside or by its id.
+
+        Args:
+            pid: What names it.
+            on_stdout: Called by ``wait`` with each portion of text; may be async.
+            on_stderr: The same.
+            request_timeout: Seconds for the daemon to find it.
+            timeout: Seconds that the handle may be waited for; the command goes on then. 0, and the default: no end.
+        """
         found = find_command(await self._list(request_timeout), pid)
-        return AsyncCommandHandle(self._sandbox_id, found.command_id, found.pid, on_stdout, on_stderr)
+        return AsyncCommandHandle(
+            self._sandbox_id, found.command_id, found.pid, on_stdout, on_stderr, timeout=timeout
+        )
 
     async def close_stdin(self, pid: int | str, request_timeout: float | None = None) -> None:
         """Close a command's stdin: it reads end of file."""
@@ -390,11 +413,24 @@ class AsyncPty(_Processes):
         return AsyncCommandHandle(self._sandbox_id, *started, on_data=on_data, pty=True)
 
     async def connect(
-        self, pid: int | str, on_data: BytesCallback | None = None, request_timeout: float | None = None
+        self,
+        pid: int | str,
+        on_data: BytesCallback | None = None,
+        request_timeout: float | None = None,
+        timeout: float | None = None,
     ) -> AsyncCommandHandle:
-        """A handle on a terminal, by its pid inside or by its id. What it showed until now comes first."""
+        """A handle on a terminal, by its pid inside or by its id. What it showed until now comes first.
+
+        Args:
+            pid: What names it.
+            on_data: Called by ``wait`` with each portion of what it shows; may be async.
+            request_timeout: Seconds for the daemon to find it.
+            timeout: Seconds that the handle may be waited for; the terminal goes on then. 0, and the default: no end.
+        """
         found = find_command(await self._list(request_timeout), pid)
-        return AsyncCommandHandle(self._sandbox_id, found.command_id, found.pid, on_data=on_data, pty=True)
+        return AsyncCommandHandle(
+            self._sandbox_id, found.command_id, found.pid, on_data=on_data, pty=True, timeout=timeout
+        )
 
     async def resize(self, pid: int | str, size: PtySize, request_timeout: float | None = None) -> None:
         """Change a terminal's size."""
@@ -496,6 +532,35 @@ class AsyncShells:
         return [shell_info(row) for row in reply["shells"]]
 
 
+class AsyncSandboxPaginator:
+    """The sandboxes of this daemon, asked for when it is awaited, or by ``next_items``. There is one page."""
+
+    def __init__(self, query: SandboxQuery | None, request_timeout: float | None) -> None:
+        self._query = query
+        self._request_timeout = request_timeout
+        self._has_next = True
+
+    @property
+    def has_next(self) -> bool:
+        """Whether the page was not yet taken."""
+        return self._has_next
+
+    def __await__(self) -> Generator[Any, Any, list[ListedSandbox]]:
+        return self._listed().__await__()
+
+    async def next_items(self) -> list[ListedSandbox]:
+        """All of them; after that, none."""
+        if not self._has_next:
+            return []
+        listed = await self._listed()
+        self._has_next = False
+        return listed
+
+    async def _listed(self) -> list[ListedSandbox]:
+        reply = await call("sandbox/list", list_params(self._query), self._request_timeout)
+        return listed_sandboxes(reply, self._query)
+
+
 class AsyncSandbox:
     """A sandbox, for async code: made by ``create``, found by ``connect``. An ``async with`` kills it at its end."""
 
@@ -543,9 +608,9 @@ class AsyncSandbox:
     resume = connect
 
     @staticmethod
-    async def list(query: SandboxQuery | None = None, request_timeout: float | None = None) -> list[ListedSandbox]:
-        """The sandboxes of this daemon, or those that the query means."""
-        return listed_sandboxes(await call("sandbox/list", list_params(query), request_timeout), query)
+    def list(query: SandboxQuery | None = None, request_timeout: float | None = None) -> AsyncSandboxPaginator:
+        """The sandboxes of this daemon, or those that the query means: awaited, a list; or asked for its page."""
+        return AsyncSandboxPaginator(query, request_timeout)
 
     @property
     def sandbox_id(self) -> str:
@@ -598,6 +663,18 @@ class AsyncSandbox:
             SandboxException: It does not run, or its engine cannot.
         """
         await call("sandbox/pause", self._ref, request_timeout)
+
+    async def get_host(self, port: int, request_timeout: float | None = None) -> str:
+        """Where a port inside is reached from this host: ``127.0.0.1`` and a port that leads there, made if need be.
+
+        Raises:
+            SandboxException: The sandbox does not run.
+        """
+        forwards = (await call("ports/list", self._ref, request_timeout))["forwards"]
+        found = host_of(forwards, port)
+        return found or str(
+            host_of([await call("ports/forward", {**self._ref, "port": port}, request_timeout)], port)
+        )
 
     async def get_metrics(self, request_timeout: float | None = None) -> Sequence[SandboxMetrics]:
         """Its usage now, as the only element of a list."""

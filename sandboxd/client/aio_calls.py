@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import anyio.to_thread
 
-from sandboxd.client.calls import only, take_opened
-from sandboxd.client.connection import Connection, NotRunning, RpcError, result_of
+from sandboxd.client.calls import late, only, take_opened
+from sandboxd.client.connection import Connection, NotRunning, result_of
 from sandboxd.client.errors import translated
 from sandboxd.client.starting import start
 from sandboxd.paths import socket_path
@@ -74,11 +74,6 @@ async def call_on(
             if reply is not None:
                 return result_of(reply)
     raise late()
-
-
-def late() -> RpcError:
-    """A request took longer than its caller wanted to wait."""
-    return RpcError(0, "timeout", "the daemon did not answer in time", hint="give request_timeout")
 
 
 async def settled(answer: object) -> None:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 import anyio
 import anyio.to_thread
 
-from sandboxd.client.aio_calls import call, connect, late, open_file, settled
+from sandboxd.client.aio_calls import call, connect, open_file, settled
+from sandboxd.client.calls import late
 from sandboxd.client.connection import result_of
 from sandboxd.client.content import INLINE_BYTES_MAX, FileStream, read_all, source
 from sandboxd.client.errors import SandboxException, TimeoutException, translated

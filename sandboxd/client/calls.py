@@ -31,6 +31,11 @@ def call(
         return connection.call(method, params, descriptors, on_notification, timeout_s)
 
 
+def late() -> RpcError:
+    """A request took longer than its caller wanted to wait."""
+    return RpcError(0, "timeout", "the daemon did not answer in time", hint="give request_timeout")
+
+
 def open_file(connection: Connection, params: Mapping[str, Any], timeout_s: float | None = None) -> int:
     """A descriptor to read a file of a sandbox from; the caller's to close.
 

@@ -46,6 +46,14 @@ class NotFoundException(SandboxException):
     """No such sandbox or command, or it is gone."""
 
 
+class SandboxNotFoundException(NotFoundException):
+    """No such sandbox, or it is gone."""
+
+
+class FileNotFoundException(NotFoundException):
+    """No such file in the sandbox."""
+
+
 class InvalidArgumentException(SandboxException):
     """A value cannot be meant."""
 
@@ -95,7 +103,7 @@ class CommandExitException(SandboxException):
 _EXCEPTIONS: dict[str, type[SandboxException]] = {
     "timeout": TimeoutException,
     "not_found": NotFoundException,
-    "sandbox_gone": NotFoundException,
+    "sandbox_gone": SandboxNotFoundException,
     "invalid_argument": InvalidArgumentException,
     "limit_not_enforceable": InvalidArgumentException,
     "unsupported": InvalidArgumentException,
@@ -105,9 +113,13 @@ _EXCEPTIONS: dict[str, type[SandboxException]] = {
 }
 
 
+_BY_CODE: dict[int, type[SandboxException]] = {-32015: SandboxNotFoundException, -32016: FileNotFoundException}
+"""Where one type has several codes; as in ``failures``, which an older daemon may not have."""
+
+
 def exception_from(error: RpcError) -> SandboxException:
     """The exception that an error of the connection is."""
-    kind = _EXCEPTIONS.get(error.type, SandboxException)
+    kind = _BY_CODE.get(error.code) or _EXCEPTIONS.get(error.type, SandboxException)
     return kind(error.brief, error.detail, error.hint, error.type)
 
 

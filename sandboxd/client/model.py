@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 from sandboxd.client.errors import InvalidArgumentException, NotFoundException
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 SHELL = "/bin/sh"
 LOGIN_SHELL = (
@@ -23,6 +23,9 @@ LOGIN_SHELL = (
 
 COMMAND_TIMEOUT_S = 60.0
 """For commands that are waited for. Those in the background have none unless they are given one."""
+
+LOOPBACK = "127.0.0.1"
+MIB_BYTES = 1024 * 1024
 
 SIGNAL_BASE = 128
 """A shell's way to put the number of a signal into an exit code."""
@@ -152,6 +155,24 @@ class SandboxInfo:
     """Seconds."""
     on_timeout: str
 
+    @property
+    def cpu_count(self) -> float | None:
+        """How many CPUs it may use; None: no limit of its own was proven."""
+        millis = self._effective("cpus")
+        return None if millis is None else millis / 1000
+
+    @property
+    def memory_mb(self) -> int | None:
+        """How much memory it may use, in MiB; None: no limit of its own was proven."""
+        limit = self._effective("memory")
+        return None if limit is None else limit // MIB_BYTES
+
+    def _effective(self, name: str) -> int | None:
+        for limit in self.limits:
+            if limit.name == name and isinstance(limit.effective, int):
+                return limit.effective
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class ListedSandbox:
@@ -161,6 +182,7 @@ class ListedSandbox:
     template_id: str
     image: str
     name: str | None
+    metadata: Env
     started_at: datetime
     state: str
     engine: str
@@ -169,6 +191,25 @@ class ListedSandbox:
     verified: bool
     end_at: datetime | None
     problems: list[Problem]
+
+
+class SandboxPaginator(list[ListedSandbox]):
+    """Sandboxes: a list, and for code that turns pages one page."""
+
+    def __init__(self, listed: Iterable[ListedSandbox] = ()) -> None:
+        super().__init__(listed)
+        self._has_next = True
+
+    @property
+    def has_next(self) -> bool:
+        """Whether the page was not yet taken."""
+        return self._has_next
+
+    def next_items(self) -> list[ListedSandbox]:
+        """All of them; after that, none."""
+        page = list(self) if self._has_next else []
+        self._has_next = False
+        return page
 
 
 @dataclass(frozen=True, slots=True)
@@ -423,6 +464,14 @@ def end_at(reply: Mapping[str, Any]) -> datetime | None:
     return None if expires_at_ms is None else datetime.fromtimestamp(expires_at_ms / 1000, UTC)
 
 
+def host_of(forwards: Sequence[Mapping[str, Any]], port: int) -> str | None:
+    """The place on this host's own loopback that leads to a port inside; None: none of these does."""
+    for forward in forwards:
+        if forward["port"] == port and forward["address"] == LOOPBACK and not forward["problem"]:
+            return f"{LOOPBACK}:{forward['host_port']}"
+    return None
+
+
 def limit_reports(reply: Mapping[str, Any]) -> list[LimitReport]:
     """The limits in a reply."""
     names = LimitReport.__slots__
@@ -471,6 +520,7 @@ def listed_sandboxes(reply: Mapping[str, Any], query: SandboxQuery | None) -> li
             template_id=row["template"],
             image=row["image"],
             name=row["name"],
+            metadata=row.get("metadata", {}),
             started_at=started_at(row),
             state=row["state"],
             engine=row["engine"],

@@ -12,8 +12,8 @@ import select
 import time
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
-from sandboxd.client.calls import call
-from sandboxd.client.connection import Connection, RpcError
+from sandboxd.client.calls import call, late
+from sandboxd.client.connection import Connection
 from sandboxd.client.errors import NotFoundException, SandboxException, translated
 from sandboxd.client.files import Files
 from sandboxd.client.following import Chunk, Following, checked, input_params
@@ -24,11 +24,11 @@ from sandboxd.client.model import (
     CreateOptions,
     Env,
     LimitOptions,
-    ListedSandbox,
     ProcessInfo,
     PtySize,
     SandboxInfo,
     SandboxMetrics,
+    SandboxPaginator,
     SandboxQuery,
     SandboxVerification,
     ShellInfo,
@@ -39,6 +39,7 @@ from sandboxd.client.model import (
     create_params,
     find_command,
     given,
+    host_of,
     input_bytes,
     limits_params,
     list_params,
@@ -95,7 +96,7 @@ def receive(connection: Connection, following: Following, deadline: float | None
         poll = select.poll()
         poll.register(connection.fileno(), select.POLLIN)
         if not poll.poll(max(deadline - time.monotonic(), 0) * 1000):
-            raise RpcError(0, "timeout", "the daemon did not answer in time", hint="give request_timeout")
+            raise late()
     for message in connection.read():
         request = following.take(message.content)
         if request is not None:
@@ -119,6 +120,7 @@ class CommandHandle:
         on_data: BytesCallback | None = None,
         *,
         pty: bool = False,
+        timeout: float | None = None,
     ) -> None:
         self._ref = {"sandbox": sandbox_id, "command_id": command_id}
         self._pid = pid
@@ -126,6 +128,7 @@ class CommandHandle:
         self._on_stdout = on_stdout
         self._on_stderr = on_stderr
         self._on_data = on_data
+        self._timeout_s = timeout or None
         self._connection: Connection | None = None
         self._following = Following()
 
@@ -169,7 +172,8 @@ class CommandHandle:
 
         Raises:
             CommandExitException: It did not exit with 0.
-            TimeoutException: It ran into the timeout that it was started with.
+            TimeoutException: It ran into the timeout that it was started with; or, where there is no ``result``, the
+                handle into its own, and the command goes on.
         """
         on_data = on_pty or self._on_data
         for chunk in self._chunks():
@@ -185,13 +189,13 @@ class CommandHandle:
         """Kill it and everything that it started. False: it had ended."""
         return kill(self._ref)
 
-    def send_stdin(self, data: str | bytes) -> None:
+    def send_stdin(self, data: str | bytes, request_timeout: float | None = None) -> None:
         """Write to its stdin or terminal."""
-        send_stdin(self._ref, data)
+        send_stdin(self._ref, data, request_timeout)
 
-    def close_stdin(self) -> None:
+    def close_stdin(self, request_timeout: float | None = None) -> None:
         """Close its stdin: it reads end of file."""
-        call("commands/close_stdin", self._ref)
+        call("commands/close_stdin", self._ref, request_timeout)
 
     def disconnect(self) -> None:
         """Stop following it, from the thread that does. It goes on, and ``wait`` takes up where this left off."""
@@ -204,6 +208,7 @@ class CommandHandle:
 
     def _chunks(self) -> Iterator[Chunk]:
         following = self._following
+        deadline = None if self._timeout_s is None else time.monotonic() + self._timeout_s
         with translated():
             if not following.ended():
                 connection = self._connection = connect_or_start(os.environ)
@@ -214,7 +219,7 @@ class CommandHandle:
                         while following.chunks:
                             yield following.chunks.popleft()
                         if self._connection is connection:
-                            receive(connection, following)
+                            receive(connection, following, deadline)
                 finally:
                     connection.close()
         while following.chunks and following.ended():
@@ -367,10 +372,19 @@ class Commands(_Processes):
         on_stdout: TextCallback | None = None,
         on_stderr: TextCallback | None = None,
         request_timeout: float | None = None,
+        timeout: float | None = None,
     ) -> CommandHandle:
-        """A handle on a command that was started in the background, by its pid inside or by its id."""
+        """A handle on a command that was started in the background, by its pid inside or by its id.
+
+        Args:
+            pid: What names it.
+            on_stdout: Called by ``wait`` with each portion of text.
+            on_stderr: The same.
+            request_timeout: Seconds for the daemon to find it.
+            timeout: Seconds that the handle may be waited for; the command goes on then. 0, and the default: no end.
+        """
         found = find_command(self._list(request_timeout), pid)
-        return CommandHandle(self._sandbox_id, found.command_id, found.pid, on_stdout, on_stderr)
+        return CommandHandle(self._sandbox_id, found.command_id, found.pid, on_stdout, on_stderr, timeout=timeout)
 
     def close_stdin(self, pid: int | str, request_timeout: float | None = None) -> None:
         """Close a command's stdin: it reads end of file."""
@@ -424,11 +438,24 @@ class Pty(_Processes):
         return CommandHandle(self._sandbox_id, *self._start(params, request_timeout), on_data=on_data, pty=True)
 
     def connect(
-        self, pid: int | str, on_data: BytesCallback | None = None, request_timeout: float | None = None
+        self,
+        pid: int | str,
+        on_data: BytesCallback | None = None,
+        request_timeout: float | None = None,
+        timeout: float | None = None,
     ) -> CommandHandle:
-        """A handle on a terminal, by its pid inside or by its id. What it showed until now comes first."""
+        """A handle on a terminal, by its pid inside or by its id. What it showed until now comes first.
+
+        Args:
+            pid: What names it.
+            on_data: Called by ``wait`` with each portion of what it shows.
+            request_timeout: Seconds for the daemon to find it.
+            timeout: Seconds that the handle may be waited for; the terminal goes on then. 0, and the default: no end.
+        """
         found = find_command(self._list(request_timeout), pid)
-        return CommandHandle(self._sandbox_id, found.command_id, found.pid, on_data=on_data, pty=True)
+        return CommandHandle(
+            self._sandbox_id, found.command_id, found.pid, on_data=on_data, pty=True, timeout=timeout
+        )
 
     def resize(self, pid: int | str, size: PtySize, request_timeout: float | None = None) -> None:
         """Change a terminal's size."""
@@ -580,9 +607,10 @@ class Sandbox:
     resume = connect
 
     @staticmethod
-    def list(query: SandboxQuery | None = None, request_timeout: float | None = None) -> list[ListedSandbox]:
-        """The sandboxes of this daemon, or those that the query means."""
-        return listed_sandboxes(call("sandbox/list", list_params(query), request_timeout), query)
+    def list(query: SandboxQuery | None = None, request_timeout: float | None = None) -> SandboxPaginator:
+        """The sandboxes of this daemon, or those that the query means: a list, which has its page as well."""
+        reply = call("sandbox/list", list_params(query), request_timeout)
+        return SandboxPaginator(listed_sandboxes(reply, query))
 
     def _adopt(self, sandbox_id: str) -> None:
         self._sandbox_id = sandbox_id
@@ -646,6 +674,16 @@ class Sandbox:
             SandboxException: It does not run, or its engine cannot.
         """
         call("sandbox/pause", self._ref, request_timeout)
+
+    def get_host(self, port: int, request_timeout: float | None = None) -> str:
+        """Where a port inside is reached from this host: ``127.0.0.1`` and a port that leads there, made if need be.
+
+        Raises:
+            SandboxException: The sandbox does not run.
+        """
+        forwards = call("ports/list", self._ref, request_timeout)["forwards"]
+        found = host_of(forwards, port)
+        return found or str(host_of([call("ports/forward", {**self._ref, "port": port}, request_timeout)], port))
 
     def get_metrics(self, request_timeout: float | None = None) -> Sequence[SandboxMetrics]:
         """Its usage now, as the only element of a list."""

@@ -221,6 +221,7 @@ def _summary(sandbox: Sandbox) -> protocol.SandboxSummary:
         created_at_ms=record.created_at_ms,
         commands_running=sandbox.commands.running_count,
         verified=_all_verified(sandbox),
+        metadata=record.metadata,
         expires_at_ms=record.lifetime.expires_at_ms,
         problems=health.counted(sandbox),
     )

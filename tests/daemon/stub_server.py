@@ -185,7 +185,7 @@ class Stub:
         for info in self._sandboxes.values():
             if reference == info.name or info.id.startswith(reference):
                 return info
-        raise failures.NotFound(f"cannot find {reference!r}", detail="no such sandbox", hint="sandboxctl ls")
+        raise failures.NoSuchSandbox(f"cannot find {reference!r}", detail="no such sandbox", hint="sandboxctl ls")
 
     async def sandbox_get(self, params: p.SandboxParams, context: Context) -> p.SandboxInfo:
         return self._find(params.sandbox)
@@ -251,6 +251,7 @@ class Stub:
                 created_at_ms=info.created_at_ms,
                 commands_running=0,
                 verified=info.verified,
+                metadata=info.metadata,
             )
             for info in self._sandboxes.values()
             if params.metadata.items() <= info.metadata.items()

@@ -15,19 +15,22 @@ from sandboxd.client import (
     AsyncSandbox,
     AuthenticationException,
     CommandExitException,
+    FileNotFoundException,
     InvalidArgumentException,
     NotFoundException,
     RateLimitException,
     RpcError,
     Sandbox,
     SandboxException,
+    SandboxNotFoundException,
+    SandboxPaginator,
     SandboxQuery,
     TimeoutException,
 )
 from sandboxd.client.errors import exception_from
 from sandboxd.client.following import Following
 from sandboxd.client.model import CreateOptions, create_params
-from sandboxd.failures import FAILURES
+from sandboxd.failures import FAILURES, Failure, NoSuchFile, NoSuchSandbox, NotFound
 from tests.daemon.sandboxctl import PATIENCE_S, STUB, Ctl, environment, stub_daemon
 from tests.twins import Twin
 
@@ -98,10 +101,36 @@ def test_rules_services_and_secrets_are_lists_of_the_request() -> None:
 
 def test_a_sandbox_that_is_not_there_is_not_found(client: Any) -> None:
     """To kill it is no error: it is gone, as was wished."""
-    with pytest.raises(NotFoundException, match="cannot find 'absent'") as raised:
+    with pytest.raises(SandboxNotFoundException, match="cannot find 'absent'") as raised:
         client.connect("absent")
     assert (raised.value.type, raised.value.hint) == ("not_found", "sandboxctl ls")
     assert client.kill("absent") is False
+
+
+def test_a_list_is_one_page_for_code_that_turns_pages() -> None:
+    """As it is for other clients; and still a list."""
+    pages = SandboxPaginator(["first", "second"])  # type: ignore[list-item]
+    assert pages == ["first", "second"]
+    assert (pages.has_next, pages.next_items(), pages.has_next) == (True, ["first", "second"], False)
+    assert pages.next_items() == []
+
+
+def test_an_awaited_list_is_one_page_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the pages are made without ``await``, and each is awaited."""
+
+    async def turn_pages() -> None:
+        await AsyncSandbox.create(name="box", metadata={"task": "1"})
+        pages = AsyncSandbox.list(SandboxQuery(metadata={"task": "1"}))
+        assert pages.has_next
+        [row] = await pages.next_items()
+        assert (row.name, row.metadata) == ("box", {"task": "1"})
+        assert not pages.has_next
+        assert await pages.next_items() == []
+        assert await AsyncSandbox.list() == [row]
+
+    with stub_daemon(tmp_path) as env:
+        monkeypatch.setenv("SANDBOXD_SOCKET", env["SANDBOXD_SOCKET"])
+        asyncio.run(turn_pages())
 
 
 def test_a_request_that_takes_too_long_is_a_timeout(client: Any) -> None:
@@ -130,7 +159,7 @@ def test_other_failures_keep_their_type_and_hint(client: Any) -> None:
     [
         ("timeout", TimeoutException),
         ("not_found", NotFoundException),
-        ("sandbox_gone", NotFoundException),
+        ("sandbox_gone", SandboxNotFoundException),
         ("invalid_argument", InvalidArgumentException),
         ("limit_not_enforceable", InvalidArgumentException),
         ("unsupported", InvalidArgumentException),
@@ -146,6 +175,19 @@ def test_each_type_of_error_is_one_exception(kind: str, expected: type[SandboxEx
     assert type(error) is expected
     assert str(error) == "cannot: because (hint: do)"
     assert kind in {failure.type for failure in FAILURES} | {"disconnected"}
+
+
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [(NoSuchSandbox, SandboxNotFoundException), (NoSuchFile, FileNotFoundException), (NotFound, NotFoundException)],
+)
+def test_what_was_not_found_is_told_apart_by_its_code(
+    failure: type[Failure], expected: type[SandboxException]
+) -> None:
+    """A file that is missing is another matter than a sandbox that is; both are not found."""
+    error = exception_from(RpcError(failure.code, failure.type, "cannot find it"))
+    assert type(error) is expected
+    assert isinstance(error, NotFoundException)
 
 
 def told(stream: str, data: str, offset: int, dropped_bytes: int = 0) -> dict[str, Any]:

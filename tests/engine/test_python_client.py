@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,11 +15,13 @@ import pytest
 from sandboxd.client import (
     AsyncSandbox,
     CommandExitException,
+    FileNotFoundException,
     InvalidArgumentException,
     NotFoundException,
     PtySize,
     Sandbox,
     SandboxException,
+    SandboxNotFoundException,
     SandboxQuery,
     TimeoutException,
 )
@@ -70,19 +73,60 @@ def test_a_sandbox_is_made_found_and_killed(client: Any, engine: str, daemon: Da
             box.commands.run("echo x > hello")
         info = box.get_info()
         assert (info.sandbox_id, info.state, info.engine) == (box.sandbox_id, "running", engine)
+        assert (info.memory_mb, info.cpu_count) == (64, metrics_of(box).cpu_count)
         assert (info.workspace, info.network, info.envs, info.verified) == (str(tmp_path), "none", {"A": "b"}, True)
         assert [row.sandbox_id for row in client.list(SandboxQuery(metadata=info.metadata))] == [box.sandbox_id]
         assert client.list(SandboxQuery(metadata=info.metadata, state=["stopped"])) == []
         assert client.connect(box.sandbox_id[:20]).sandbox_id == box.sandbox_id
-        [metrics] = box.get_metrics()
-        assert metrics.mem_total == 64 << 20
+        assert metrics_of(box).mem_total == 64 << 20
         [memory] = [limit for limit in box.update(memory="96m").limits if limit.name == "memory"]
         assert (memory.effective, memory.verified) == (96 << 20, True)
         assert box.verify().verified
     assert not box.is_running()
     assert client.kill(box.sandbox_id) is False
-    with pytest.raises(NotFoundException):
+    with pytest.raises(SandboxNotFoundException):
         client.connect(box.sandbox_id)
+
+
+def metrics_of(box: Any) -> Any:
+    [metrics] = box.get_metrics()
+    return metrics
+
+
+def test_a_port_inside_has_a_place_on_this_host(client: Any, engine: str) -> None:
+    """Made when it is asked for, and the same one from then on, whatever the network of the sandbox."""
+    with client.create(engine=engine) as box:
+        serve = "while :; do printf 'HTTP/1.0 204 No Content\\r\\n\\r\\n' | nc -l -p 8080; done"
+        box.commands.run(serve, background=True)
+        host = box.get_host(8080)
+        assert box.get_host(8080) == host
+
+        def answered() -> bool:
+            try:
+                with urllib.request.urlopen(f"http://{host}/", timeout=20) as reply:
+                    return bool(reply.status == 204)
+            except OSError:
+                return False
+
+        wait_until(answered, "the server inside answers")
+
+
+def test_a_handle_can_be_waited_for_so_long_and_no_longer(sandbox: Any) -> None:
+    """The command goes on, and so may whoever waits for it."""
+    started = sandbox.commands.run("read line; echo $line", background=True, stdin=True)
+    handle = sandbox.commands.connect(started.pid, timeout=0.2)
+    with pytest.raises(TimeoutException) as raised:
+        handle.wait()
+    assert raised.value.result is None
+    handle.send_stdin("done\n", request_timeout=20)
+    handle.close_stdin(request_timeout=20)
+    assert sandbox.commands.connect(started.command_id, timeout=60).wait().stdout == "done\n"
+
+
+def test_a_file_that_is_not_there_is_no_missing_sandbox(sandbox: Any) -> None:
+    """Agent code catches the one and goes on."""
+    with pytest.raises(FileNotFoundException):
+        sandbox.files.read("/tmp/absent")
 
 
 def test_a_sandbox_is_killed_by_its_id(client: Any, engine: str) -> None:

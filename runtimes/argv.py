@@ -246,6 +246,8 @@ def _hardening_flags(client: Client, spec: ContainerSpec) -> list[str]:
         "--read-only",
         "--cap-drop=ALL",
         "--security-opt=no-new-privileges",
+        # A core file holds whatever its program knew; where the kernel pipes it, it is the host that is given it.
+        "--ulimit=core=0:0",
         f"--security-opt=seccomp={spec.seccomp_profile}",
         f"--user={spec.user.uid}:{spec.user.gid}",
     ]

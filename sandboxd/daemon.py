@@ -110,6 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
     _raise_descriptor_limit()
+    # A core file would hold the secrets that were being given.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         activation = take_over(os.environ)
         env = dict(os.environ)
@@ -190,7 +192,7 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 lambda: [sandbox.record.id for sandbox in manager.all()],
             )
             attachments = Attachments(background, services, Outside())
-            secrets = SecretStore(os.path.join(state, "secrets"), env.get("CREDENTIALS_DIRECTORY"))
+            secrets = SecretStore(os.path.join(state, "secrets"), env.get("CREDENTIALS_DIRECTORY"), env)
             manager = ground.manager(background, attachments=attachments, secrets=secrets)
             launcher = ground.launcher(
                 manager, background, services=services, attachments=attachments, secrets=secrets

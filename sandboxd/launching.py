@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import anyio
 import anyio.lowlevel
@@ -150,6 +150,8 @@ class Launcher:
         lifetime = self._lifetime(params)
         egress = egress_of(params.network, params.allow, params.deny)
         self._secrets.check(params.secrets)
+        env = {**self.templates.env(params.template), **params.env}
+        self._secrets.refuse_in(env)
         self._check_room(params.name)
         with contextlib.ExitStack() as opened:
             places = await self._workspaces.open(params.workspace, params.mounts, opened)
@@ -160,6 +162,8 @@ class Launcher:
             require_pausable(engine, lifetime.on_timeout)
             policy = params.limits_policy or defaults.limits_policy
             check_enforceable(limits, engine.info, policy)
+            # Before anything is made, and before a turn is taken: a command that gives one may take its time.
+            values = await self._secrets.values(tuple(dict.fromkeys(params.secrets)))
             identity = identify(
                 engine.info,
                 None if places.project is None else places.project.owner,
@@ -186,7 +190,7 @@ class Launcher:
                 limits=limits,
                 tmp_bytes_max=resolved.tmp_bytes_max,
                 limits_policy=policy,
-                env={**self.templates.env(params.template), **params.env},
+                env=env,
                 metadata=params.metadata,
                 ephemeral=params.ephemeral,
                 created_at_ms=now_ms(),
@@ -204,7 +208,7 @@ class Launcher:
                 grants = self._services.grants(params.services, sandbox_id=slot.record.id)
                 before = self._reserve(slot, msgspec.structs.replace(record, services=grants), engine)
                 timings.mark("reserve")
-                sandbox, miss_reason = await self._claim(slot, before, engine, places, timings, progress)
+                sandbox, miss_reason = await self._claim(slot, before, engine, places, values, timings, progress)
                 if sandbox is not None:
                     break
             if sandbox is None:
@@ -215,12 +219,18 @@ class Launcher:
                         hint="sandboxctl doctor, or take a cold one: --launch cold",
                     )
                 record = msgspec.structs.replace(record, miss_reason=miss_reason)
-                sandbox = await self._launch_cold(record, engine, places, timings, progress)
+                sandbox = await self._launch_cold(record, engine, places, values, timings, progress)
         await self._unless_cancelled(sandbox)
         return sandbox
 
     async def _launch_cold(
-        self, record: SandboxRecord, engine: Engine, places: Opened, timings: Timings, progress: Progress
+        self,
+        record: SandboxRecord,
+        engine: Engine,
+        places: Opened,
+        secrets: Mapping[str, bytes],
+        timings: Timings,
+        progress: Progress,
     ) -> Sandbox:
         # Again, for others may have come in between; from here to the registration nothing waits.
         self._check_room(record.name)
@@ -233,7 +243,7 @@ class Launcher:
             await self._fill_layers(sandbox, places, progress)
             timings.mark("layers")
             with anyio.CancelScope(shield=True):
-                await self._make(sandbox, engine, places, timings, Event.CREATED)
+                await self._make(sandbox, engine, places, secrets, timings, Event.CREATED)
         finally:
             sandbox.lock.release()
         return sandbox
@@ -308,6 +318,7 @@ class Launcher:
         before: SandboxRecord,
         engine: Engine,
         places: Opened,
+        secrets: Mapping[str, bytes],
         timings: Timings,
         progress: Progress,
     ) -> tuple[Sandbox | None, str]:
@@ -325,7 +336,7 @@ class Launcher:
                 await self._workspaces.fill(slot, places, progress)
                 async with self._turns:
                     with anyio.CancelScope(shield=True):
-                        await self._change_to_claimed(slot, before, engine, places, timings)
+                        await self._change_to_claimed(slot, before, engine, places, secrets, timings)
         except (RuntimeFailure, LimitNotEnforceable) as error:
             # What has died cannot be proven, either; else it is the caller's limits that cannot.
             passed_over = isinstance(error, RuntimeFailure) or await _has_died(slot)
@@ -341,7 +352,13 @@ class Launcher:
         return slot, ""
 
     async def _change_to_claimed(
-        self, slot: Sandbox, before: SandboxRecord, engine: Engine, places: Opened, timings: Timings
+        self,
+        slot: Sandbox,
+        before: SandboxRecord,
+        engine: Engine,
+        places: Opened,
+        secrets: Mapping[str, bytes],
+        timings: Timings,
     ) -> None:
         if slot.record.changed_late:
             with contextlib.ExitStack() as opened:
@@ -352,7 +369,7 @@ class Launcher:
         self._enforcer.prove(slot)
         require_proof(slot)
         timings.mark("verify")
-        await self._attach(slot)
+        await self._attach(slot, secrets)
         timings.mark("network")
         slot.change(Event.CLAIMED)
         timings.mark("ready")
@@ -400,7 +417,7 @@ class Launcher:
             slot = self._manager.register(record)
             with anyio.CancelScope(shield=True):
                 async with slot.lock:
-                    await self._make(slot, engine, places, Timings(), Event.FILLED)
+                    await self._make(slot, engine, places, {}, Timings(), Event.FILLED)
                 facts = await self._manager.facts(slot)
         if facts is not None:
             slot.put(image_id=facts.image_id)
@@ -454,14 +471,22 @@ class Launcher:
     async def _image_id(self, recipe: Recipe) -> str | None:
         return await self._engines.get(EngineName(recipe.engine)).image_id(recipe.image)
 
-    async def _make(self, sandbox: Sandbox, engine: Engine, places: Opened, timings: Timings, made: Event) -> None:
+    async def _make(
+        self,
+        sandbox: Sandbox,
+        engine: Engine,
+        places: Opened,
+        secrets: Mapping[str, bytes],
+        timings: Timings,
+        made: Event,
+    ) -> None:
         try:
             container_id = await self._containers.run(sandbox, engine, places, timings)
             sandbox.change(made, container_id=container_id)
             self._enforcer.prove(sandbox)
             require_proof(sandbox)
             timings.mark("verify")
-            await self._attach(sandbox)
+            await self._attach(sandbox, secrets)
             timings.mark("network")
         except BaseException as error:
             await self._discard(sandbox)
@@ -481,9 +506,9 @@ class Launcher:
         else:
             self._manager.forget(sandbox)
 
-    async def _attach(self, sandbox: Sandbox) -> None:
+    async def _attach(self, sandbox: Sandbox, secrets: Mapping[str, bytes]) -> None:
         """Give it its secrets, and put on its loopback what was asked for; what cannot be there is a warning."""
-        await self._secrets.deliver(sandbox)
+        await self._secrets.deliver(sandbox, secrets)
         problems = await self._attachments.attach(sandbox)
         if problems:
             sandbox.put(warnings=(*sandbox.record.warnings, *problems))

@@ -1422,10 +1422,18 @@ class WorkspaceApplied(Reply, frozen=True):
 
 
 class SecretSetParams(Params, frozen=True):
-    """Keep a secret, new or changed. Sandboxes that have it keep what they have, until it is given anew."""
+    """Keep a secret, new or changed: exactly one of value, command and credential.
+
+    Sandboxes that have it keep what they have, until it is given anew.
+    """
 
     name: SecretName
-    value: Annotated[bytes, Meta(min_length=1, max_length=65536)]
+    value: Annotated[bytes, Meta(min_length=1, max_length=65536)] | None = None
+    command: Annotated[list[Annotated[str, Meta(max_length=4096)]], Meta(min_length=1, max_length=64)] | None = None
+    """Program and arguments, run by the daemon each time the value is needed; what it prints is the value, without a
+    line feed at its end. It has 30 seconds."""
+    credential: Annotated[str, Meta(min_length=1, max_length=255)] | None = None
+    """Of those that systemd gives to the daemon's unit (``LoadCredential=``)."""
 
 
 class SecretParams(Params, frozen=True):
@@ -1445,8 +1453,12 @@ class SecretInfo(Reply, frozen=True):
     """What may be said of a secret: never its value."""
 
     name: str
-    size_bytes: int
+    size_bytes: int | None
+    """null: nobody knows before its command is run."""
     changed_at_ms: int
+    source: Literal["file", "command", "credential"]
+    origin: str
+    """The command, or the credential's name; empty: it is kept in a file of the daemon's own."""
     sandboxes: list[str]
     """Ids of those that it was given to."""
 

@@ -1,46 +1,60 @@
 """Secrets: kept in files of this user's alone, and given to sandboxes by name, as files in memory at /run/secrets.
 
-A value is in its file, and in memory while it is set or given; nowhere else. The journal, the events and every reply
-know names. To refuse a secret that somebody passes as a variable, keyed digests are kept, which tell nothing.
+A value is in its file, and in memory while it is set, given, or added to requests; nowhere else. The journal, the
+events and every reply know names. Of others than those in files only the source is kept (``secret_sources``). To
+refuse a secret that somebody passes as a variable, keyed digests are kept, which tell nothing.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import functools
 import hashlib
-import hmac
-import logging
 import os
 import re
 import secrets as randomness
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
+import anyio
 import anyio.to_thread
 import msgspec
 
 from runtimes.init.file_worker import FileRefused
 from sandboxd.failures import CapacityExceeded, Conflict, Failure, InvalidArgument, NotFound
 from sandboxd.sandbox import Sandbox
-
-logger = logging.getLogger(__name__)
+from sandboxd.secret_sources import VALUE_BYTES_MAX, Source, Sources, read_value, write_private
+from sandboxd.timings import now_ms
 
 INSIDE = "/run/secrets"
 """On the tmpfs that every sandbox has at /run."""
 
 SECRETS_MAX = 256
-VALUE_BYTES_MAX = 64 * 1024
+
+TOLD_S_MAX = 60.0
+"""How long the output of a command is good for requests that come one after the other."""
+
+PART_CHARS_MIN = 8
+"""Of a variable's value: shorter secrets are refused only where they are all of it, for they are words, too."""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}\Z")
+_BETWEEN = re.compile(r"[\s\"'`,;:=@/?&<>|(){}\[\]]+")
+"""What stands around a secret in a header, a URL, or JSON."""
 
 
 class KnownSecret(msgspec.Struct, frozen=True, kw_only=True):
     """What may be said of a secret."""
 
     name: str
-    size_bytes: int
+    size_bytes: int | None
+    """None: nobody knows before its command is run."""
     changed_at_ms: int
+    source: Literal["file", "command", "credential"]
+    origin: str = ""
+    """The command, or the credential's name."""
 
 
 class SecretStore:
@@ -49,37 +63,60 @@ class SecretStore:
     Args:
         directory: Of this user alone; made if it is not there.
         credentials: Where systemd has put the daemon's credentials: secrets that only the service manager changes.
+        env: What commands get that are the source of one.
     """
 
-    def __init__(self, directory: str, credentials: str | None = None) -> None:
+    def __init__(self, directory: str, credentials: str | None = None, env: Mapping[str, str] | None = None) -> None:
         self._directory = directory
-        self._credentials = credentials
         self._key = randomness.token_bytes(32)
         os.makedirs(directory, mode=0o700, exist_ok=True)
         os.chmod(directory, 0o700)
-        self._digests = {known.name: self._digest(self._read(known.name)) for known in self.known()}
+        self._sources = Sources(directory, credentials=credentials, env=env or {})
+        self._digests: dict[str, bytes] = {}
+        """Of the values that are known: of a command's, once it was run."""
+        self._told: dict[str, tuple[float, bytes]] = {}
+        self._running: collections.defaultdict[str, anyio.Lock] = collections.defaultdict(anyio.Lock)
+        for name in self._names():
+            self._learn(name)
 
     def known(self) -> list[KnownSecret]:
         """All of them, by name."""
-        found = []
-        for name in sorted({*self._names(self._directory), *self._names(self._credentials)}):
-            if _NAME.match(name):
-                status = os.lstat(self._path(name))
-                found.append(
-                    KnownSecret(name=name, size_bytes=status.st_size, changed_at_ms=status.st_mtime_ns // 1_000_000)
-                )
-        return found
+        return [self._described(name) for name in self._names()]
 
-    @staticmethod
-    def _names(directory: str | None) -> list[str]:
-        return [] if directory is None else os.listdir(directory)
+    def _names(self) -> list[str]:
+        names = {*os.listdir(self._directory), *self._sources.all(), *self._sources.credentials()}
+        return sorted(name for name in names if _NAME.match(name))
+
+    def _source(self, name: str) -> Source | None:
+        """Where it comes from; None: from its file here. What was set goes before a credential of the same name."""
+        source = self._sources.all().get(name)
+        if source is not None or os.path.lexists(self._path(name)):
+            return source
+        return Source(credential=name, changed_at_ms=0) if name in self._sources.credentials() else None
 
     def _path(self, name: str) -> str:
-        """Of a secret's file; what was set goes before a credential of the same name."""
-        own = os.path.join(self._directory, name)
-        if self._credentials is not None and not os.path.lexists(own):
-            return os.path.join(self._credentials, name)
-        return own
+        return os.path.join(self._directory, name)
+
+    def _described(self, name: str) -> KnownSecret:
+        source = self._source(name)
+        path = self._path(name)
+        if source is not None and source.credential:
+            with contextlib.suppress(Failure):
+                path = self._sources.credential_path(source.credential)
+        size_bytes, changed_at_ms = None, 0
+        if source is None or source.credential:
+            with contextlib.suppress(FileNotFoundError):
+                status = os.lstat(path)
+                size_bytes, changed_at_ms = status.st_size, status.st_mtime_ns // 1_000_000
+        return KnownSecret(
+            name=name,
+            size_bytes=size_bytes,
+            changed_at_ms=(source.changed_at_ms if source else 0) or changed_at_ms,
+            source="file" if source is None else source.kind,
+            origin="" if source is None else source.shown,
+        )
+
+    # --- keeping them ---------------------------------------------------------------------------------
 
     async def put(self, name: str, value: bytes) -> None:
         """Keep a secret, new or changed.
@@ -89,15 +126,38 @@ class SecretStore:
             CapacityExceeded: there are as many as there may be.
             Failure: the disk is full.
         """
-        check_name(name)
+        self._check_new(name)
         if not 0 < len(value) <= VALUE_BYTES_MAX:
             raise InvalidArgument(
                 f"cannot keep the secret {name!r}", detail=f"a value has 1 to {VALUE_BYTES_MAX} bytes"
             )
-        if name not in self._digests and len(self._digests) >= SECRETS_MAX:
-            raise CapacityExceeded(f"cannot keep more than {SECRETS_MAX} secrets", hint="sandboxctl secret rm NAME")
-        await anyio.to_thread.run_sync(self._write, name, value)
+        await anyio.to_thread.run_sync(write_private, self._path(name), value)
+        self._sources.forget(name)
+        self._told.pop(name, None)
         self._digests[name] = self._digest(value)
+
+    async def put_source(self, name: str, *, command: Sequence[str] = (), credential: str = "") -> None:
+        """Keep where a secret comes from, new or changed; it must give a value now.
+
+        Raises:
+            InvalidArgument: no name.
+            CapacityExceeded: there are as many as there may be.
+            Failure: it gives none; nothing has changed.
+        """
+        self._check_new(name)
+        source = Source(command=tuple(command), credential=credential, changed_at_ms=now_ms())
+        value = await self._sources.value(name, source)
+        await self._sources.put(name, source)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path(name))
+        self._told.pop(name, None)
+        self._digests[name] = self._digest(value)
+
+    def _check_new(self, name: str) -> None:
+        check_name(name)
+        names = self._names()
+        if name not in names and len(names) >= SECRETS_MAX:
+            raise CapacityExceeded(f"cannot keep more than {SECRETS_MAX} secrets", hint="sandboxctl secret rm NAME")
 
     def remove(self, name: str) -> None:
         """Forget a secret. Sandboxes that were given it keep what they have until they stop.
@@ -107,16 +167,19 @@ class SecretStore:
             Conflict: it is a credential of the service.
         """
         self.check([name])
-        if not os.path.lexists(os.path.join(self._directory, name)):
+        if name not in self._sources.all() and not os.path.lexists(self._path(name)):
             raise Conflict(
                 f"cannot remove the secret {name!r}",
                 detail="it is a credential that the service manager gives to the daemon",
                 hint="systemctl --user edit sandboxd",
             )
-        os.unlink(os.path.join(self._directory, name))
-        del self._digests[name]
-        if any(known.name == name for known in self.known()):
-            self._digests[name] = self._digest(self._read(name))
+        self._sources.forget(name)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path(name))
+        self._told.pop(name, None)
+        self._digests.pop(name, None)
+        if name in self._names():
+            self._learn(name)
 
     def check(self, names: Sequence[str]) -> None:
         """Refuse names that are none of a secret.
@@ -124,8 +187,9 @@ class SecretStore:
         Raises:
             NotFound: there is no such secret.
         """
+        present = self._names() if names else ()
         for name in names:
-            if name not in self._digests:
+            if name not in present:
                 raise NotFound(
                     f"cannot find the secret {name!r}",
                     hint=f"sandboxctl secret set {name} < FILE   (or: secret list)",
@@ -134,38 +198,96 @@ class SecretStore:
     def refuse_in(self, env: Mapping[str, str]) -> None:
         """Refuse variables that hold a known secret: they would be in the journal, and readable for every process.
 
+        As all of a value, or as a part of it between the marks that stand around such in a header, a URL or JSON.
+
         Raises:
             InvalidArgument: one does. Says which, and how a secret is given.
         """
         if not self._digests:
             return
+        names = {digest: name for name, digest in self._digests.items()}
         for variable, value in env.items():
-            digest = self._digest(value.encode(errors="surrogateescape"))
-            for name, known in self._digests.items():
-                if hmac.compare_digest(digest, known):
+            for part in _parts(value):
+                name = names.get(self._digest(part.encode(errors="surrogateescape")))
+                if name is not None:
                     raise InvalidArgument(
                         f"cannot pass the secret {name!r} in the variable {variable!r}",
                         detail="variables are written down, and every process inside can read them",
                         hint=f"--secret {name}, and read {INSIDE}/{name} inside",
                     )
 
-    async def deliver(self, sandbox: Sandbox) -> None:
-        """Put the secrets of a sandbox into its memory, readable for its user. Idempotent; no engine call.
+    # --- giving them ----------------------------------------------------------------------------------
+
+    async def values(self, names: Sequence[str]) -> dict[str, bytes]:
+        """The values of some, as they are now; of a command what it prints now.
 
         Raises:
             NotFound: one is not kept any more.
-            Failure: there is no room for them inside.
+            Failure: its source does not give it.
+        """
+        self.check(names)
+        return {name: await self._fetch(name) for name in names}
+
+    async def reveal(self, name: str) -> bytes:
+        """One value, for a request: a command is not run for each.
+
+        Raises:
+            NotFound: it is not kept any more.
+            Failure: its source does not give it.
+        """
+        self.check([name])
+        async with self._running[name]:
+            at_s, value = self._told.get(name, (0.0, b""))
+            if value and time.monotonic() - at_s < TOLD_S_MAX:
+                return value
+            return await self._fetch(name)
+
+    async def _fetch(self, name: str) -> bytes:
+        source = self._source(name)
+        if source is None:
+            try:
+                value = await anyio.to_thread.run_sync(read_value, name, self._path(name))
+            except OSError as error:
+                raise Failure(f"cannot read the secret {name!r}", detail=error.strerror or "") from error
+        else:
+            value = await self._sources.value(name, source)
+            if source.command and self._source(name) == source:
+                self._told[name] = (time.monotonic(), value)
+        self._digests[name] = self._digest(value)
+        return value
+
+    def _learn(self, name: str) -> None:
+        """Know a value again, where that costs no more than to read a file."""
+        source = self._source(name)
+        if source is not None and source.command:
+            return
+        try:
+            path = self._path(name) if source is None else self._sources.credential_path(source.credential)
+            self._digests[name] = self._digest(read_value(name, path))
+        except Failure:
+            # Said again to whoever wants to have it.
+            return
+
+    async def deliver(self, sandbox: Sandbox, values: Mapping[str, bytes] | None = None) -> None:
+        """Put the secrets of a sandbox into its memory, readable for its user. Idempotent; no engine call.
+
+        Args:
+            sandbox: Whose.
+            values: Its secrets, where they were fetched already.
+
+        Raises:
+            NotFound: one is not kept any more.
+            Failure: there is no room for them inside, or a source does not give one.
             InitError: its file worker does not answer.
         """
-        names = sandbox.record.secrets
-        if not names:
+        if not sandbox.record.secrets:
             return
-        self.check(names)
+        if values is None:
+            values = await self.values(sandbox.record.secrets)
         try:
             async with sandbox.files_for_a_moment() as files:
                 await files.make_dir(INSIDE.encode(), mode=0o700)
-                for name in names:
-                    value = await anyio.to_thread.run_sync(self._read, name)
+                for name, value in values.items():
                     async with await files.temp(f"{INSIDE}/{name}".encode(), mode=0o400) as temp:
                         await anyio.to_thread.run_sync(functools.partial(_write_all, temp.descriptor, value))
                         await temp.commit()
@@ -182,26 +304,6 @@ class SecretStore:
         """Of a value without the line feed that a shell takes away."""
         return hashlib.blake2b(value.rstrip(b"\n"), key=self._key).digest()
 
-    def _read(self, name: str) -> bytes:
-        descriptor = os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as file:
-            return file.read(VALUE_BYTES_MAX)
-
-    def _write(self, name: str, value: bytes) -> None:
-        path = os.path.join(self._directory, name)
-        fresh = os.path.join(self._directory, f".{name}.{randomness.token_hex(4)}")
-        try:
-            descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(value)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(fresh, path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.unlink(fresh)
-            raise Failure(f"cannot keep the secret {name!r}", detail=error.strerror or "") from error
-
 
 def check_name(name: str) -> None:
     """Refuse what is no name of a secret.
@@ -214,6 +316,14 @@ def check_name(name: str) -> None:
             f"cannot name a secret {name!r}",
             detail="a name has 1 to 63 of A-Z a-z 0-9 _ . -, and begins with a letter, a digit or _",
         )
+
+
+def _parts(value: str) -> Iterator[str]:
+    """All of a value, and what of it may be a secret."""
+    yield value
+    for part in set(_BETWEEN.split(value)):
+        if len(part) >= PART_CHARS_MIN and part != value:
+            yield part
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

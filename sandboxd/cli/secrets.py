@@ -1,4 +1,4 @@
-"""``secret``: values go in from a file or a pipe, never from the command line, which others can read."""
+"""``secret``: values go in from a file, a pipe or a command, never from the command line, which others can read."""
 
 from __future__ import annotations
 
@@ -18,11 +18,22 @@ if TYPE_CHECKING:
 
 def _add_secret(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(metavar="ACTION", required=True, parser_class=Parser)
-    setting = actions.add_parser("set", help="keep a secret, from a file or from stdin")
+    setting = actions.add_parser("set", help="keep a secret, from a file, from stdin, or where it is to be had")
     setting.set_defaults(action=_set)
     setting.add_argument("name", metavar="NAME")
-    setting.add_argument("--file", metavar="FILE", help="default: stdin")
-    listing = actions.add_parser("list", help="the names of the secrets")
+    source = setting.add_mutually_exclusive_group()
+    source.add_argument("--file", metavar="FILE", help="default: stdin")
+    source.add_argument(
+        "--command",
+        metavar="COMMAND",
+        type=verb.not_empty,
+        help="what prints it, run by the daemon each time it is given: --command 'pass show token'",
+    )
+    source.add_argument(
+        "--credential", metavar="NAME", type=verb.not_empty, help="of those that systemd gives to the daemon's unit"
+    )
+    setting.add_argument("--shell", action="store_true", help="COMMAND is a line for a shell")
+    listing = actions.add_parser("list", help="the names of the secrets, and where they come from")
     listing.set_defaults(action=_list)
     removing = actions.add_parser("rm", help="forget a secret")
     removing.set_defaults(action=_remove)
@@ -41,6 +52,17 @@ def _secret(arguments: argparse.Namespace) -> int:
 
 
 def _set(arguments: argparse.Namespace) -> int:
+    if arguments.shell and arguments.command is None:
+        say("--shell goes with --command")
+        return USAGE
+    if arguments.credential is not None:
+        return _acknowledged(arguments, "secret/set", name=arguments.name, credential=arguments.credential)
+    if arguments.command is not None:
+        words = _words(arguments.command, shell=arguments.shell)
+        if not words:
+            say(f"cannot take {arguments.command!r} apart: quotes that do not end? for a shell's line: --shell")
+            return USAGE
+        return _acknowledged(arguments, "secret/set", name=arguments.name, command=words)
     if arguments.file is not None:
         with open(arguments.file, "rb") as file:
             value = file.read()
@@ -56,6 +78,18 @@ def _set(arguments: argparse.Namespace) -> int:
     return _acknowledged(arguments, "secret/set", name=arguments.name, value=base64.b64encode(value).decode())
 
 
+def _words(command: str, *, shell: bool) -> list[str]:
+    """Program and arguments; none: it cannot be taken apart."""
+    if shell:
+        return ["/bin/sh", "-c", command]
+    import shlex
+
+    try:
+        return shlex.split(command)
+    except ValueError:
+        return []
+
+
 def _list(arguments: argparse.Namespace) -> int:
     reply = request("secret/list")
     if arguments.json:
@@ -65,13 +99,14 @@ def _list(arguments: argparse.Namespace) -> int:
     rows = [
         (
             row["name"],
-            render.size(row["size_bytes"]),
+            render.UNKNOWN if row["size_bytes"] is None else render.size(row["size_bytes"]),
             render.age(row["changed_at_ms"], now_ms),
             str(len(row["sandboxes"])),
+            f"{row['source']} {row['origin']}".rstrip(),
         )
         for row in reply["secrets"]
     ]
-    show(render.table(("NAME", "SIZE", "CHANGED", "SANDBOXES"), rows))
+    show(render.table(("NAME", "SIZE", "CHANGED", "SANDBOXES", "SOURCE"), rows))
     return 0
 
 

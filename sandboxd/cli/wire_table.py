@@ -347,7 +347,9 @@ FIELDS: dict[str, dict[str, object]] = {
     },
     "SecretSetParams": {
         "name": REQUIRED,
-        "value": REQUIRED,
+        "value": None,
+        "command": None,
+        "credential": None,
     },
     "ServiceFileParams": {
         "service": REQUIRED,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sandboxd import protocol, running
+from sandboxd.failures import InvalidArgument
 from sandboxd.handlers.table import Handler
 from sandboxd.manager import Manager
 from sandboxd.secret_store import SecretStore
@@ -27,7 +28,17 @@ class SecretHandlers:
 
     async def set(self, params: protocol.SecretSetParams, _: Context) -> protocol.Acknowledged:
         """Keep one."""
-        await self._secrets.put(params.name, params.value)
+        given = [source for source in (params.value, params.command, params.credential) if source is not None]
+        if len(given) != 1:
+            raise InvalidArgument(
+                f"cannot keep the secret {params.name!r}", detail="give one of value, command and credential"
+            )
+        if params.value is not None:
+            await self._secrets.put(params.name, params.value)
+        else:
+            await self._secrets.put_source(
+                params.name, command=params.command or (), credential=params.credential or ""
+            )
         return protocol.Acknowledged()
 
     async def list(self, _: protocol.NoParams, __: Context) -> protocol.SecretList:
@@ -38,6 +49,8 @@ class SecretHandlers:
                     name=known.name,
                     size_bytes=known.size_bytes,
                     changed_at_ms=known.changed_at_ms,
+                    source=known.source,
+                    origin=known.origin,
                     sandboxes=[
                         sandbox.record.id
                         for sandbox in self._manager.present()
@@ -56,9 +69,11 @@ class SecretHandlers:
     async def give(self, params: protocol.SecretGiveParams, _: Context) -> protocol.Acknowledged:
         """Give some to a sandbox that runs."""
         sandbox = self._manager.get(params.sandbox)
-        self._secrets.check(params.secrets)
+        running.require_running(sandbox)
+        names = tuple(dict.fromkeys((*sandbox.record.secrets, *params.secrets)))
+        values = await self._secrets.values(names)
         async with sandbox.lock:
             running.require_running(sandbox)
-            sandbox.put(secrets=tuple(dict.fromkeys((*sandbox.record.secrets, *params.secrets))))
-            await self._secrets.deliver(sandbox)
+            sandbox.put(secrets=tuple(dict.fromkeys((*sandbox.record.secrets, *names))))
+            await self._secrets.deliver(sandbox, values)
         return protocol.Acknowledged()

@@ -16,7 +16,7 @@ from runtimes.model import ContainerSpec, ContainerSummary, EngineInfo, Limits, 
 from sandboxd import reconcile, running
 from sandboxd.attaching import Attachments
 from sandboxd.background import Background
-from sandboxd.config import Capacity, Config, Daemon
+from sandboxd.config import Capacity, Config, Daemon, Template
 from sandboxd.engines import EngineRoom
 from sandboxd.failures import CapacityExceeded, Conflict, InvalidArgument, NotFound, SandboxGone
 from sandboxd.journal import Journal, SandboxRecord
@@ -63,6 +63,7 @@ class World:
         self.manager: Manager
         self.launcher: Launcher
         self.recovery: Recovery
+        self.secrets = SecretStore(str(directory / "secrets"))
 
     @asynccontextmanager
     async def managed(self, config: Config | None = None) -> AsyncIterator[Manager]:
@@ -89,7 +90,6 @@ class World:
             host = Host(cpus_online=(0, 1), memory_bytes=2**33, swap_bytes=0, pid_max=2**22, nr_open=2**20)
             caller = Caller(user=User(uid=1000, gid=1000), home="/home/somebody")
             attachments = Attachments(background, services, Outside())
-            secrets = SecretStore(str(self.boxes.parent / "secrets"))
             self.manager = Manager(
                 background,
                 config=settings,
@@ -102,7 +102,7 @@ class World:
                 inotify=inotify,
                 attachments=attachments,
                 mounter=None,
-                secrets=secrets,
+                secrets=self.secrets,
             )
             self.launcher = Launcher(
                 self.manager,
@@ -115,7 +115,7 @@ class World:
                 engines=room,
                 services=services,
                 attachments=attachments,
-                secrets=secrets,
+                secrets=self.secrets,
                 idmap_works=False,
                 memory_available=lambda: 2**33,
             )
@@ -560,3 +560,14 @@ async def test_sandboxes_with_whole_cpus_are_spread_over_them_if_configured(worl
         own = Limits(cpu_millis=1000)
         assert manager.enforcer.packed(own, world.engine.info) is own
         assert manager.enforcer._repacked(manager.register(taken), own) is own
+
+
+async def test_a_secret_in_a_templates_variables_is_refused_before_anything_is_made(world: World) -> None:
+    """The settings are a file like any other, and what a template says is in every sandbox's record."""
+    await world.secrets.put("token", b"canary-77aa01")
+    config = Config(templates={"keyed": Template(env={"AUTH": "Bearer canary-77aa01"})})
+    async with world.managed(config):
+        with pytest.raises(InvalidArgument) as refused:
+            await world.launcher.create(SandboxCreateParams(template="keyed"), Timings())
+    assert "'AUTH'" in refused.value.brief
+    assert world.journal.sandboxes() == []

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import anyio
+import msgspec
 import pytest
 
-from sandboxd import failures
+from sandboxd import failures, protocol, secret_sources, secret_store
+from sandboxd.secret_sources import VALUE_BYTES_MAX
 from sandboxd.secret_store import SECRETS_MAX, SecretStore
 from tests.unit.init_files import tree
 from tests.unit.records import record
@@ -116,6 +122,162 @@ async def test_a_known_secret_in_a_variable_is_refused_with_the_way_to_give_it(t
     assert "'API_KEY'" in said
     assert "--secret token" in said
     assert CANARY.decode() not in said
+
+
+@pytest.mark.parametrize("around", ["Bearer {}", "postgres://me:{}@db/x", '{{"key": "{}"}}', "a={};b"])
+async def test_a_known_secret_is_found_within_a_value_too(tmp_path: Path, around: str) -> None:
+    """A header's or a URL's worth of text around it hides nothing from who reads it."""
+    store = SecretStore(str(tmp_path))
+    await store.put("token", CANARY)
+    with pytest.raises(failures.InvalidArgument):
+        store.refuse_in({"A": around.format(CANARY.decode())})
+
+
+async def test_a_word_that_is_a_secret_is_still_a_word(tmp_path: Path) -> None:
+    store = SecretStore(str(tmp_path))
+    await store.put("weak", b"debug")
+    store.refuse_in({"LEVEL": "debug info"})
+    with pytest.raises(failures.InvalidArgument):
+        store.refuse_in({"LEVEL": "debug"})
+
+
+def test_whatever_takes_variables_takes_them_where_they_are_looked_at() -> None:
+    """The dispatcher looks at ``env`` of each request, whatever its method."""
+    takers = set()
+    for method in protocol.METHODS:
+        for field in msgspec.structs.fields(method.params):
+            if field.type == dict[str, str]:
+                assert field.name in ("env", "metadata"), (method.name, field.name)
+                takers |= {method.name} if field.name == "env" else set()
+    assert takers == {"sandbox/create", "commands/run", "commands/start", "shells/open"}
+
+
+# ---- of others than files
+
+
+def printing(code: str) -> list[str]:
+    return [sys.executable, "-c", f"import sys, os; {code}"]
+
+
+async def test_a_command_is_run_whenever_its_secret_is_given_and_its_value_kept_nowhere(tmp_path: Path) -> None:
+    counter = tmp_path / "runs"
+    store = SecretStore(str(tmp_path / "secrets"), env=os.environ)
+    code = f"open({str(counter)!r}, 'a').write('x'); print({CANARY[:6]!r}.decode() + {CANARY[6:]!r}.decode())"
+    await store.put_source("token", command=printing(code))
+    assert await store.values(["token"]) == {"token": CANARY}
+    assert await store.values(["token"]) == {"token": CANARY}
+    assert counter.read_text() == "xxx"
+    (known,) = store.known()
+    assert (known.source, known.size_bytes) == ("command", None)
+    assert known.origin.startswith(sys.executable)
+    assert os.listdir(tmp_path / "secrets") == [secret_sources.FILE_NAME]
+    kept = tmp_path / "secrets" / secret_sources.FILE_NAME
+    assert kept.stat().st_mode & 0o777 == 0o600
+    assert CANARY not in kept.read_bytes()
+    assert await SecretStore(str(tmp_path / "secrets"), env=os.environ).values(["token"]) == {"token": CANARY}
+
+
+async def test_requests_one_after_the_other_or_at_once_do_not_run_a_command_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter = tmp_path / "runs"
+    store = SecretStore(str(tmp_path / "secrets"), env=os.environ)
+    await store.put_source("token", command=printing(f"open({str(counter)!r}, 'a').write('x'); print('value')"))
+    async with anyio.create_task_group() as tasks:
+        for _ in range(4):
+            tasks.start_soon(store.reveal, "token")
+    assert await store.reveal("token") == b"value"
+    assert counter.read_text() == "xx"
+    monkeypatch.setattr(secret_store, "TOLD_S_MAX", 0.0)
+    await store.reveal("token")
+    assert counter.read_text() == "xxx"
+
+
+async def test_a_commands_value_in_a_variable_is_refused_once_it_is_known(tmp_path: Path) -> None:
+    store = SecretStore(str(tmp_path), env=os.environ)
+    await store.put_source("token", command=["echo", CANARY.decode()])
+    with pytest.raises(failures.InvalidArgument):
+        store.refuse_in({"A": CANARY.decode()})
+
+
+@pytest.mark.parametrize(
+    ("command", "failure"),
+    [
+        (printing(f"print({CANARY!r}); sys.stderr.write({CANARY.decode()!r}); sys.exit(3)"), failures.Failure),
+        (printing(f"print({CANARY.decode()!r} * {VALUE_BYTES_MAX})"), failures.Failure),
+        (printing(""), failures.Failure),
+        (printing(f"print({CANARY!r}, flush=True); import time; time.sleep(100)"), failures.Timeout),
+        (["/no/such/program"], failures.PrerequisiteMissing),
+    ],
+    ids=["fails", "too much", "nothing", "too long", "missing"],
+)
+async def test_a_command_that_gives_no_value_is_refused_when_it_is_set_and_nothing_it_said_is_repeated(
+    tmp_path: Path,
+    command: Sequence[str],
+    failure: type[failures.Failure],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(secret_sources, "COMMAND_DEADLINE_S", 1.0)
+    store = SecretStore(str(tmp_path), env=os.environ)
+    await store.put("token", b"as before")
+    hidden = [word if word.startswith("/") else "sh" for word in command[:1]]
+    with caplog.at_level(logging.DEBUG), pytest.raises(failure) as failed:
+        await store.put_source("token", command=command)
+    said = f"{failed.value.brief} {failed.value.detail} {caplog.text}"
+    assert CANARY.decode() not in said
+    assert hidden[0] in failed.value.hint
+    assert await store.values(["token"]) == {"token": b"as before"}
+
+
+async def test_a_source_replaces_a_value_and_a_value_a_source(tmp_path: Path) -> None:
+    store = SecretStore(str(tmp_path), env=os.environ)
+    await store.put("token", b"kept")
+    await store.put_source("token", command=["echo", "printed"])
+    assert not (tmp_path / "token").exists()
+    assert await store.values(["token"]) == {"token": b"printed"}
+    await store.put("token", b"kept again")
+    assert await SecretStore(str(tmp_path), env=os.environ).values(["token"]) == {"token": b"kept again"}
+    await store.put_source("token", command=["echo", "printed"])
+    store.remove("token")
+    assert store.known() == []
+
+
+async def test_a_credential_can_have_another_name_and_one_that_is_not_there_is_said_with_what_to_type(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "credentials").mkdir()
+    (tmp_path / "credentials" / "api").write_bytes(CANARY)
+    store = SecretStore(str(tmp_path / "secrets"), str(tmp_path / "credentials"))
+    await store.put_source("token", credential="api")
+    assert await store.values(["token"]) == {"token": CANARY}
+    (known,) = (row for row in store.known() if row.name == "token")
+    assert (known.source, known.origin, known.size_bytes) == ("credential", "api", len(CANARY))
+    for wrong in ("other", "../secrets/x"):
+        with pytest.raises(failures.PrerequisiteMissing) as missing:
+            await store.put_source("wrong", credential=wrong)
+        assert f"LoadCredential={wrong}:" in missing.value.hint
+        assert "api" in missing.value.detail
+    without = SecretStore(str(tmp_path / "secrets"))
+    with pytest.raises(failures.PrerequisiteMissing):
+        await without.values(["token"])
+
+
+async def test_a_value_that_is_too_large_is_never_cut_short(tmp_path: Path) -> None:
+    (tmp_path / "token").write_bytes(b"x" * (VALUE_BYTES_MAX + 1))
+    store = SecretStore(str(tmp_path))
+    with pytest.raises(failures.Failure):
+        await store.values(["token"])
+
+
+async def test_sources_that_cannot_be_read_are_said_plainly(tmp_path: Path) -> None:
+    (tmp_path / secret_sources.FILE_NAME).write_text('{"token": {"command": "a string"}}')
+    with pytest.raises(failures.Failure) as failed:
+        SecretStore(str(tmp_path))
+    assert "mv " in failed.value.hint
+
+
+# ---- given
 
 
 async def test_secrets_are_given_as_files_for_the_sandboxs_user_alone(

@@ -16,9 +16,13 @@ pytestmark = pytest.mark.engine
 CANARY = "canary-9c41e77a02"
 
 
-@pytest.fixture
-def token(daemon: Daemon) -> Iterator[str]:
-    done = daemon.ctl("secret", "set", "token", stdin=CANARY.encode())
+# Halves, so that no place where the command itself is written down holds it.
+SOURCES = {"file": [], "command": ["--shell", "--command", f"printf %s {CANARY[:9]}; printf %s {CANARY[9:]}"]}
+
+
+@pytest.fixture(params=list(SOURCES))
+def token(daemon: Daemon, request: pytest.FixtureRequest) -> Iterator[str]:
+    done = daemon.ctl("secret", "set", "token", *SOURCES[request.param], stdin=CANARY.encode())
     assert done.returncode == 0, done.stderr
     yield "token"
     assert daemon.ctl("secret", "rm", "token").returncode == 0
@@ -78,6 +82,27 @@ def test_a_secret_in_a_variable_is_refused_wherever_variables_are_taken(
             assert refusal.type == "invalid_argument"
             assert CANARY not in str(refusal)
     assert places_with_the_canary(daemon) == []
+
+
+def test_no_core_file_can_be_written_that_would_hold_it(daemon: Daemon, engine: str) -> None:
+    """Wherever the host has them put: in the project, or into a program of its own."""
+    with daemon.box(engine) as box:
+        assert daemon.sh(box, "ulimit -Sc; ulimit -Hc").split() == ["0", "0"]
+    assert "Max core file size        0                    0 " in Path(f"/proc/{daemon.pid}/limits").read_text()
+
+
+def test_a_command_that_fails_is_said_before_anything_is_made(daemon: Daemon, engine: str, tmp_path: Path) -> None:
+    value = tmp_path / "value"
+    value.write_text(CANARY)
+    assert daemon.ctl("secret", "set", "gone", "--command", f"cat {value}").returncode == 0
+    value.unlink()
+    before = daemon.containers(engine)
+    done = daemon.ctl("create", "--engine", engine, "--secret", "gone")
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert f"cat {value}".encode() in done.stderr
+    assert daemon.containers(engine) == before
+    assert b"command cat" in daemon.ctl("secret", "list").stdout
+    assert daemon.ctl("secret", "rm", "gone").returncode == 0
 
 
 def test_a_secret_is_given_while_it_runs_and_is_there_again_after_a_stop(

@@ -189,9 +189,9 @@ def test_network_none_is_said_and_full_is_the_engines_default(client: Client) ->
 def test_what_only_podman_needs_is_told_to_podman_alone() -> None:
     flags, _ = split(PODMAN, argv.run_argv(PODMAN, spec(keep_id=True, nproc_max=100_000)))
     assert set(flags) >= {"--read-only-tmpfs=false", "--systemd=false", "--http-proxy=false", "--userns=keep-id"}
-    assert set(values(flags, "--ulimit")) == {"nofile=20000:20000", "nproc=32768:32768"}
+    assert set(values(flags, "--ulimit")) == {"core=0:0", "nofile=20000:20000", "nproc=32768:32768"}
     flags, _ = split(DOCKER, argv.run_argv(DOCKER, spec()))
-    assert not values(flags, "--ulimit")
+    assert values(flags, "--ulimit") == ["core=0:0"]
     with pytest.raises(Unsupported):
         argv.run_argv(DOCKER, spec(keep_id=True))
 

@@ -2,7 +2,8 @@
 
 A command without a terminal writes straight into its spools; the daemon only follows them. A command with a
 terminal writes into the terminal, whose other end the daemon holds and copies into one spool, so that any number of
-clients may follow it from any byte on, leave, and come back.
+clients may follow it from any byte on, leave, and come back. Init keeps a second copy of that end for the next
+daemon: until then nobody copies, and a command that has filled the terminal's buffer waits.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ TERMINAL_READ_BYTES_MAX = 64 * 1024
 
 INPUT_DEADLINE_S = 10.0
 """How long a command may leave its input unread before whoever writes is told."""
+
+_SIZE = struct.Struct("HHHH")
+"""Rows, columns, and pixels that nobody uses: ``struct winsize``."""
 
 _STREAM_SETS: tuple[dict[OutputName, Stream], ...] = (
     {"stdout": Stream.OUT, "stderr": Stream.ERR},
@@ -225,15 +229,18 @@ class Outlet:
             self._open_input()
             self.close_input()
 
-    def resize(self, rows: int, cols: int) -> None:
-        """Change the terminal's size; the command gets SIGWINCH.
+    def resize(self, rows: int, cols: int) -> bool:
+        """Change the terminal's size; the kernel sends SIGWINCH then. Returns whether it was another size.
 
         Raises:
             Conflict: it has no terminal.
         """
         if self._terminal_writer is None:
             raise Conflict("cannot resize", detail="the command has no terminal", hint="start it with a pty")
-        fcntl.ioctl(self._open_input(), termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
+        master = self._open_input()
+        before = _SIZE.unpack(fcntl.ioctl(master, termios.TIOCGWINSZ, bytes(_SIZE.size)))
+        fcntl.ioctl(master, termios.TIOCSWINSZ, _SIZE.pack(rows, cols, 0, 0))
+        return before[:2] != (rows, cols)
 
 
 class Opening(msgspec.Struct):

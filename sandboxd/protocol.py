@@ -637,7 +637,7 @@ class CommandInputParams(Params, frozen=True):
 
 
 class CommandResizeParams(Params, frozen=True):
-    """Change the size of a command's terminal."""
+    """Change the size of a command's terminal. The size that it has already makes a program draw its screen anew."""
 
     sandbox: SandboxRef
     command_id: CommandId

@@ -7,6 +7,7 @@ import errno
 import os
 import posixpath
 import shlex
+import signal
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -17,7 +18,7 @@ from runtimes import quantities
 from runtimes.engine import Engine
 from runtimes.errors import EngineTimeout
 from runtimes.init.channel import SpawnFailed
-from runtimes.init.wire import PtySize, SpawnRequest, Stage
+from runtimes.init.wire import InitError, PtySize, Scope, SpawnRequest, Stage
 from runtimes.quantities import QuantityError
 from sandboxd.admission import cpu_environment
 from sandboxd.commands import Command, deadline_at_ms, format_command_id, shown_argv
@@ -135,8 +136,8 @@ def working_dir(cwd: str | None) -> str:
     return TARGET if cwd is None else posixpath.join(TARGET, cwd)
 
 
-def spawn_request(sandbox: Sandbox, params: CommandParams) -> SpawnRequest:
-    """Make the request for init."""
+def spawn_request(sandbox: Sandbox, params: CommandParams, *, keep: bool) -> SpawnRequest:
+    """Make the request for init; ``keep`` is as of ``start``."""
     record = sandbox.record
     return SpawnRequest(
         command_id=sandbox.commands.new_id(),
@@ -150,6 +151,7 @@ def spawn_request(sandbox: Sandbox, params: CommandParams) -> SpawnRequest:
         inherit_env=True,
         cwd=working_dir(params.cwd).encode(),
         pty=None if params.pty is None else PtySize(params.pty.rows, params.pty.cols),
+        keep_pty=keep,
     )
 
 
@@ -184,8 +186,8 @@ async def start(
     """
     require_running(sandbox)
     times = times_of(params)
-    request = spawn_request(sandbox, params)
     spooled = params.stdio == "spool"
+    request = spawn_request(sandbox, params, keep=keep and spooled)
     merged = params.merge_stderr or params.pty is not None
     if keep:
         streams = (("both",) if merged else ("out", "err")) if spooled else ()
@@ -268,6 +270,21 @@ def outlet_of(command: Command) -> Outlet:
             hint='start it with stdio "spool"',
         )
     return command.outlet
+
+
+async def resize(sandbox: Sandbox, command: Command, size: PtySize) -> None:
+    """Give a command's terminal a size.
+
+    One that it has already has it drawn anew: whoever says its size has just come, and what is left of what was
+    written before shows a program that fills the screen only in part.
+
+    Raises:
+        Conflict: it has no terminal.
+    """
+    changed = outlet_of(command).resize(size.rows, size.cols)
+    if not changed and sandbox.record.state is State.RUNNING:
+        with contextlib.suppress(Conflict, InitError):
+            await sandbox.commands.signal(command, signal.SIGWINCH, Scope.TREE)
 
 
 def require_running(sandbox: Sandbox) -> None:

@@ -14,6 +14,7 @@ directory takes no new files, so the sandbox has no writable place on the host t
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -30,7 +31,7 @@ from runtimes.cgroup.readings import EffectiveLimits, Usage
 from runtimes.cgroup.verify import LimitProof, verify
 from runtimes.engine import Engine
 from runtimes.errors import CgroupUnreadable, Unsupported
-from runtimes.init.channel import InitChannel
+from runtimes.init.channel import InitChannel, RequestRefused, TerminalRefused
 from runtimes.init.files import FilesChannel
 from runtimes.init.peer import is_container_init, is_namespace_init, kill_process, open_process
 from runtimes.init.wire import CommandEntry, CommandState, Exited, Gone, InitError
@@ -43,9 +44,10 @@ from sandboxd.events import kind_of
 from sandboxd.failures import Conflict, Failure, NotFound, SandboxGone
 from sandboxd.journal import CommandRecord, Journal, SandboxRecord
 from sandboxd.lifecycle import Event, State, next_state
-from sandboxd.outlet import reopened
+from sandboxd.outlet import Outlet, reopened
 from sandboxd.protocol import CommandEnd
 from sandboxd.spool import SpoolDirectory
+from sandboxd.spool_plan import Stream
 from sandboxd.timings import now_ms
 from sandboxd.workspace import TARGET, Stage
 
@@ -286,6 +288,12 @@ class Sandbox:
                 on_closed=lost,
             )
         except InitError as error:
+            if isinstance(error, RequestRefused) and error.errno == errno.EPROTONOSUPPORT:
+                raise Unsupported(
+                    f"cannot speak with the init of sandbox {self.record.id}",
+                    detail="it was made by a version of sandboxd that this one has no words in common with",
+                    hint=f"sandboxctl rm {self.record.id}, or the version of sandboxd that made it",
+                ) from error
             raise SandboxGone(
                 f"cannot reach the init of sandbox {self.record.id}", detail=str(error), hint="sandboxctl doctor"
             ) from error
@@ -451,22 +459,35 @@ class Sandbox:
         known = {record.id: record for record in self._journal.commands(self.record.id)}
         for entry in [] if channel is None else await channel.list_commands():
             record = known.pop(entry.command_id, None)
-            if record is not None:
-                self._adopt_command(record, entry)
+            if record is not None and channel is not None:
+                self._adopt_command(record, entry, await self._kept_terminal(channel, record, entry))
             elif channel is not None and entry.state is CommandState.GONE:
                 await channel.forget(entry.command_id)
             elif channel is not None:
                 await channel.kill(entry.command_id)
         for record in known.values():
-            self._adopt_command(record, None)
+            self._adopt_command(record, None, None)
 
-    def _adopt_command(self, record: CommandRecord, entry: CommandEntry | None) -> None:
-        """Know a command again; tell the table what init says of it, and that it is gone if init knows nothing."""
-        ended = anyio.Event()
+    @staticmethod
+    async def _kept_terminal(channel: InitChannel, record: CommandRecord, entry: CommandEntry) -> int | None:
+        """The master of a command's terminal, where init keeps it and there is somebody to copy from it to."""
+        if not entry.terminal_kept or not record.streams or record.end is not None:
+            return None
         try:
-            outlet = reopened(self.spools, record.id, record.streams, ended) if record.streams else None
-        except NotFound:
-            outlet = None
+            return await channel.take_terminal(record.id)
+        except TerminalRefused:
+            return None
+
+    def _adopt_command(self, record: CommandRecord, entry: CommandEntry | None, master: int | None) -> None:
+        """Know a command again; tell the table what init says of it, and that it is gone if init knows nothing.
+
+        Args:
+            record: What was written down of it.
+            entry: What init says.
+            master: Of its terminal; this is its owner from now on.
+        """
+        ended = anyio.Event()
+        outlet = self._reopened(record, ended, master)
         if record.end is not None:
             ended.set()
             self.commands.restore(record, outlet)
@@ -478,6 +499,22 @@ class Sandbox:
             self.commands.on_event(Exited(record.id, entry.wait_status, entry.usage))
         if entry is None or entry.state is CommandState.GONE:
             self.commands.on_event(Gone(record.id, keeper_lost=False))
+
+    def _reopened(self, record: CommandRecord, ended: anyio.Event, master: int | None) -> Outlet | None:
+        with contextlib.ExitStack() as undo:
+            if master is not None:
+                undo.callback(os.close, master)
+            if not record.streams:
+                return None
+            try:
+                outlet = reopened(self.spools, record.id, record.streams, ended)
+                undo.callback(outlet.close)
+                if master is not None:
+                    outlet.take_terminal(master, self.spools.append(record.id, Stream.BOTH), self.background)
+            except NotFound:
+                return None
+            undo.pop_all()
+            return outlet
 
     def note_command(self, record: CommandRecord) -> None:
         """Write a background command down, before it is started."""

@@ -159,6 +159,16 @@ class SpoolDirectory:
         """
         return self._spool(self._open(file_name(command_id, stream)), command_id, stream)
 
+    def append(self, command_id: int, stream: Stream) -> int:
+        """A descriptor to go on writing a spool with, of which we are the only writer; the caller closes it.
+
+        Raises:
+            NotFound: it is not there.
+        """
+        name = file_name(command_id, stream)
+        with _failing_as(f"cannot continue the output of command {name}"), _directory(self.path) as directory_fd:
+            return os.open(name, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory_fd)
+
     def _open(self, name: str) -> int:
         with _failing_as(f"cannot open the output of command {name}"), _directory(self.path) as directory_fd:
             fd = os.open(name, _OPEN_FLAGS, dir_fd=directory_fd)

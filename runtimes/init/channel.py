@@ -25,6 +25,7 @@ from runtimes.init.peer import PeerCredentials, peer_credentials
 from runtimes.init.wire import (
     Acknowledged,
     CommandEntry,
+    DescriptorReply,
     Event,
     Exited,
     FilesReply,
@@ -35,7 +36,6 @@ from runtimes.init.wire import (
     Refused,
     Reply,
     Scope,
-    SocketReply,
     SpawnReply,
     SpawnRequest,
     Stage,
@@ -74,6 +74,10 @@ class SpawnFailed(RequestRefused):
 
 class SocketRefused(RequestRefused):
     """There is no such socket; `errno` says why."""
+
+
+class TerminalRefused(RequestRefused):
+    """There is no such terminal: ENOENT no such command, ENOTTY its terminal is not kept."""
 
 
 class Spawned(msgspec.Struct, frozen=True):
@@ -153,7 +157,7 @@ class InitChannel:
 
         Its `Exited` and `Gone` may be delivered before this returns: be ready for the id first.
         Not idempotent, but a repeated `command_id` is refused with EEXIST. If cancelled or timed out, the command
-        may run all the same: `kill` it by its id.
+        may run all the same: `kill` it by its id. An init that cannot keep terminals is not asked to.
 
         Raises:
             SpawnFailed: init could not start it.
@@ -162,6 +166,8 @@ class InitChannel:
         """
         if len(descriptors) != (0 if request.pty is not None else 3):
             raise wire.InvalidSpawn("cannot spawn: a command needs three descriptors, or a pty and none")
+        if request.keep_pty and self.hello.version < wire.TERMINALS_VERSION:
+            request = msgspec.structs.replace(request, keep_pty=False)
         reply, received = await self._ask(lambda n: wire.encode_spawn(n, request), descriptors)
         if isinstance(reply, Refused):
             close_all(received)
@@ -211,6 +217,21 @@ class InitChannel:
             RequestRefused: ENOENT no such command, EBUSY it is not gone.
         """
         await self._do(lambda n: wire.encode_forget(n, command_id), wire.MessageType.FORGET)
+
+    async def take_terminal(self, command_id: int) -> int:
+        """The master of a terminal that init keeps, as `CommandEntry.terminal_kept` says; the caller's to close.
+
+        Raises:
+            TerminalRefused: none is kept.
+        """
+        reply, received = await self._ask(lambda n: wire.encode_terminal(n, command_id))
+        if isinstance(reply, Refused):
+            close_all(received)
+            raise TerminalRefused(reply.errno, reply.stage)
+        if reply != DescriptorReply(wire.MessageType.TERMINAL) or len(received) != 1 or not _is_terminal(received[0]):
+            close_all(received)
+            raise self._exchange.broken("init answered a request for a terminal with something else")
+        return received[0]
 
     async def open_files(self, base: bytes = b"/workspace") -> FilesChannel:
         """File operations inside of the sandbox, by a process of their own; relative paths start at `base`.
@@ -298,7 +319,7 @@ class InitChannel:
             close_all(received)
             raise SocketRefused(reply.errno, reply.stage)
         taken = _tcp_socket(received, listens=listens)
-        if taken is None or not isinstance(reply, SocketReply) or reply.request != request:
+        if taken is None or not isinstance(reply, DescriptorReply) or reply.request != request:
             if taken is not None:
                 taken.close()
             raise self._exchange.broken("init answered a request for a socket with something else")

@@ -51,6 +51,14 @@
  * commands, and hand it out. Init keeps no copy and no record: how many there are is up to whoever asks, and nothing
  * that a command does to a connection can be felt here. A connect that would block goes on after it was handed out.
  *
+ * Terminals. With KEEP_PTY init keeps a copy of a terminal's master, which TERMINAL hands out again: the daemon that
+ * held the other copy may be killed, and the terminal must not hang up. Nobody reads meanwhile; what a command writes
+ * fills the kernel's buffer, and then it waits. The copy goes when the command is forgotten, so that its last words
+ * can be read as well. It is never passed to anything inside: the keeper and every worker close it first.
+ *
+ * Versions. HELLO settles on the highest version that both ends speak, and a connection is served in that one: an
+ * older daemon is told nothing that it would take for a breach of the protocol. Version 2 added KEEP_PTY and TERMINAL.
+ *
  * Output. Events are not queued: which connection has yet to hear of what is a bit in the command's table entry,
  * so a peer that never reads costs nothing and events cannot overflow. A peer whose socket is full is not read
  * from until it drains; when all places are taken, such a peer is the one that has to leave.
@@ -95,8 +103,8 @@
 #include "files.h"
 #include "message.h"
 
-#define PROGRAM_VERSION "0.3.0"
-#define PROTOCOL_VERSION 1U
+#define PROGRAM_VERSION "0.4.0"
+#define PROTOCOL_VERSION 2U /* the highest; 1 is spoken as well */
 
 /* ---- bounds ------------------------------------------------------------------------------------------- */
 
@@ -110,6 +118,7 @@ enum {
     RLIMITS_MAX = 16,                /* as many as Linux has */
     DESCRIPTORS_MAX = 16,            /* received at most; more than 3 are refused */
     PTYS_PENDING_MAX = 16,           /* masters not yet handed out */
+    PTYS_KEPT_MAX = 64,              /* and never more than a quarter of the descriptors that init may have */
     LISTEN_BACKLOG = 64,
     PATH_BYTES_MAX = 4096,
     PIDS_MAX = 4 * 1024 * 1024,      /* the kernel's PID_MAX_LIMIT */
@@ -136,6 +145,7 @@ enum type {
     KILL = 0x0004,
     LIST = 0x0005,
     FORGET = 0x0006,
+    TERMINAL = 0x0007,
     FILES = 0x0010,
     LISTEN = 0x0011,
     DIAL = 0x0012,
@@ -163,10 +173,12 @@ enum scope { SCOPE_MAIN = 0, SCOPE_GROUP = 1, SCOPE_TREE = 2 };
 
 #define SPAWN_PTY 1U
 #define SPAWN_INHERIT_ENV 2U
+#define SPAWN_KEEP_PTY 4U
 #define FILES_VERSION 1U
 #define LOOPBACK_IPV6 1U
 #define GONE_KEEPER_LOST 1U
 #define EXITED_STATUS_UNKNOWN 2U
+#define PTY_KEPT 4U
 
 /* ---- state -------------------------------------------------------------------------------------------- */
 
@@ -192,19 +204,21 @@ struct command {
     uint32_t reply_id;
     int reply_to;       /* connection that waits for the answer to SPAWN, or -1 */
     int pty_master;     /* until it is handed out, or -1 */
+    int kept_master;    /* from then on, where it is kept, or -1 */
     int waves;
     int idle_waves;
     int keeper_stops;
     bool killing;
     bool orphaned;      /* the keeper is lost, strays may live */
+    bool keep_pty;
     uint8_t exited_due; /* connections that have yet to hear of it */
     uint8_t gone_due;
 };
 
 struct connection {
-    int fd;       /* -1: free */
-    bool hello;
-    bool blocked; /* its socket is full: wait for POLLOUT, read nothing */
+    int fd;           /* -1: free */
+    unsigned version; /* 0: no HELLO yet */
+    bool blocked;     /* its socket is full: wait for POLLOUT, read nothing */
 };
 
 struct worker {
@@ -402,8 +416,10 @@ static struct command *free_slot(void)
 static void release(struct command *command)
 {
     close_fd(&command->pty_master);
+    close_fd(&command->kept_master);
     memset(command, 0, sizeof *command);
     command->pty_master = -1;
+    command->kept_master = -1;
     command->reply_to = -1;
     while (commands_end > 0 && commands[commands_end - 1].state == FREE)
         commands_end--;
@@ -418,11 +434,34 @@ static uint32_t count_commands(void)
     return count;
 }
 
+static size_t ptys_kept_max(void)
+{
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur / 4 > PTYS_KEPT_MAX)
+        return PTYS_KEPT_MAX;
+    return (size_t)(limit.rlim_cur / 4);
+}
+
+/* The master was handed out, or there is nobody left to take it: it is kept where that was asked for, if there is
+ * room. Where it is not, the terminal ends with whoever holds it. */
+static void master_delivered(struct command *command)
+{
+    size_t kept = 0;
+    for (size_t i = 0; i < commands_end; i++)
+        if (commands[i].state != FREE && commands[i].kept_master >= 0)
+            kept++;
+    if (command->keep_pty && command->state != FAILED && kept < ptys_kept_max()) {
+        command->kept_master = command->pty_master;
+        command->pty_master = -1;
+    }
+    close_fd(&command->pty_master);
+}
+
 static uint8_t audience(void)
 {
     unsigned bits = 0;
     for (unsigned i = 0; i < CONNECTIONS_MAX; i++)
-        if (connections[i].fd >= 0 && connections[i].hello)
+        if (connections[i].fd >= 0 && connections[i].version != 0)
             bits |= 1U << i;
     return (uint8_t)bits;
 }
@@ -1012,8 +1051,10 @@ static void close_own(void)
     for (size_t i = 0; i < CONNECTIONS_MAX; i++)
         close_fd(&connections[i].fd);
     for (size_t i = 0; i < commands_end; i++)
-        if (commands[i].state != FREE)
+        if (commands[i].state != FREE) {
             close_fd(&commands[i].pty_master);
+            close_fd(&commands[i].kept_master);
+        }
     for (size_t i = 0; i < WORKERS_MAX; i++)
         close_fd(&workers[i].fd);
 }
@@ -1086,7 +1127,7 @@ static void drop_connection(int index)
         if (command->state == FREE || command->reply_to != index)
             continue;
         command->reply_to = -1;
-        close_fd(&command->pty_master);
+        master_delivered(command);
         if (command->state == FAILED)
             release(command);
     }
@@ -1143,7 +1184,7 @@ static bool flush_spawn_reply(int index, struct command *command)
     if (!send_out(index, command->pty_master))
         return false;
     command->reply_to = -1;
-    close_fd(&command->pty_master);
+    master_delivered(command);
     if (command->state == FAILED)
         release(command);
     return true;
@@ -1242,13 +1283,13 @@ static void handle_hello(int index, uint32_t request_id, struct reader *in)
         refuse(index, request_id, EBADMSG, STAGE_REQUEST);
         return;
     }
-    if (lowest > PROTOCOL_VERSION || highest < PROTOCOL_VERSION) {
+    if (lowest > PROTOCOL_VERSION || highest < lowest || highest == 0) {
         refuse(index, request_id, EPROTONOSUPPORT, STAGE_REQUEST);
         return;
     }
-    connections[index].hello = true;
+    connections[index].version = highest < PROTOCOL_VERSION ? highest : PROTOCOL_VERSION;
     begin(REPLY | HELLO, request_id);
-    put(PROTOCOL_VERSION, 2);
+    put(connections[index].version, 2);
     put(0, 2);
     put_bytes(nonce, sizeof nonce);
     put(count_commands(), 4);
@@ -1283,8 +1324,9 @@ static bool inherit_env(char **env, size_t count)
     return true;
 }
 
-static bool take_launch(struct reader *in)
+static bool take_launch(struct reader *in, unsigned version)
 {
+    uint32_t known = SPAWN_PTY | SPAWN_INHERIT_ENV | (version >= 2 ? SPAWN_KEEP_PTY : 0);
     launch.id = take_command_id(in);
     launch.flags = take_u32(in);
     launch.rows = take_u16(in);
@@ -1293,8 +1335,8 @@ static bool take_launch(struct reader *in)
     size_t argc = take_u16(in);
     size_t envc = take_u16(in);
     uint16_t zero = take_u16(in);
-    if (in->bad || zero != 0 || (launch.flags & ~(SPAWN_PTY | SPAWN_INHERIT_ENV)) != 0 ||
-        launch.rlimit_count > RLIMITS_MAX || argc == 0 || argc > STRINGS_MAX || envc > STRINGS_MAX)
+    if (in->bad || zero != 0 || (launch.flags & ~known) != 0 ||
+        (launch.flags & (SPAWN_KEEP_PTY | SPAWN_PTY)) == SPAWN_KEEP_PTY || launch.rlimit_count > RLIMITS_MAX || argc == 0 || argc > STRINGS_MAX || envc > STRINGS_MAX)
         return false;
     for (size_t i = 0; i < launch.rlimit_count; i++) {
         launch.rlimits[i].resource = take_u32(in);
@@ -1369,6 +1411,8 @@ static void start_command(int index, uint32_t request_id, struct command *comman
         .reply_to = index,
         .reply_id = request_id,
         .pty_master = master,
+        .kept_master = -1,
+        .keep_pty = (launch.flags & SPAWN_KEEP_PTY) != 0,
     };
     if (command >= commands + commands_end)
         commands_end = (size_t)(command - commands) + 1;
@@ -1378,7 +1422,7 @@ static void handle_spawn(int index, uint32_t request_id, struct reader *in, stru
 {
     struct command *slot = free_slot();
     int master = -1;
-    if (!take_launch(in)) {
+    if (!take_launch(in, connections[index].version)) {
         refuse(index, request_id, EBADMSG, STAGE_REQUEST);
         return;
     }
@@ -1491,7 +1535,7 @@ static void handle_list(int index, uint32_t request_id, struct reader *in)
         put(command->id, 8);
         put((uint32_t)command->pid, 4);
         put((uint32_t)command->state, 4);
-        put(command->flags, 4);
+        put(command->flags | (connections[index].version >= 2 && command->kept_master >= 0 ? PTY_KEPT : 0), 4);
         put((uint32_t)command->status, 4);
         put_usage(&command->usage);
         count++;
@@ -1522,6 +1566,23 @@ static void handle_forget(int index, uint32_t request_id, struct reader *in)
     }
     release(command);
     acknowledge(index, FORGET, request_id);
+}
+
+static void handle_terminal(int index, uint32_t request_id, struct reader *in)
+{
+    uint64_t id = take_command_id(in);
+    if (connections[index].version < 2 || !complete(in)) {
+        refuse(index, request_id, connections[index].version < 2 ? EOPNOTSUPP : EBADMSG, STAGE_REQUEST);
+        return;
+    }
+    const struct command *command = find_command(id);
+    if (command == NULL || command->state == FAILED || command->kept_master < 0) {
+        refuse(index, request_id, command == NULL || command->state == FAILED ? ENOENT : ENOTTY, STAGE_PTY);
+        return;
+    }
+    begin(REPLY | TERMINAL, request_id);
+    if (!send_out(index, command->kept_master) && connections[index].fd >= 0)
+        drop_connection(index);
 }
 
 static _Noreturn void become_worker(int fd)
@@ -1657,7 +1718,7 @@ static void dispatch(int index, struct reader *in, struct descriptors *received)
         refuse(index, request_id, EBADMSG, STAGE_DESCRIPTORS);
         return;
     }
-    if (type != HELLO && !connections[index].hello) {
+    if (type != HELLO && connections[index].version == 0) {
         refuse(index, request_id, EPROTO, STAGE_REQUEST);
         return;
     }
@@ -1679,6 +1740,9 @@ static void dispatch(int index, struct reader *in, struct descriptors *received)
         break;
     case FORGET:
         handle_forget(index, request_id, in);
+        break;
+    case TERMINAL:
+        handle_terminal(index, request_id, in);
         break;
     case FILES:
         handle_files(index, request_id, in);

@@ -12,10 +12,11 @@ A string is `u32 length, bytes, NUL`: the NUL is outside of the length, and may 
 
 | type   | message       | body                                                                            |
 |--------|---------------|---------------------------------------------------------------------------------|
-| 0x0001 | HELLO         | u16 lowest, u16 highest version spoken                                          |
+| 0x0001 | HELLO         | u16 lowest, u16 highest version spoken; the highest that both speak is used     |
 | 0x8001 | reply         | u16 version, u16 0, 16 nonce, u32 commands, u32 capacity, string program        |
 | 0x0002 | SPAWN         | u64 command_id, u32 flags (1 pty, 2 inherit env: init's own variables that are   |
-|        |               | not given are added), u16 rows, u16 cols, u16 rlimits, u16 argc,                |
+|        |               | not given are added; 4 keep pty, from version 2 on: init keeps a copy of        |
+|        |               | the master, if it has room), u16 rows, u16 cols, u16 rlimits, u16 argc,         |
 |        |               | u16 envc, u16 0, rlimits x (u32 resource, u32 0, u64 soft, u64 hard), string    |
 |        |               | cwd, argc x string, envc x string; three descriptors, with a pty none           |
 | 0x8002 | reply         | u32 pid, u32 flags (1 pty); with a pty one descriptor, its master               |
@@ -25,6 +26,8 @@ A string is `u32 length, bytes, NUL`: the NUL is outside of the length, and may 
 | 0x8005 | reply         | u32 slot to go on from (0xffffffff: that was all), u32 count, count x (u64      |
 |        |               | command_id, u32 pid, u32 state, u32 flags, u32 status, usage)                   |
 | 0x0006 | FORGET        | u64 command_id                                                                  |
+| 0x0007 | TERMINAL      | u64 command_id; from version 2 on                                               |
+| 0x8007 | reply         | nothing; one descriptor, the master of its terminal                             |
 | 0x0010 | FILES         | u32 flags, 0                                                                    |
 | 0x8010 | reply         | u32 pid, u32 version of the protocol in `files_wire.py`; one descriptor, a      |
 |        |               | socket with a file worker at its other end, which lives until it is closed      |
@@ -39,17 +42,21 @@ A string is `u32 length, bytes, NUL`: the NUL is outside of the length, and may 
 | 0x4002 | event GONE    | u64 command_id, u32 flags                                                       |
 
 usage is u64 utime_us, u64 stime_us, u64 maxrss_kib, u64 wall_us. Flags of a command: 1 its keeper was lost, 2 its
-wait status is not known. state: 0 free (never sent), 1 starting, 2 running, 3 exited, 4 gone. 0x0013 to 0x00ff
-are kept for requests to come; a type that init does not know is answered with ERROR EOPNOTSUPP.
+wait status is not known, from version 2 on 4 its terminal is kept. state: 0 free (never sent), 1 starting, 2 running,
+3 exited, 4 gone. 0x0013 to 0x00ff are kept for requests to come; a type that init does not know is answered with
+ERROR EOPNOTSUPP.
+
+Versions: 1 had neither TERMINAL nor the flags about kept terminals. A sandbox keeps the init that it was made with;
+old ones are met as long as old sandboxes live, and HELLO settles on the highest version that both know.
 
 Bounds: a message to init has at most 192 KiB, one from init at most 16 KiB; argv and env have at most 4096
 entries each; at most 16 rlimits; a command_id has 63 bits.
 
 Errors of SPAWN that tell something: EEXIST (stage admit) the id is in use; ENOSPC (admit) the table is full, forget
 ended commands; ESHUTDOWN (admit) init is stopping; ECANCELED (keeper) the command's keeper was killed meanwhile.
-ENOSPC to FILES: as many workers as there may be, 8, are there. ENOENT: no such command. EBUSY to FORGET: not gone
-yet. ESRCH to SIGNAL: nobody there to signal. To LISTEN and DIAL at stage socket what the kernel says: EADDRINUSE,
-EACCES, ECONNREFUSED, EADDRNOTAVAIL (no IPv6 there).
+ENOTTY to TERMINAL: none is kept. ENOSPC to FILES: as many workers as there may be, 8, are there. ENOENT: no such
+command. EBUSY to FORGET: not gone yet. ESRCH to SIGNAL: nobody there to signal. To LISTEN and DIAL at stage socket
+what the kernel says: EADDRINUSE, EACCES, ECONNREFUSED, EADDRNOTAVAIL (no IPv6 there).
 
 Everything that init sends is untrusted: decoding accepts exactly this and raises `WireError` for anything else.
 """
@@ -62,7 +69,11 @@ from collections.abc import Sequence
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
+"""The highest that is spoken here. Each sandbox keeps the init that it was made with, so that of older inits stay."""
+PROTOCOL_VERSION_LOWEST = 1
+TERMINALS_VERSION = 2
+"""From which on init keeps terminals."""
 MAGIC = 0x4253
 
 # Below the kernel's default wmem_max of 208 KiB, so that a message always fits into an empty socket.
@@ -97,8 +108,10 @@ _LENGTH = struct.Struct("<I")
 
 _FLAG_PTY = 1
 _FLAG_INHERIT_ENV = 2
+_FLAG_KEEP_PTY = 4
 _FLAG_KEEPER_LOST = 1
 _FLAG_STATUS_UNKNOWN = 2
+_FLAG_PTY_KEPT = 4
 _FLAG_IPV6 = 1
 _REPLY = 0x8000
 PORT_MAX = 0xFFFF
@@ -136,6 +149,7 @@ class MessageType(enum.IntEnum):
     KILL = 0x0004
     LIST = 0x0005
     FORGET = 0x0006
+    TERMINAL = 0x0007
     FILES = 0x0010
     LISTEN = 0x0011
     DIAL = 0x0012
@@ -147,6 +161,7 @@ class MessageType(enum.IntEnum):
     KILL_REPLY = 0x8004
     LIST_REPLY = 0x8005
     FORGET_REPLY = 0x8006
+    TERMINAL_REPLY = 0x8007
     FILES_REPLY = 0x8010
     LISTEN_REPLY = 0x8011
     DIAL_REPLY = 0x8012
@@ -204,7 +219,8 @@ class PtySize(msgspec.Struct, frozen=True):
 class SpawnRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A command to start. With `pty` no descriptors are passed.
 
-    `env` is the whole environment, or with `inherit_env` what is set on top of init's own: the image's.
+    `env` is the whole environment, or with `inherit_env` what is set on top of init's own: the image's. With
+    `keep_pty` init keeps the terminal for who comes later; an init that speaks version 1 cannot.
     """
 
     command_id: int
@@ -214,6 +230,7 @@ class SpawnRequest(msgspec.Struct, frozen=True, kw_only=True):
     rlimits: Sequence[Rlimit] = ()
     pty: PtySize | None = None
     inherit_env: bool = False
+    keep_pty: bool = False
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -249,8 +266,8 @@ class FilesReply(msgspec.Struct, frozen=True):
     version: int
 
 
-class SocketReply(msgspec.Struct, frozen=True):
-    """A socket comes with this: one that listens, or one that was dialled."""
+class DescriptorReply(msgspec.Struct, frozen=True):
+    """A descriptor comes with this: a socket that listens, one that was dialled, or a terminal's master."""
 
     request: MessageType
 
@@ -264,6 +281,7 @@ class CommandEntry(msgspec.Struct, frozen=True):
     wait_status: int | None
     keeper_lost: bool
     usage: Usage
+    terminal_kept: bool = False
 
 
 class ListPage(msgspec.Struct, frozen=True):
@@ -301,7 +319,7 @@ class Gone(msgspec.Struct, frozen=True):
     keeper_lost: bool
 
 
-Reply = HelloReply | SpawnReply | FilesReply | SocketReply | ListPage | Acknowledged | Refused
+Reply = HelloReply | SpawnReply | FilesReply | DescriptorReply | ListPage | Acknowledged | Refused
 Event = Exited | Gone
 
 
@@ -319,7 +337,7 @@ def _check_range(name: str, value: int, largest: int) -> None:
         raise InvalidSpawn(f"cannot send {name} {value}: it must be between 0 and {largest}")
 
 
-def encode_hello(request_id: int, lowest: int = PROTOCOL_VERSION, highest: int = PROTOCOL_VERSION) -> bytes:
+def encode_hello(request_id: int, lowest: int = PROTOCOL_VERSION_LOWEST, highest: int = PROTOCOL_VERSION) -> bytes:
     """HELLO: must be first; from then on the connection gets events."""
     return _HEADER.pack(MAGIC, MessageType.HELLO, request_id) + _HELLO.pack(lowest, highest)
 
@@ -347,7 +365,7 @@ def encode_spawn(request_id: int, request: SpawnRequest) -> bytes:
         _HEADER.pack(MAGIC, MessageType.SPAWN, request_id),
         _SPAWN.pack(
             request.command_id,
-            (0 if request.pty is None else _FLAG_PTY) | (_FLAG_INHERIT_ENV if request.inherit_env else 0),
+            _spawn_flags(request),
             rows,
             cols,
             len(request.rlimits),
@@ -364,6 +382,13 @@ def encode_spawn(request_id: int, request: SpawnRequest) -> bytes:
     if len(message) > REQUEST_BYTES_MAX:
         raise SpawnTooLarge(f"cannot spawn with {len(message)} bytes of argv and env: at most {REQUEST_BYTES_MAX}")
     return message
+
+
+def _spawn_flags(request: SpawnRequest) -> int:
+    flags = _FLAG_INHERIT_ENV if request.inherit_env else 0
+    if request.pty is not None:
+        flags |= _FLAG_PTY | (_FLAG_KEEP_PTY if request.keep_pty else 0)
+    return flags
 
 
 def _encode_rlimit(rlimit: Rlimit) -> bytes:
@@ -393,6 +418,11 @@ def encode_kill(request_id: int, command_id: int) -> bytes:
 def encode_forget(request_id: int, command_id: int) -> bytes:
     """FORGET: frees the table entry of a command that is gone."""
     return _encode_command_id(MessageType.FORGET, request_id, command_id)
+
+
+def encode_terminal(request_id: int, command_id: int) -> bytes:
+    """TERMINAL: the master of the terminal that was kept."""
+    return _encode_command_id(MessageType.TERMINAL, request_id, command_id)
 
 
 def encode_list(request_id: int, slot: int = 0) -> bytes:
@@ -458,7 +488,12 @@ def _decode_hello(body: bytes) -> HelloReply:
     version, zero, nonce, commands, commands_max = _HELLO_REPLY.unpack_from(body)
     (length,) = _LENGTH.unpack_from(body, _HELLO_REPLY.size)
     text = body[_HELLO_REPLY.size + _LENGTH.size :]
-    if version != PROTOCOL_VERSION or zero or length > PROGRAM_BYTES_MAX or len(text) != length + 1:
+    if (
+        not PROTOCOL_VERSION_LOWEST <= version <= PROTOCOL_VERSION
+        or zero
+        or length > PROGRAM_BYTES_MAX
+        or len(text) != length + 1
+    ):
         raise WireError("init sent a HELLO that is not one")
     program = text[:-1]
     if text[-1] != 0 or not program.isascii() or not program.decode("ascii").isprintable():
@@ -482,7 +517,7 @@ def _decode_entry(fields: tuple[int, ...]) -> CommandEntry:
     command_id, pid, state, flags, status, utime, stime, maxrss, wall = fields
     _bounded("a command_id", command_id, COMMAND_ID_MAX)
     _bounded("a pid", pid, _PID_MAX)
-    _flags(flags, _FLAG_KEEPER_LOST | _FLAG_STATUS_UNKNOWN)
+    _flags(flags, _FLAG_KEEPER_LOST | _FLAG_STATUS_UNKNOWN | _FLAG_PTY_KEPT)
     try:
         known_state = CommandState(state)
     except ValueError:
@@ -495,6 +530,7 @@ def _decode_entry(fields: tuple[int, ...]) -> CommandEntry:
         _wait_status(status, known=ended and not flags & _FLAG_STATUS_UNKNOWN),
         bool(flags & _FLAG_KEEPER_LOST),
         Usage(utime, stime, maxrss, wall),
+        bool(flags & _FLAG_PTY_KEPT),
     )
 
 
@@ -555,10 +591,10 @@ def _decode_reply(kind: int, body: bytes) -> Reply:
             return _decode_page(body)
         case MessageType.FILES_REPLY:
             return _decode_files(body)
-        case MessageType.LISTEN_REPLY | MessageType.DIAL_REPLY:
+        case MessageType.LISTEN_REPLY | MessageType.DIAL_REPLY | MessageType.TERMINAL_REPLY:
             if body:
-                raise WireError("init sent a socket with a body")
-            return SocketReply(MessageType(kind & ~_REPLY))
+                raise WireError("init sent a descriptor with a body")
+            return DescriptorReply(MessageType(kind & ~_REPLY))
         case MessageType.ERROR:
             return _decode_error(body)
         case MessageType.SIGNAL_REPLY | MessageType.KILL_REPLY | MessageType.FORGET_REPLY:

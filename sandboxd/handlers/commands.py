@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import anyio
 import msgspec
 
-from runtimes.init.wire import Scope
+from runtimes.init.wire import PtySize, Scope
 from runtimes.model import EngineName
 from sandboxd import health, protocol, running
 from sandboxd.commands import Command, format_command_id
@@ -173,7 +173,9 @@ class CommandHandlers:
 
     async def resize(self, params: protocol.CommandResizeParams, _: Context) -> protocol.Acknowledged:
         """Change a terminal's size."""
-        self._outlet(params.sandbox, params.command_id).resize(params.size.rows, params.size.cols)
+        sandbox = self._manager.get(params.sandbox)
+        command = sandbox.commands.get(int(params.command_id, 16))
+        await running.resize(sandbox, command, PtySize(params.size.rows, params.size.cols))
         return protocol.Acknowledged()
 
     def _outlet(self, sandbox: str, command_id: str) -> Outlet:

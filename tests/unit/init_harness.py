@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -28,6 +29,7 @@ from runtimes.init.wire import Exited, Gone, PtySize, Rlimit, SpawnRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 20.0  # of a condition that should come true within milliseconds; sanitizers and 2 cores are slow
+GOLDEN = ROOT / "tests" / "golden"
 FOLDER_OF_INIT = ROOT / "runtimes" / "init"
 STORM_SOURCE = Path(__file__).with_name("init_storm.c")
 
@@ -55,6 +57,20 @@ def sanitized_init() -> Path:
     output = _scratch() / "sandbox-init"
     load_build_hook().compile_init(output, sanitize=True)
     return output
+
+
+@functools.cache
+def old_init(version: str) -> Path:
+    """An init of a former version, from the sources that it was released with: sandboxes keep theirs for years."""
+    folder = _scratch() / f"init-{version}"
+    folder.mkdir()
+    with tarfile.open(GOLDEN / f"init-{version}.tar.xz") as archive:
+        for member in archive:
+            source = archive.extractfile(member)
+            assert source is not None
+            (folder / member.name).write_bytes(source.read())
+    load_build_hook().compile_init(folder / "sandbox-init", sources=sorted(folder.glob("*.c")), sanitize=False)
+    return folder / "sandbox-init"
 
 
 @functools.cache
@@ -152,6 +168,7 @@ class Host:
         stdout: int | None = None,
         stdin: int | None = None,
         pty: PtySize | None = None,
+        keep_pty: bool = False,
         rlimits: tuple[Rlimit, ...] = (),
         cwd: bytes = b"/",
         env: list[bytes] | None = None,
@@ -164,6 +181,7 @@ class Host:
             cwd=cwd,
             rlimits=rlimits,
             pty=pty,
+            keep_pty=keep_pty,
         )
         with devnull() as nothing:
             out = nothing if stdout is None else stdout
@@ -252,10 +270,10 @@ def descriptor_count(pid: int) -> int:
     return os.stat(folder).st_size or len(os.listdir(folder))  # the size says it since Linux 6.2
 
 
-def _start(folder: str, stderr: int, prepare: Callable[[], None] | None) -> subprocess.Popen[bytes]:
+def _start(program: Path, folder: str, stderr: int, prepare: Callable[[], None] | None) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         # As in a sandbox; and without it the kernel lets only root install init's seccomp filter.
-        ["setpriv", "--no-new-privs", sanitized_init(), "--no-pid1", folder],
+        ["setpriv", "--no-new-privs", program, "--no-pid1", folder],
         stdin=subprocess.DEVNULL,
         stderr=stderr,
         # An undumpable process cannot be searched for leaks, and this one has no heap to leak.
@@ -265,11 +283,13 @@ def _start(folder: str, stderr: int, prepare: Callable[[], None] | None) -> subp
 
 
 @contextlib.asynccontextmanager
-async def running_init(*, connected: bool = True, prepare: Callable[[], None] | None = None) -> AsyncIterator[Host]:
+async def running_init(
+    *, connected: bool = True, prepare: Callable[[], None] | None = None, program: Path | None = None
+) -> AsyncIterator[Host]:
     """A host whose init runs, after `prepare` in its process; see above for what is checked at the end."""
     before = open_descriptors()
     with tempfile.TemporaryDirectory(prefix="init-") as folder, tempfile.TemporaryFile() as stderr:
-        process = _start(folder, stderr.fileno(), prepare)
+        process = _start(program or sanitized_init(), folder, stderr.fileno(), prepare)
         host = Host(Path(folder), process, uuid.uuid4().hex)
         try:
             await until(lambda: os.path.exists(host.socket_path) or process.poll() is not None, "init listens")

@@ -21,6 +21,7 @@ from tests.unit.init_harness import DEADLINE_S, Ends, devnull, open_descriptors,
 
 pytestmark = pytest.mark.anyio
 HELLO_BODY = struct.pack("<HH16sIII", 1, 0, b"n" * 16, 0, 1024, 3) + b"0.1\0"
+HELLO_2_BODY = struct.pack("<HH16sIII", 2, 0, b"n" * 16, 0, 1024, 3) + b"0.4\0"
 TRUE = SpawnRequest(command_id=1, argv=[b"true"], env=[], cwd=b"/")
 TRUE_ON_PTY = SpawnRequest(command_id=1, argv=[b"true"], env=[], cwd=b"/", pty=PtySize(1, 1))
 
@@ -64,12 +65,12 @@ class FakeInit:
 
 
 @contextlib.asynccontextmanager
-async def fake_init() -> AsyncIterator[tuple[FakeInit, InitChannel, Ends]]:
+async def fake_init(hello: bytes = HELLO_BODY) -> AsyncIterator[tuple[FakeInit, InitChannel, Ends]]:
     """A connected pair; in the end no descriptor is left."""
     before = open_descriptors().keys()
     with tempfile.TemporaryDirectory() as folder:
         fake, ends = FakeInit(folder + "/init.sock"), Ends()
-        serving = asyncio.ensure_future(fake.serve_hello())
+        serving = asyncio.ensure_future(fake.serve_hello(lambda n: message(0x8001, n, hello)))
         channel = await InitChannel.connect(
             fake.path, timeout_s=DEADLINE_S, on_event=ends.on_event, on_closed=ends.on_closed
         )

@@ -550,4 +550,4 @@ def test_it_refuses_to_run_where_it_is_not_pid_1() -> None:
 
 def test_it_says_its_version() -> None:
     done = subprocess.run([sanitized_init(), "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["sandbox-init", "0.3.0", "protocol", "1"]
+    assert done.stdout.split() == ["sandbox-init", "0.4.0", "protocol", "2"]

@@ -93,9 +93,11 @@ def bodies() -> Iterator[tuple[bytes, int]]:
     for end in range(8, len(spawn), 5):
         yield spawn[:end], errno.EBADMSG
     yield spawn + b"\0", errno.EBADMSG
-    for whole in (wire.encode_kill(7, 1), wire.encode_forget(7, 1), wire.encode_list(7), wire.encode_hello(7)):
+    for whole in (wire.encode_kill(7, 1), wire.encode_forget(7, 1), wire.encode_list(7), wire.encode_terminal(7, 1)):
         yield whole[:-1], errno.EBADMSG
         yield whole + b"\0", errno.EBADMSG
+    yield wire.encode_hello(7)[:-1], errno.EBADMSG
+    yield wire.encode_hello(7) + b"\0", errno.EBADMSG
     yield wire.encode_signal(7, 1, 9, Scope.TREE)[:-1], errno.EBADMSG
     yield struct.pack("<HHIQII", wire.MAGIC, 3, 7, 1, 9, 3), errno.EBADMSG
     yield struct.pack("<HHIQII", wire.MAGIC, 3, 7, 1, 2**31, 0), errno.EBADMSG
@@ -108,9 +110,10 @@ def bodies() -> Iterator[tuple[bytes, int]]:
     yield wire.encode_files(7)[:-1], errno.EBADMSG
     yield struct.pack("<HHII", wire.MAGIC, 0x10, 7, 1), errno.EBADMSG
     yield struct.pack("<HHI", wire.MAGIC, 0x8001, 7), errno.EOPNOTSUPP
-    yield wire.encode_hello(7, 2, 9), errno.EPROTONOSUPPORT
+    yield wire.encode_hello(7, 3, 9), errno.EPROTONOSUPPORT
     yield wire.encode_kill(7, 12345), errno.ENOENT
     yield wire.encode_forget(7, 12345), errno.ENOENT
+    yield wire.encode_terminal(7, 12345), errno.ENOENT
     yield wire.encode_signal(7, 12345, 9, Scope.TREE), errno.ENOENT
 
 

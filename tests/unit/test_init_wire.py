@@ -154,7 +154,7 @@ def test_a_refusal_reads_back(request_id: int, errno: int, stage: wire.Stage) ->
     assert wire.decode_message(message) == (request_id, wire.Refused(errno, stage))
 
 
-ENTRY = st.tuples(COMMAND_ID, st.integers(0, 4 * 1024 * 1024), st.integers(1, 4), st.integers(0, 3), ENDED, USAGE)
+ENTRY = st.tuples(COMMAND_ID, st.integers(0, 4 * 1024 * 1024), st.integers(1, 4), st.integers(0, 7), ENDED, USAGE)
 
 
 @given(REQUEST_ID, st.lists(ENTRY, max_size=256), st.none() | st.integers(0, 1024))
@@ -180,6 +180,7 @@ def test_a_page_of_the_table_reads_back(
                 status if state >= 3 and not flags & 2 else None,
                 bool(flags & 1),
                 usage,
+                bool(flags & 4),
             )
             for command_id, pid, state, flags, status, usage in rows
         ),
@@ -225,7 +226,9 @@ def test_a_good_header_with_garbage_behind_raises_nothing_but_a_wire_error(
         struct.pack("<HHIII", wire.MAGIC, 0x8002, 1, 2**31, 0),
         struct.pack("<HHIHH16sIII", wire.MAGIC, 0x8001, 1, 1, 0, b"", 0, 1024, 2**31) + b"0.1\0",
         struct.pack("<HHIHH16sIII", wire.MAGIC, 0x8001, 1, 1, 0, b"", 0, 1024, 3) + b"\x1b[2\0",
-        struct.pack("<HHIHH16sIII", wire.MAGIC, 0x8001, 1, 2, 0, b"", 0, 1024, 3) + b"0.1\0",
+        struct.pack("<HHIHH16sIII", wire.MAGIC, 0x8001, 1, 3, 0, b"", 0, 1024, 3) + b"0.1\0",
+        struct.pack("<HHIHH16sIII", wire.MAGIC, 0x8001, 1, 0, 0, b"", 0, 1024, 3) + b"0.1\0",
+        struct.pack("<HHIB", wire.MAGIC, 0x8007, 1, 0),
     ],
 )
 def test_what_init_never_sends_is_refused(message: bytes) -> None:

@@ -46,6 +46,10 @@ OUTPUT_BYTES_MAX = 2**40
 """Of what is kept of one stream: a head and a tail that say something, and no more than a disk holds."""
 
 SIZE_BYTES_MAX = 2**60
+
+AUDIT_BYTES_MIN = 64 * 1024
+"""Of one file of the audit log: some hundred lines."""
+
 SLOTS_MAX = 512
 """Warm slots of one template."""
 
@@ -139,6 +143,19 @@ class Capacity(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = "128m"
 
 
+class Audit(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The log of who asked for what."""
+
+    enabled: Annotated[bool, Meta(description="Write down each request that changes something.")] = True
+    reads: Annotated[bool, Meta(description="And those that only look.")] = False
+    required: Annotated[
+        bool,
+        Meta(description="Refuse requests while they cannot be written down; else work goes on, and it is told."),
+    ] = False
+    size: Annotated[str, Meta(description="A file of this size is followed by the next.")] = "16m"
+    files: Annotated[int, Meta(ge=2, le=10_000, description="So many files are kept.")] = 8
+
+
 class Chroma(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The ChromaDB that sandboxes share."""
 
@@ -207,6 +224,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     workspaces: Workspaces = Workspaces()
     daemon: Daemon = Daemon()
     capacity: Capacity = Capacity()
+    audit: Audit = Audit()
     chroma: Chroma = Chroma()
     services: dict[str, Service] = {}
     templates: dict[str, Template] = {}
@@ -435,6 +453,7 @@ _CHECKS: Mapping[str, Callable[[Any], object]] = {
     "chroma.memory": partial(parse_memory, bytes_max=SIZE_BYTES_MAX),
     "paths.deny": _refuse_relative,
     "workspaces.copy_bytes": partial(parse_memory, bytes_max=SIZE_BYTES_MAX),
+    "audit.size": partial(parse_memory, bytes_max=SIZE_BYTES_MAX, bytes_min=AUDIT_BYTES_MIN),
     "pool.idle": partial(parse_duration_ms, option="pool.idle"),
     "pool.age_max": partial(parse_duration_ms, option="pool.age_max"),
     "pool.image_look": partial(parse_duration_ms, option="pool.image_look"),

@@ -37,16 +37,21 @@ from runtimes.mounter.binary import mounter_binary_path
 from runtimes.mounter.mounter import Mounter
 from runtimes.mounts import late_mounts_exist
 from runtimes.podman import PodmanEngine
+from runtimes.quantities import parse_memory
 from runtimes.userns import open_swapped_userns
 from sandboxd import __version__
 from sandboxd.activation import Activation, take_over
 from sandboxd.attaching import Attachments
+from sandboxd.audit.auditor import Auditor
+from sandboxd.audit.files import AuditFiles
+from sandboxd.audit.trail import Trail
 from sandboxd.background import Background
 from sandboxd.capacity import Capacity
-from sandboxd.config import Config, load_config
+from sandboxd.config import SIZE_BYTES_MAX, Config, load_config
 from sandboxd.engines import EngineRoom
 from sandboxd.events import EventLog
 from sandboxd.failures import Conflict, Exit, Failure, Unauthorized
+from sandboxd.handlers.audit import AuditHandlers
 from sandboxd.handlers.commands import CommandHandlers
 from sandboxd.handlers.daemon import DaemonHandlers
 from sandboxd.handlers.dispatch import Dispatcher
@@ -200,6 +205,9 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
             services.start(background)
             lifetimes = Lifetimes(manager, background)
             recovery = ground.recovery(manager)
+            auditor = Auditor(
+                ground.trail, reads=config.audit.reads, required=config.audit.required, id_of=manager.id_of
+            )
             survey = Survey(
                 engines=ground.engines,
                 image=config.defaults.image,
@@ -207,6 +215,7 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 state_dir=state,
                 maps_ids=ground.userns_fd is not None if os.geteuid() == 0 else None,
                 mounts_late=late_mounts_exist(),
+                audit=lambda: auditor.state,
             )
             daemon = DaemonHandlers(
                 manager=manager,
@@ -228,9 +237,16 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 WorkspaceHandlers(manager),
                 PoolHandlers(launcher),
                 SecretHandlers(manager, secrets),
+                AuditHandlers(ground.trail, manager),
                 daemon,
             )
-            dispatcher = Dispatcher((family.table() for family in families), lifetimes.used_by, secrets.refuse_in)
+            dispatcher = Dispatcher(
+                (family.table() for family in families),
+                lifetimes.used_by,
+                secrets.refuse_in,
+                observers=(auditor.observe,),
+            )
+            auditor.tell("begun", pid=os.getpid(), version=__version__)
             await ground.engines.refresh()
             await clients.wait_for_clients(owner_label_argument(ground.owner), deadline_s=LEFT_CLIENTS_DEADLINE_S)
             await recovery.recover()
@@ -251,6 +267,7 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 await dispatcher.drain(deadline_s=DRAIN_DEADLINE_S)
             await manager.finish_removals(deadline_s=REMOVALS_DEADLINE_S)
             manager.disconnect_all()
+            auditor.tell("ended", pid=os.getpid())
             tasks.cancel_scope.cancel()
 
 
@@ -263,6 +280,7 @@ class _Ground:
     events: EventLog
     host: Host
     userns_fd: int | None
+    trail: Trail | None
     manager: Callable[..., Manager]
     launcher: Callable[..., Launcher]
     recovery: Callable[[Manager], Recovery]
@@ -309,6 +327,7 @@ def _prepare(
         events=events,
         host=host,
         userns_fd=userns_fd,
+        trail=_trail(config, state, held),
         manager=functools.partial(
             Manager,
             config=config,
@@ -337,6 +356,17 @@ def _prepare(
         ),
         recovery=functools.partial(Recovery, engines=engines, journal=journal, places=places),
     )
+
+
+def _trail(config: Config, state: str, held: contextlib.ExitStack) -> Trail | None:
+    """The writer of the audit log; what it cannot do now, it tries again and tells of."""
+    if not config.audit.enabled:
+        return None
+    size = parse_memory(config.audit.size, bytes_max=SIZE_BYTES_MAX)
+    trail = Trail(AuditFiles(os.path.join(state, "audit"), bytes_max=size, files_max=config.audit.files))
+    trail.start()
+    held.callback(trail.close)
+    return trail
 
 
 def _daemon_info(listener: Listener, state: str) -> DaemonInfo:

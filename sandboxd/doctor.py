@@ -12,6 +12,7 @@ import msgspec
 from runtimes.cgroup.verify import COUNT_SWAP_HINT, enforceable
 from runtimes.model import EngineInfo, Limits
 from runtimes.quantities import format_bytes
+from sandboxd.audit.auditor import AuditState
 from sandboxd.protocol import Check
 
 FREE_BYTES_MIN = 512 * 1024 * 1024
@@ -52,6 +53,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     swap_bytes: int
     swap_counted: bool | None
     """By control group; None where that cannot be told."""
+    audit: AuditState
 
 
 def judge(facts: Facts) -> list[Check]:
@@ -65,6 +67,7 @@ def judge(facts: Facts) -> list[Check]:
         _disk(facts),
         _descriptors(facts),
         _swap(facts),
+        _audit(facts),
     ]
     checks.append(
         _check(
@@ -196,6 +199,21 @@ def _swap(facts: Facts) -> Check:
         COUNT_SWAP_HINT,
         worst="warning",
     )
+
+
+def _audit(facts: Facts) -> Check:
+    audit = facts.audit
+    if not audit.enabled:
+        return _check("audit log", True, "switched off", "")
+    lost = f"{audit.lost} lines were lost since the daemon began" if audit.lost else ""
+    if audit.failing:
+        refused = "requests are refused meanwhile" if audit.required else "work goes on"
+        detail = "; ".join(part for part in (f"cannot be written: {audit.failing}", refused, lost) if part)
+        directory = shlex.quote(f"{facts.state_dir}/audit")
+        worst = "failure" if audit.required else "warning"
+        return _check("audit log", False, detail, f"df -h {directory}; ls -ld {directory}", worst=worst)
+    # What was lost is lost: nothing mends it, and the log says so itself.
+    return _check("audit log", True, lost or "written", "")
 
 
 def _check(name: str, good: bool, detail: str, fix: str, *, worst: str = "failure") -> Check:

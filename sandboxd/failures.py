@@ -167,6 +167,14 @@ class PrerequisiteMissing(Failure):
     exit_code = Exit.PREREQUISITE_MISSING
 
 
+class AuditUnavailable(Failure):
+    """The audit log cannot be written, and the settings say that nothing is done without it."""
+
+    type = "audit_unavailable"
+    code = -32017
+    exit_code = Exit.PREREQUISITE_MISSING
+
+
 class CommandNotStarted(Failure):
     """The sandbox is fine, the program could not be executed. ``detail`` begins with the name of the errno."""
 
@@ -192,6 +200,7 @@ FAILURES: tuple[type[Failure], ...] = (
     Unsupported,
     EngineRefusedFailure,
     PrerequisiteMissing,
+    AuditUnavailable,
     CommandNotStarted,
 )
 

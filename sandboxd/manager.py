@@ -185,6 +185,13 @@ class Manager:
             )
         raise NoSuchSandbox(f"cannot find sandbox {reference!r}", hint="sandboxctl ls")
 
+    def id_of(self, reference: str) -> str | None:
+        """The id of the sandbox that is meant, be it as good as gone; None: none is, or it is not clear which."""
+        try:
+            return self.get(reference, leaving=True).record.id
+        except (NoSuchSandbox, InvalidArgument):
+            return None
+
     # --- having and forgetting --------------------------------------------------------------------------
 
     def register(self, record: SandboxRecord) -> Sandbox:

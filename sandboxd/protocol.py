@@ -31,8 +31,14 @@ SHELL_TEXT_CHARS_MAX = 128 * 1024
 DESCRIPTORS_PER_REQUEST_MAX = 3
 """stdin, stdout, stderr."""
 
+AUDITED = Meta(extra={"audited": True})
+"""On free text of a request: the audit log may have it, for it is a name, a path or an amount. What has no such mark,
+and no shape that keeps everything else out, is never written down: see ``sandboxd.audit.arguments``."""
+
 SandboxRef = Annotated[
-    str, Meta(min_length=1, max_length=64, description="A sandbox id, an unambiguous prefix of one, or its name.")
+    str,
+    Meta(min_length=1, max_length=64, description="A sandbox id, an unambiguous prefix of one, or its name."),
+    AUDITED,
 ]
 Name = Annotated[
     str,
@@ -41,16 +47,17 @@ Name = Annotated[
         description="1 to 63 of a-z 0-9 . _ -, starting and ending with a letter or digit.",
     ),
 ]
-Text = Annotated[str, Meta(max_length=4096)]
-Quantity = Annotated[int | float | str, Meta(description="A number, or text with a unit.")]
+Text = Annotated[str, Meta(max_length=4096), AUDITED]
+"""Of a path or a name."""
+Quantity = Annotated[int | float | str, Meta(description="A number, or text with a unit."), AUDITED]
 EngineChoice = Literal["podman", "docker"]
-HostPathBytes = Annotated[bytes, Meta(max_length=4095)]
+HostPathBytes = Annotated[bytes, Meta(max_length=4095), AUDITED]
 LimitsPolicy = Literal["strict", "degraded"]
 NetworkMode = Literal["none", "allow", "full"]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 ServiceName = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9-]{0,30}\Z", description="1 to 31 of a-z 0-9 -.")]
 Rules = Annotated[
-    list[Annotated[str, Meta(max_length=512)]],
+    list[Annotated[str, Meta(max_length=512), AUDITED]],
     Meta(max_length=256, description="``[METHOD ]HOST[:PORT]``, such as ``*.example.org:443``, or a preset."),
 ]
 SecretName = Annotated[
@@ -61,7 +68,7 @@ SecretName = Annotated[
     ),
 ]
 ServiceGrants = Annotated[
-    list[Annotated[str, Meta(max_length=80)]],
+    list[Annotated[str, Meta(max_length=80), AUDITED]],
     Meta(max_length=16, description="``NAME`` or ``NAME=SCOPE``, such as ``chroma`` or ``chroma=private``."),
 ]
 OnTimeout = Literal["kill", "pause"]
@@ -106,7 +113,7 @@ class LimitsParams(Params, frozen=True):
     """CPUs, such as ``0.5`` or ``500m``."""
     pids: Quantity | None = None
     """Processes and threads at once, sandbox-init included."""
-    cpuset: str | None = None
+    cpuset: Annotated[str, AUDITED] | None = None
     """Host CPUs to run on, such as ``0-2,4``."""
     shm: Quantity | None = None
     """Size of /dev/shm. Create only."""
@@ -169,7 +176,7 @@ class SandboxCreateParams(Params, frozen=True):
 
     name: Name | None = None
     engine: EngineChoice | None = None
-    image: Annotated[str, Meta(min_length=1, max_length=512)] | None = None
+    image: Annotated[str, Meta(min_length=1, max_length=512), AUDITED] | None = None
     workspace: WorkspaceParams | None = None
     mounts: Annotated[list[MountParams], Meta(max_length=32)] = []
     limits: LimitsParams = LimitsParams()
@@ -572,7 +579,7 @@ class CommandParams(Params, frozen=True):
     """
 
     sandbox: SandboxRef
-    argv: Annotated[list[str], Meta(min_length=1, max_length=4096)]
+    argv: Annotated[list[Annotated[str, AUDITED]], Meta(min_length=1, max_length=4096)]
     env: dict[str, str] = {}
     cwd: Text | None = None
     """Absolute, or relative to /workspace. Default: /workspace, or / where there is none."""
@@ -759,7 +766,7 @@ class ShellOpenParams(Params, frozen=True):
     """
 
     sandbox: SandboxRef
-    shell: Annotated[str, Meta(min_length=1, max_length=4096)] = "auto"
+    shell: Annotated[str, Meta(min_length=1, max_length=4096), AUDITED] = "auto"
     """A name or path inside: ``bash``, or one that reads what a POSIX shell does. ``auto``: bash, else sh."""
     env: dict[str, str] = {}
     cwd: Text | None = None
@@ -855,7 +862,7 @@ class PathParams(Params, frozen=True):
 
     sandbox: SandboxRef
     path: Text
-    path_bytes: Annotated[bytes, Meta(max_length=4095)] | None = None
+    path_bytes: HostPathBytes | None = None
     """For names that are not UTF-8: taken instead of ``path``."""
 
 
@@ -909,7 +916,7 @@ class FileRenameParams(PathParams, frozen=True, kw_only=True):
     """Rename within one file system."""
 
     new_path: Text
-    new_path_bytes: Annotated[bytes, Meta(max_length=4095)] | None = None
+    new_path_bytes: HostPathBytes | None = None
     """For names that are not UTF-8: taken instead of ``new_path``."""
     replace: bool = True
 
@@ -1201,7 +1208,7 @@ class PortForwardParams(Params, frozen=True):
     """Inside: on its loopback, or on all its addresses."""
     host_port: Annotated[int, Meta(ge=0, le=65535)] = 0
     """0: one that is free."""
-    address: Annotated[str, Meta(max_length=64)] = "127.0.0.1"
+    address: Annotated[str, Meta(max_length=64), AUDITED] = "127.0.0.1"
     """An IP address of the host. Any but a loopback one lets others in than programs of this host."""
     path: Text | None = None
     """A Unix socket, made for this user alone, instead of a port."""
@@ -1315,7 +1322,7 @@ class ServiceBackup(Reply, frozen=True):
 
 
 ProjectPath = Annotated[
-    str, Meta(min_length=1, max_length=4096, description="Relative to the project, or below /workspace.")
+    str, Meta(min_length=1, max_length=4096, description="Relative to the project, or below /workspace."), AUDITED
 ]
 
 
@@ -1467,6 +1474,95 @@ class SecretList(Reply, frozen=True):
     """The secrets that are kept."""
 
     secrets: list[SecretInfo]
+
+
+# --- the audit log --------------------------------------------------------------------------------------
+
+
+AuditKind = Literal["request", "underway", "begun", "ended", "genesis", "continued", "gap", "torn", "mismatch"]
+
+
+class AuditQueryParams(Params, frozen=True):
+    """Read the audit log."""
+
+    since_ms: Annotated[int, Meta(ge=0)] | None = None
+    """Milliseconds since the epoch."""
+    until_ms: Annotated[int, Meta(ge=0)] | None = None
+    sandbox: SandboxRef | None = None
+    """By its id it may be gone."""
+    method: Annotated[str, Meta(min_length=1, max_length=64), AUDITED] | None = None
+    """A method, or a family of them, such as ``commands``."""
+    uid: Annotated[int, Meta(ge=0)] | None = None
+    result: Annotated[str, Meta(min_length=1, max_length=64), AUDITED] | None = None
+    """``ok``, the type of an error, or ``failed`` for whatever is not ``ok``."""
+    limit: Annotated[int, Meta(ge=1, le=1000)] = 100
+    """How many at most: the last ones."""
+
+
+class AuditEntry(Reply, frozen=True):
+    """One line of the audit log."""
+
+    seq: int
+    at_ms: int
+    """Milliseconds since the epoch; of a request, when it came."""
+    kind: AuditKind
+    """``request``: one that has ended. ``underway``: one that has not, after a second. ``begun``, ``ended``: the
+    daemon. ``genesis``: the first line of all. ``continued``: the first of another file. ``gap``: lines before this
+    one could not be written and are lost. ``torn``: the line before was cut short when the daemon was killed.
+    ``mismatch``: the log was not as the daemon had left it."""
+    uid: int | None = None
+    pid: int | None = None
+    exe: str | None = None
+    """The program of the peer when it connected, as far as that could be seen."""
+    method: str | None = None
+    sandbox: str | None = None
+    """Its id."""
+    arguments: dict[str, Any] = {}
+    """Of variables and metadata only the names, of long ones the beginning; never what was written or typed."""
+    result: str | None = None
+    """``ok``, or the type of the error."""
+    duration_ms: float | None = None
+    data: dict[str, str | int | None] = {}
+    """What else there is to say: ``lost`` of a gap; ``bytes`` and ``sha256`` of what was torn."""
+
+
+class AuditEntries(Reply, frozen=True):
+    """What was found, the oldest first."""
+
+    entries: list[AuditEntry]
+    more: bool
+    """There are older ones that fit as well."""
+
+
+class AuditProblem(Reply, frozen=True):
+    """A line that is not as it was written."""
+
+    file: str
+    line: int
+    """From 1 on; 0: the file as a whole."""
+    seq: int | None
+    kind: Literal["changed", "removed", "inserted", "unreadable", "missing", "mismatch"]
+    """``inserted``: or moved. ``missing``: a whole file."""
+    detail: str
+
+
+class AuditVerified(Reply, frozen=True):
+    """What became of the chain of lines."""
+
+    intact: bool
+    files: int
+    records: int
+    first_seq: int | None
+    last_seq: int | None
+    head: str
+    """SHA-256 of the last line: kept elsewhere, it proves later that nothing before it was changed."""
+    gaps: int
+    """Lines that could not be written and are lost, which the log itself says."""
+    torn: int
+    """Lines that were cut short by a crash, which the log itself says."""
+    problems: list[AuditProblem]
+    """The first hundred."""
+    problem_count: int
 
 
 # --- images, daemon -------------------------------------------------------------------------------------
@@ -1724,12 +1820,20 @@ class Method(Struct, frozen=True):
     summary: str
     descriptors: int = 0
     """How many descriptors a request may carry."""
+    reads: bool = False
+    """It changes nothing: the audit log has it only where ``audit.reads`` says so."""
 
 
 METHODS: tuple[Method, ...] = (
     Method("sandbox/create", SandboxCreateParams, SandboxInfo, "Make a sandbox and prove its limits."),
-    Method("sandbox/get", SandboxParams, SandboxInfo, "Everything about one sandbox, the engine's view included."),
-    Method("sandbox/list", SandboxListParams, SandboxList, "The sandboxes of this daemon."),
+    Method(
+        "sandbox/get",
+        SandboxParams,
+        SandboxInfo,
+        "Everything about one sandbox, the engine's view included.",
+        reads=True,
+    ),
+    Method("sandbox/list", SandboxListParams, SandboxList, "The sandboxes of this daemon.", reads=True),
     Method("sandbox/update", SandboxUpdateParams, SandboxInfo, "Change limits while it runs and prove them again."),
     Method("sandbox/stop", SandboxStopParams, SandboxInfo, "Stop; it can be started again."),
     Method("sandbox/start", SandboxParams, SandboxInfo, "Start a stopped sandbox and prove its limits again."),
@@ -1741,67 +1845,102 @@ METHODS: tuple[Method, ...] = (
     Method("sandbox/pause", SandboxParams, SandboxInfo, "Freeze all that runs in it; it keeps its memory."),
     Method("sandbox/resume", SandboxParams, SandboxInfo, "Let a paused sandbox go on."),
     Method("sandbox/kill", SandboxKillParams, SandboxGone, "End everything in it and remove it without a trace."),
-    Method("sandbox/metrics", SandboxMetricsParams, SandboxMetricsList, "Usage, read from the control groups."),
+    Method(
+        "sandbox/metrics",
+        SandboxMetricsParams,
+        SandboxMetricsList,
+        "Usage, read from the control groups.",
+        reads=True,
+    ),
     Method("sandbox/verify", SandboxVerifyParams, SandboxVerification, "Read the limits again, or provoke them."),
     Method("commands/run", CommandParams, CommandEnd, "Run a command and wait for its end.", 3),
     Method("commands/start", CommandParams, CommandStarted, "Run a command in the background.", 3),
-    Method("commands/wait", CommandRef, CommandEnd, "Wait for a command's end."),
+    Method("commands/wait", CommandRef, CommandEnd, "Wait for a command's end.", reads=True),
     Method("commands/signal", CommandSignalParams, Acknowledged, "Send a signal to a command."),
     Method("commands/kill", CommandRef, CommandEnd, "Kill a command's whole tree and wait until nothing is left."),
-    Method("commands/connect", CommandConnectParams, CommandEnd, "Follow a command's output, to its end."),
-    Method("commands/logs", CommandLogsParams, CommandLogs, "Read kept output."),
+    Method(
+        "commands/connect", CommandConnectParams, CommandEnd, "Follow a command's output, to its end.", reads=True
+    ),
+    Method("commands/logs", CommandLogsParams, CommandLogs, "Read kept output.", reads=True),
     Method("commands/send_stdin", CommandInputParams, Acknowledged, "Write to a command's stdin or terminal."),
     Method("commands/close_stdin", CommandRef, Acknowledged, "Close a command's stdin: it reads end of file."),
     Method("commands/resize", CommandResizeParams, Acknowledged, "Change the size of a command's terminal."),
-    Method("commands/list", CommandListParams, CommandList, "Commands that run, linger, or ended lately."),
+    Method(
+        "commands/list", CommandListParams, CommandList, "Commands that run, linger, or ended lately.", reads=True
+    ),
     Method("shells/open", ShellOpenParams, ShellInfo, "Open a shell that keeps its state from run to run."),
     Method(
         "shells/run", ShellRunParams, ShellEnd, "Let a shell evaluate some text, and wait until it is ready again."
     ),
     Method("shells/interrupt", ShellRef, ShellInterrupted, "End what a shell runs: INT, TERM, KILL, or a new shell."),
-    Method("shells/list", ShellListParams, ShellList, "The shells of a sandbox."),
+    Method("shells/list", ShellListParams, ShellList, "The shells of a sandbox.", reads=True),
     Method("shells/close", ShellRef, Acknowledged, "End a shell and all that it left running."),
-    Method("files/read", FileReadParams, FileContent, "Read a part of a regular file."),
+    Method("files/read", FileReadParams, FileContent, "Read a part of a regular file.", reads=True),
     Method("files/write", FileWriteParams, FileInfo, "Replace a file's content: whole or not at all.", 1),
-    Method("files/list", FileListParams, FileList, "What is below a directory."),
-    Method("files/stat", FileStatParams, FileInfo, "Look at one file."),
-    Method("files/exists", FileStatParams, FileExists, "Whether something bears a name."),
+    Method("files/list", FileListParams, FileList, "What is below a directory.", reads=True),
+    Method("files/stat", FileStatParams, FileInfo, "Look at one file.", reads=True),
+    Method("files/exists", FileStatParams, FileExists, "Whether something bears a name.", reads=True),
     Method("files/make_dir", FileMakeDirParams, FileMade, "Make a directory."),
     Method("files/rename", FileRenameParams, Acknowledged, "Rename a file or directory."),
     Method("files/remove", FileRemoveParams, Acknowledged, "Remove a file, or a whole tree."),
-    Method("files/watch", FileWatchParams, FileWatchEnd, "Tell what changes below a path, until cancelled."),
+    Method(
+        "files/watch", FileWatchParams, FileWatchEnd, "Tell what changes below a path, until cancelled.", reads=True
+    ),
     Method("files/upload", FileUploadParams, FileTransfer, "Put a tree or a file into it, over a descriptor.", 1),
-    Method("files/download", FileDownloadParams, FileTransfer, "Get a tree or a file from it, over a descriptor.", 1),
-    Method("events/subscribe", EventsParams, EventsEnd, "Be told what happens to sandboxes, from a number on."),
-    Method("network/get", SandboxParams, NetworkInfo, "What a sandbox may reach, what it did, what was refused."),
+    Method(
+        "files/download",
+        FileDownloadParams,
+        FileTransfer,
+        "Get a tree or a file from it, over a descriptor.",
+        1,
+        reads=True,
+    ),
+    Method(
+        "events/subscribe",
+        EventsParams,
+        EventsEnd,
+        "Be told what happens to sandboxes, from a number on.",
+        reads=True,
+    ),
+    Method(
+        "network/get",
+        SandboxParams,
+        NetworkInfo,
+        "What a sandbox may reach, what it did, what was refused.",
+        reads=True,
+    ),
     Method("network/set", NetworkSetParams, NetworkInfo, "Change what a running sandbox may reach."),
     Method("ports/forward", PortForwardParams, PortForward, "Lead a port or a Unix socket of the host inside."),
-    Method("ports/list", SandboxParams, PortList, "What is forwarded, and what listens inside."),
+    Method("ports/list", SandboxParams, PortList, "What is forwarded, and what listens inside.", reads=True),
     Method("ports/close", PortCloseParams, Acknowledged, "Close a forward."),
     Method("secret/set", SecretSetParams, Acknowledged, "Keep a secret."),
-    Method("secret/list", NoParams, SecretList, "The names of the secrets, and who has them."),
+    Method("secret/list", NoParams, SecretList, "The names of the secrets, and who has them.", reads=True),
     Method("secret/remove", SecretParams, Acknowledged, "Forget a secret."),
     Method("secret/give", SecretGiveParams, Acknowledged, "Give secrets to a running sandbox."),
-    Method("service/list", NoParams, ServiceList, "The services that sandboxes may share."),
-    Method("service/logs", ServiceLogsParams, ServiceLogs, "What a service printed."),
+    Method("service/list", NoParams, ServiceList, "The services that sandboxes may share.", reads=True),
+    Method("service/logs", ServiceLogsParams, ServiceLogs, "What a service printed.", reads=True),
     Method("service/restart", ServiceParams, ServiceInfo, "End a service and start it anew."),
     Method("service/backup", ServiceFileParams, ServiceBackup, "Copy a service's data, as it is at one moment."),
     Method("service/restore", ServiceFileParams, ServiceBackup, "Put a copy of a service's data back."),
-    Method("workspace/diff", WorkspaceDiffParams, WorkspaceDiff, "What a sandbox changed of its project."),
+    Method(
+        "workspace/diff", WorkspaceDiffParams, WorkspaceDiff, "What a sandbox changed of its project.", reads=True
+    ),
     Method("workspace/apply", WorkspaceApplyParams, WorkspaceApplied, "Carry changes back to the project."),
     Method("workspace/reset", WorkspaceResetParams, WorkspaceApplied, "Undo what a sandbox changed."),
-    Method("pool/list", NoParams, PoolList, "Warm slots, and how they were used."),
+    Method("pool/list", NoParams, PoolList, "Warm slots, and how they were used.", reads=True),
     Method("pool/resize", PoolResizeParams, PoolList, "Change how many slots a template has."),
     Method("pool/drain", TemplateParams, PoolDrained, "Let all slots of a template go, and make no more."),
     Method("pool/warm", PoolWarmParams, PoolWarmed, "Make slots of a template now."),
-    Method("template/list", NoParams, TemplateList, "The named recipes for sandboxes."),
-    Method("template/get", TemplateParams, TemplateInfo, "One of them."),
-    Method("image/list", ImageListParams, ImageList, "Images that the engines hold."),
+    Method("template/list", NoParams, TemplateList, "The named recipes for sandboxes.", reads=True),
+    Method("template/get", TemplateParams, TemplateInfo, "One of them.", reads=True),
+    Method("image/list", ImageListParams, ImageList, "Images that the engines hold.", reads=True),
     Method("image/build", ImageBuildParams, ImageBuilt, "Make the default image, without a registry if need be."),
-    Method("daemon/info", NoParams, DaemonInfo, "The daemon and the engines that it drives."),
-    Method("daemon/doctor", NoParams, DoctorReport, "Check the host, and say what mends it."),
-    Method("daemon/config", NoParams, DaemonConfig, "Every setting in force, and where it comes from."),
+    Method("daemon/info", NoParams, DaemonInfo, "The daemon and the engines that it drives.", reads=True),
+    Method("daemon/doctor", NoParams, DoctorReport, "Check the host, and say what mends it.", reads=True),
+    Method("daemon/config", NoParams, DaemonConfig, "Every setting in force, and where it comes from.", reads=True),
     Method("daemon/shutdown", NoParams, Acknowledged, "Stop the daemon; sandboxes stay."),
+    Method("audit/query", AuditQueryParams, AuditEntries, "Who asked for what, and what came of it.", reads=True),
+    Method("audit/verify", NoParams, AuditVerified, "Whether the audit log is as it was written.", reads=True),
 )
 
 METHOD_BY_NAME: dict[str, Method] = {method.name: method for method in METHODS}
@@ -1825,7 +1964,7 @@ class ErrorData(Struct, frozen=True, kw_only=True):
     type: str
     """``invalid_argument not_found conflict timeout limit_not_enforceable capacity_exceeded not_enough_space
     pool_exhausted sandbox_gone engine_unavailable engine_refused unauthorized unsupported prerequisite_missing
-    command_not_started internal``."""
+    audit_unavailable command_not_started internal``."""
     brief: str
     detail: str
     hint: str

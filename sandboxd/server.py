@@ -18,7 +18,6 @@ import logging
 import os
 import select
 import socket
-import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -43,6 +42,7 @@ from sandboxd.failures import (
     InvalidArgument,
     Unauthorized,
 )
+from sandboxd.peers import Peer, peer_of
 from sandboxd.protocol import (
     FRAME_BYTES_MAX,
     METHOD_BY_NAME,
@@ -80,7 +80,6 @@ ERROR_TEXT_CHARS_MAX = 8192
 """Of each text of an error. It may quote what the peer sent, and must fit into a message whatever that was."""
 
 _ANCILLARY_BYTES = socket.CMSG_SPACE(DESCRIPTORS_PENDING_MAX * array.array("i").itemsize)
-_PEER_CREDENTIALS = struct.Struct("3i")
 
 DISCOVER = "rpc.discover"
 CANCEL = "$/cancelRequest"
@@ -98,14 +97,6 @@ class Limits(NamedTuple):
     requests_in_flight_max: int = REQUESTS_IN_FLIGHT_MAX
     outbound_bytes_max: int = OUTBOUND_BYTES_MAX
     frame_bytes_max: int = FRAME_BYTES_MAX
-
-
-class Peer(NamedTuple):
-    """Who is at the other end, by the kernel's word at the time of connect."""
-
-    pid: int
-    uid: int
-    gid: int
 
 
 class Context:
@@ -198,7 +189,7 @@ async def serve(listener: socket.socket, dispatch: Dispatch, *, limits: Limits |
                 await anyio.sleep(ACCEPT_RETRY_S)
                 continue
             peer_socket.setblocking(False)
-            peer = _peer_of(peer_socket)
+            peer = peer_of(peer_socket)
             refusal = _refusal(peer, len(connections), limits)
             if refusal is not None:
                 _refuse(peer_socket, peer, refusal)
@@ -206,11 +197,6 @@ async def serve(listener: socket.socket, dispatch: Dispatch, *, limits: Limits |
             connection = _Connection(peer_socket, peer, dispatch, limits)
             connections.add(connection)
             tasks.start_soon(_run_connection, connection, connections)
-
-
-def _peer_of(peer_socket: socket.socket) -> Peer:
-    raw = peer_socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
-    return Peer(*_PEER_CREDENTIALS.unpack(raw))
 
 
 def _refusal(peer: Peer, connections: int, limits: Limits) -> Failure | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+from collections.abc import Callable
 
 import anyio.to_thread
 import psutil
@@ -12,6 +13,7 @@ from runtimes.cgroup.fs import swap_is_counted
 from runtimes.errors import CgroupUnreadable
 from runtimes.init.binary import InitBinaryMissing, init_binary_path
 from sandboxd import doctor
+from sandboxd.audit.auditor import AuditState
 from sandboxd.engines import EngineRoom
 from sandboxd.image_builder import has_image
 from sandboxd.paths import is_private
@@ -27,6 +29,7 @@ class Survey:
         state_dir: Whose disk must have room.
         maps_ids: Id-mapped mounts work; None where they are not needed.
         mounts_late: This kernel can mount into containers that run.
+        audit: How the audit log fares.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class Survey:
         state_dir: str,
         maps_ids: bool | None,
         mounts_late: bool,
+        audit: Callable[[], AuditState],
     ) -> None:
         self._engines = engines
         self._image = image
@@ -45,6 +49,7 @@ class Survey:
         self._state_dir = state_dir
         self._maps_ids = maps_ids
         self._mounts_late = mounts_late
+        self._audit = audit
 
     async def examine(self) -> doctor.Facts:
         """Look at the host."""
@@ -79,6 +84,7 @@ class Survey:
             mounts_late=self._mounts_late,
             swap_bytes=psutil.swap_memory().total,
             swap_counted=_swap_counted(),
+            audit=self._audit(),
         )
 
 

@@ -46,6 +46,7 @@ FAMILIES = {
     "resume": "lifetime",
     "rm": "sandboxes",
     "events": "lifetime",
+    "audit": "audit",
     "network": "network",
     "forward": "network",
     "ports": "network",

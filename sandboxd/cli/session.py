@@ -52,7 +52,7 @@ def connect() -> Connection:
 
 
 def call(
-    connection: Connection, method: str, on_notification: Callable[[Message], None] | None = None, **fields: object
+    connection: Connection, method: str, on_notification: Callable[[Message], None] | None = None, /, **fields: object
 ) -> dict[str, Any]:
     """Call a method. Ctrl-C cancels it and waits until that is done, so that nothing is left half-made.
 
@@ -93,7 +93,7 @@ def _outcome(connection: Connection, request_id: int) -> dict[str, Any] | RpcErr
         return error
 
 
-def request(method: str, **fields: object) -> dict[str, Any]:
+def request(method: str, /, **fields: object) -> dict[str, Any]:
     """Connect, call, and close."""
     with connect() as connection:
         return call(connection, method, None, **fields)

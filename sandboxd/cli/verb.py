@@ -105,9 +105,9 @@ def add_sandbox(parser: argparse.ArgumentParser, *, optional: bool = False) -> N
     """One sandbox."""
     text = "id, unambiguous beginning of one, or name"
     if optional:
-        _complete_names(parser.add_argument("sandbox", metavar="SANDBOX", nargs="?", help=text))
+        complete_names(parser.add_argument("sandbox", metavar="SANDBOX", nargs="?", help=text))
     else:
-        _complete_names(parser.add_argument("sandbox", metavar="SANDBOX", help=text))
+        complete_names(parser.add_argument("sandbox", metavar="SANDBOX", help=text))
 
 
 def add_sandboxes(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
@@ -118,10 +118,11 @@ def add_sandboxes(parser: argparse.ArgumentParser, *, optional: bool = False) ->
         nargs="*" if optional else "+",
         help="ids, unambiguous beginnings of ids, or names",
     )
-    _complete_names(names)
+    complete_names(names)
 
 
-def _complete_names(action: argparse.Action) -> None:
+def complete_names(action: argparse.Action) -> None:
+    """Have the shell complete ids and names of sandboxes."""
     # What shtab looks for; see ``completion`` for the function.
     action.complete = {"bash": NAMES_FUNCTION, "zsh": NAMES_FUNCTION}  # type: ignore[attr-defined]
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 
-def build(method: str, **fields: object) -> dict[str, Any]:
+def build(method: str, /, **fields: object) -> dict[str, Any]:
     """The params of a method. ``None`` means not given, and what equals the default is left out.
 
     Raises:
@@ -18,7 +18,7 @@ def build(method: str, **fields: object) -> dict[str, Any]:
     return part(PARAMS[method], **fields)
 
 
-def part(struct: str, **fields: object) -> dict[str, Any]:
+def part(struct: str, /, **fields: object) -> dict[str, Any]:
     """The same for a struct inside params."""
     known = FIELDS[struct]
     given = {name: value for name, value in fields.items() if value is not None}

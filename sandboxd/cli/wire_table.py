@@ -74,11 +74,22 @@ PARAMS: dict[str, str] = {
     "daemon/doctor": "NoParams",
     "daemon/config": "NoParams",
     "daemon/shutdown": "NoParams",
+    "audit/query": "AuditQueryParams",
+    "audit/verify": "NoParams",
 }
 
 REQUIRED = object()
 
 FIELDS: dict[str, dict[str, object]] = {
+    "AuditQueryParams": {
+        "since_ms": None,
+        "until_ms": None,
+        "sandbox": None,
+        "method": None,
+        "uid": None,
+        "result": None,
+        "limit": 100,
+    },
     "CommandConnectParams": {
         "sandbox": REQUIRED,
         "command_id": REQUIRED,
@@ -428,5 +439,6 @@ EXIT_CODES: dict[str, int] = {
     "unsupported": 4,
     "engine_refused": 1,
     "prerequisite_missing": 4,
+    "audit_unavailable": 4,
     "command_not_started": 1,
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from sandboxd import protocol
 from sandboxd.events import EventLog
-from sandboxd.failures import NotFound
 from sandboxd.handlers.table import Handler
 from sandboxd.manager import Manager
 from sandboxd.protocol import EventInfo, EventsLost
@@ -26,7 +25,7 @@ class EventHandlers:
 
     async def subscribe(self, params: protocol.EventsParams, context: Context) -> protocol.EventsEnd:
         """Send events as fast as the peer takes them, and say which it missed."""
-        sandbox = None if params.sandbox is None else self._id_of(params.sandbox)
+        sandbox = None if params.sandbox is None else self._manager.id_of(params.sandbox) or params.sandbox
         since = self._log.oldest_seq - 1 if params.since is None else params.since
         cursor = min(since + 1, self._log.next_seq)
         context.notify(BEGUN, protocol.EventsBegun(next_seq=cursor))
@@ -45,13 +44,6 @@ class EventHandlers:
             if not params.follow:
                 return protocol.EventsEnd(last_seq=cursor - 1)
             await self._log.more(cursor)
-
-    def _id_of(self, reference: str) -> str:
-        """The sandbox's id; what is none that is known is taken for the id of one that is gone."""
-        try:
-            return self._manager.get(reference, leaving=True).record.id
-        except NotFound:
-            return reference
 
 
 def _wanted(event: EventInfo, params: protocol.EventsParams, sandbox: str | None) -> bool:

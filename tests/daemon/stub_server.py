@@ -211,6 +211,44 @@ class Stub:
         context.notify("events/event", event)
         return p.EventsEnd(last_seq=7)
 
+    async def audit_query(self, params: p.AuditQueryParams, context: Context) -> p.AuditEntries:
+        """One request of a hostile name, and what was asked for as the arguments of another."""
+        hostile = p.AuditEntry(
+            seq=7,
+            at_ms=0,
+            kind="request",
+            uid=1000,
+            pid=42,
+            exe="/opt/a b\x1b[2J",
+            method="commands/run",
+            sandbox="sb-a",
+            arguments={"argv": ["echo", "a\nb"], "sandbox": "box"},
+            result="not_found",
+            duration_ms=1.25,
+        )
+        asked = msgspec.to_builtins(params)
+        begun = p.AuditEntry(seq=8, at_ms=0, kind="begun", data={name: str(value) for name, value in asked.items()})
+        return p.AuditEntries(entries=[hostile, begun], more=params.limit == 2)
+
+    async def audit_verify(self, params: p.NoParams, context: Context) -> p.AuditVerified:
+        """Intact, until somebody has a sandbox called tampered."""
+        broken = any(info.name == "tampered" for info in self._sandboxes.values())
+        problem = p.AuditProblem(
+            file="audit-000001.jsonl", line=12, seq=11, kind="changed", detail="\x1b[2J it is not"
+        )
+        return p.AuditVerified(
+            intact=not broken,
+            files=1,
+            records=20,
+            first_seq=1,
+            last_seq=20,
+            head="ab" * 32,
+            gaps=3,
+            torn=1,
+            problems=[problem] if broken else [],
+            problem_count=2 if broken else 0,
+        )
+
     # --- what they did to their projects
 
     async def workspace_diff(self, params: p.WorkspaceDiffParams, _: Context) -> p.WorkspaceDiff:

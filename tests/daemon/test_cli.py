@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,62 @@ def wait_for_request(process: "subprocess.Popen[str]") -> None:
         assert process.poll() is None, "it ended instead"
 
 
+# --- audit
+
+
+def test_the_audit_log_is_shown_a_line_per_request_whatever_is_in_it(ctl: Ctl) -> None:
+    """Its arguments are a caller's words, and must not reach the terminal as they are."""
+    done = ctl("audit", "query", "--limit", "2", env={"TZ": "UTC"})
+    assert done.returncode == 0
+    header, hostile, begun, more = done.stdout.splitlines()
+    assert header.split() == ["SEQ", "AT", "WHO", "METHOD", "SANDBOX", "RESULT", "TOOK"]
+    assert "1000:42 'a b\\x1b[2J'" in hostile
+    assert hostile.split()[:3] == ["7", "1970-01-01", "00:00:00"]
+    assert hostile.endswith("commands/run   sb-a      not_found   1.2ms   argv=[echo 'a\\nb']")
+    assert begun.split()[3:6] == ["-", "begun", "-"]
+    assert "--limit" in more
+    [reply] = replies(ctl("audit", "query", "--json").stdout)
+    assert reply["entries"][0]["arguments"]["argv"] == ["echo", "a\nb"]
+
+
+def test_what_is_asked_of_the_audit_log_reaches_the_daemon(ctl: Ctl) -> None:
+    """Each flag is one field; times are ages or dates."""
+    [reply] = replies(
+        ctl(
+            *("audit", "query", "--json", "--since", "1970-01-01T00:01", "--until", "1d", "--sandbox", "box"),
+            *("--method", "commands", "--uid", "7", "--result", "failed", "--limit", "5"),
+            env={"TZ": "UTC"},
+        ).stdout
+    )
+    asked = reply["entries"][1]["data"]
+    assert abs(int(asked.pop("until_ms")) / 1000 - time.time() + 86_400) < PATIENCE_S
+    assert asked == {
+        "since_ms": "60000",
+        "sandbox": "box",
+        "method": "commands",
+        "uid": "7",
+        "result": "failed",
+        "limit": "5",
+    }
+
+
+def test_an_audit_log_that_is_not_intact_is_an_exit_code_of_its_own_and_says_which_line(ctl: Ctl) -> None:
+    """A cron job looks at the code, a person at the line."""
+    intact = ctl("audit", "verify")
+    assert (intact.returncode, intact.stderr) == (0, "")
+    said = "intact: 20 lines in 1 files, numbers 1 to 20; 3 lines could not be written, which it says; 1 cut short by"
+    assert intact.stdout.startswith(said)
+    assert intact.stdout.endswith(f"head {'ab' * 32}\n")
+    ctl("create", "--name", "tampered")
+    broken = ctl("audit", "verify")
+    ctl("rm", "tampered")
+    assert broken.returncode == 1
+    first, more, verdict, _ = broken.stdout.splitlines()
+    assert first == "audit-000001.jsonl:12: changed, number 11: '\\x1b[2J it is not'"
+    assert more == "and 1 more"
+    assert verdict.startswith("NOT intact: ")
+
+
 # --- exit codes
 
 
@@ -174,6 +231,8 @@ def wait_for_request(process: "subprocess.Popen[str]") -> None:
         (("forward", "absent", "65536"), 2, "ports go from 1 to 65535"),
         (("forward", "absent", "0"), 2, "ports go from 1 to 65535"),
         (("events", "--kind", "gone"), 2, "removed"),
+        (("audit", "query", "--since", "yesterday"), 2, "is no time"),
+        (("audit",), 2, "ACTION"),
         ((), 2, "usage:"),
         (("update", "absent"), 2, "which limit?"),
         (("rm",), 2, "which sandboxes?"),

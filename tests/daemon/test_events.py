@@ -15,7 +15,6 @@ import pytest
 from anyio.from_thread import BlockingPortal
 
 from sandboxd.events import KEPT_MAX, EventLog
-from sandboxd.failures import NotFound
 from sandboxd.handlers.events import EventHandlers
 from sandboxd.journal import Journal, LifetimeRecord
 from sandboxd.lifecycle import State
@@ -32,8 +31,8 @@ from tests.unit.records import record
 class Nobody:
     """A manager that knows no sandbox."""
 
-    def get(self, reference: str, *, leaving: bool) -> None:
-        raise NotFound(f"cannot find {reference!r}")
+    def id_of(self, reference: str) -> None:
+        return None
 
 
 class House:

@@ -155,12 +155,12 @@ class Daemon:
     def connect(self) -> Connection:
         return Connection.connect(str(self.socket))
 
-    def call(self, method: str, **params: Any) -> dict[str, Any]:
+    def call(self, method: str, /, **params: Any) -> dict[str, Any]:
         """One request over a connection of its own."""
         with self.connect() as connection:
             return connection.call(method, params, timeout_s=PATIENCE_S)
 
-    def refusal(self, method: str, **params: Any) -> RpcError:
+    def refusal(self, method: str, /, **params: Any) -> RpcError:
         """The error that a request is answered with."""
         try:
             reply = self.call(method, **params)

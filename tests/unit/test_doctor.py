@@ -10,6 +10,7 @@ import pytest
 
 from runtimes.cgroup.verify import BOOT_V2_HINT, COUNT_SWAP_HINT, DELEGATE_HINT
 from runtimes.model import Capabilities, CgroupVersion, EngineInfo, EngineName, Shortcoming
+from sandboxd.audit.auditor import AuditState
 from sandboxd.doctor import FREE_BYTES_MIN, EngineFacts, Facts, judge
 from sandboxd.protocol import Check
 
@@ -50,6 +51,7 @@ HEALTHY = Facts(
     mounts_late=True,
     swap_bytes=0,
     swap_counted=None,
+    audit=AuditState(enabled=True, required=False, failing="", lost=0, written=7),
 )
 
 

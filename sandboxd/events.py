@@ -66,6 +66,8 @@ class EventLog:
         """There is one while somebody waits."""
         self._next = reserve(BLOCK)
         self._reserved_to = self._next + BLOCK
+        self.gaps = 0
+        """How often a subscriber was told that it had missed some."""
 
     @property
     def next_seq(self) -> int:
@@ -107,6 +109,7 @@ class EventLog:
         oldest = self.oldest_seq
         if cursor < oldest:
             items.append(EventsLost(first_seq=cursor, last_seq=oldest - 1))
+            self.gaps += 1
             cursor = oldest
         if cursor >= self._next:
             return items, cursor

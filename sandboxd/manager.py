@@ -34,7 +34,7 @@ from sandboxd.failures import Conflict, Failure, InvalidArgument, NoSuchSandbox,
 from sandboxd.journal import Journal, SandboxRecord
 from sandboxd.lifecycle import Event, State, next_state
 from sandboxd.limits import Host, output_bytes_max, passable
-from sandboxd.sandbox import Sandbox, Tell, container_id_of
+from sandboxd.sandbox import Sandbox, Tell, container_id_of, nobody_listens
 from sandboxd.secret_store import SecretStore
 from sandboxd.spool import SpoolDirectory
 from sandboxd.staging import Staging
@@ -131,7 +131,7 @@ class Manager:
             host, engines, self.present, packs_cpus=config.capacity.pack_cpus, engine_records=self.engine_records
         )
         self._sandboxes: dict[str, Sandbox] = {}
-        self._tell = tell
+        self._tell: Tell = tell or nobody_listens
         self.watchers: list[Callable[[Sandbox], None]] = []
         """Called with each sandbox whenever it has changed, or is gone; must be cheap."""
         self._removing: set[str] = set()
@@ -206,8 +206,7 @@ class Manager:
             ),
             on_init_lost=self._on_init_lost,
         )
-        if self._tell is not None:
-            sandbox.on_told = self._tell
+        sandbox.on_told = self._tell
         sandbox.on_changed = functools.partial(self._changed, sandbox)
         self._sandboxes[record.id] = sandbox
         return sandbox
@@ -237,6 +236,10 @@ class Manager:
 
     async def _remove_foreign(self, directory: str) -> None:
         await self._engines.get(EngineName.PODMAN).remove_tree(directory)
+
+    def tell_of_stray(self, sandbox_id: str, **data: str | int | None) -> None:
+        """Have it told that a container of ours that nobody owned was removed."""
+        self._tell("stray_removed", sandbox_id, None, data)
 
     def sweep_layers_soon(self) -> None:
         """Remove, in the background, what sandboxes wrote of which nobody knows any more."""
@@ -491,7 +494,7 @@ class Manager:
                 asked = sandbox.record.state is State.STOPPING
                 self.note(sandbox, Event.EXITED, "" if asked else _why_stopped(facts))
 
-    async def adopt(self, sandbox: Sandbox, engine: Engine, container_id: str) -> None:
+    async def adopt(self, sandbox: Sandbox, engine: Engine, container_id: str, *, why: str = "") -> None:
         """Connect to a container that runs, unless we are, and book it as running, or as out of reach."""
         try:
             if not sandbox.connected:
@@ -504,7 +507,7 @@ class Manager:
         except (Failure, InitError, RuntimeFailure, OSError) as error:
             self.note(sandbox, Event.UNREACHABLE, str(error))
             return
-        sandbox.change(Event.ADOPTED, container_id=container_id)
+        sandbox.change(Event.ADOPTED, why=why, container_id=container_id)
         if sandbox.record.launch == "warm":
             # Nobody knows whether a former daemon came to tell the engine, nor what a paused one has missed.
             self.engine_records.stale(sandbox)

@@ -500,6 +500,7 @@ EventKind = Literal[
     "removed",
     "oom",
     "limits_restored",
+    "stray_removed",
     "command_started",
     "command_ended",
 ]
@@ -530,7 +531,8 @@ class EventInfo(Reply, frozen=True):
     sandbox: str
     name: str | None
     data: dict[str, str | int | None]
-    """What else there is to say: ``reason``; ``cause``, ``action`` and ``ends_in_ms`` of what expires;
+    """What else there is to say: ``reason``, which a start's and a sweep's decisions have; ``engine`` and
+    ``container`` of one that had our label and no owner; ``cause``, ``action`` and ``ends_in_ms`` of what expires;
     ``command_id``, ``argv``, ``status``, ``exit_code`` and ``oom_kills`` of commands."""
 
 

@@ -92,7 +92,11 @@ class Recovery:
         try:
             if decision.action is reconcile.Action.REMOVE_CONTAINER:
                 if decision.container is not None:
-                    await self._engines.get(EngineName(decision.engine)).remove(decision.container.container_id)
+                    container_id = decision.container.container_id
+                    await self._engines.get(EngineName(decision.engine)).remove(container_id)
+                    self._manager.tell_of_stray(
+                        decision.sandbox_id, reason=decision.reason, engine=decision.engine, container=container_id
+                    )
             elif sandbox is not None:
                 async with sandbox.lock:
                     await self._settle(sandbox, decision)
@@ -104,7 +108,7 @@ class Recovery:
             case reconcile.Action.ADOPT:
                 if decision.container is not None:
                     engine = self._manager.engine_of(sandbox)
-                    await self._manager.adopt(sandbox, engine, decision.container.container_id)
+                    await self._manager.adopt(sandbox, engine, decision.container.container_id, why=decision.reason)
             case reconcile.Action.NOTE_PAUSED:
                 sandbox.change(Event.PAUSE, reason=decision.reason)
             case reconcile.Action.NOTE_STOPPED:

@@ -110,7 +110,7 @@ class Sandbox:
         self.commands.on_told = self._tell_of_command
         self.spools = spools
         self.background = background
-        self.on_told: Tell = _nobody_listens
+        self.on_told: Tell = nobody_listens
         self.on_changed: Callable[[], None] = _nothing
         """Called whenever its record has changed."""
         self.on_forgotten: Callable[[], None] = _nothing
@@ -132,8 +132,14 @@ class Sandbox:
 
     # --- the record -----------------------------------------------------------------------------------
 
-    def change(self, event: Event, *, reason: str = "", container_id: str | None = None) -> None:
+    def change(self, event: Event, *, reason: str = "", why: str = "", container_id: str | None = None) -> None:
         """Write down what happened.
+
+        Args:
+            event: What it was.
+            reason: Of the state that it is in now; kept, and told.
+            why: It was done. Told, and not kept: of what runs as it should there is nothing to explain.
+            container_id: What it has by now.
 
         Raises:
             Conflict: it cannot happen in this state.
@@ -147,9 +153,9 @@ class Sandbox:
         )
         kind = kind_of(before, event)
         if kind == "created":
-            self.tell(kind, reason=reason, launch=self.record.launch, miss_reason=self.record.miss_reason)
+            self.tell(kind, reason=reason or why, launch=self.record.launch, miss_reason=self.record.miss_reason)
         elif kind is not None:
-            self.tell(kind, reason=reason)
+            self.tell(kind, reason=reason or why)
 
     def tell(self, kind: str, **data: str | int | None) -> None:
         """Have whoever listens told what happened to it; slots are nobody's business."""
@@ -705,7 +711,7 @@ def erase_box(directory: str) -> None:
         os.rmdir(directory)
 
 
-def _nobody_listens(kind: str, sandbox: str, name: str | None, data: dict[str, str | int | None]) -> None:
+def nobody_listens(kind: str, sandbox: str, name: str | None, data: dict[str, str | int | None]) -> None:
     """Nobody wants to know."""
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 EVENT_KINDS = (
     *("created", "started", "adopted", "recovered", "paused", "resumed", "stopping", "stopped", "broken", "lost"),
-    *("expiring", "expired", "timeout_changed", "removing", "removed", "oom", "limits_restored"),
+    *("expiring", "expired", "timeout_changed", "removing", "removed", "oom", "limits_restored", "stray_removed"),
     *("command_started", "command_ended"),
 )
 """As in the protocol, whose module is not imported here: it costs more than the rest of the command."""

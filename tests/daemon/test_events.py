@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sqlite3
+import subprocess
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -23,6 +24,7 @@ from sandboxd.manager import Manager
 from sandboxd.protocol import Params
 from sandboxd.server import Context
 from tests.daemon.rpc_peer import Peer, serving_on
+from tests.daemon.sandboxctl import CTL, environment
 from tests.daemon.test_daemon import without_engines
 from tests.engine.daemons import Daemon, wait_until
 from tests.unit.records import record
@@ -134,6 +136,38 @@ def test_whoever_does_not_read_misses_events_and_learns_it_and_others_do_not(hou
                 assert message["params"]["seq"] == expected
                 expected += 1
         assert gaps >= 1
+
+
+def test_sandboxctl_follows_ten_thousand_events_over_its_own_restart_and_misses_none(house: House) -> None:
+    """More than twice what is kept: it reads as they come, and goes on from the last number that it has printed."""
+    count, burst = 10_000, KEPT_MAX // 8
+    seen: list[int] = []
+    published = 0
+    env = {**environment(Path(house.path).parent), "SANDBOXD_SOCKET": house.path}
+    for stop_at in (count // 2, count):
+        argv = [*CTL, "events", "--follow", "--json", "--since", str(seen[-1] if seen else 0)]
+        with subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, text=True) as follower:
+            assert follower.stdout is not None
+            while len(seen) < stop_at:
+                if published - len(seen) < burst and published < count:
+                    house.publish(*["paused"] * burst)
+                    published += burst
+                line = json.loads(follower.stdout.readline())
+                assert line["method"] == "events/event", "it kept up, and so it misses nothing"
+                seen.append(line["seq"])
+            follower.terminate()
+    assert seen == list(range(1, count + 1))
+
+
+def test_sandboxctl_says_what_it_missed_and_goes_on(house: House) -> None:
+    """Whoever was away for too long must not believe that nothing happened."""
+    house.publish(*["paused"] * (KEPT_MAX + 10))
+    env = {**environment(Path(house.path).parent), "SANDBOXD_SOCKET": house.path}
+    done = subprocess.run([*CTL, "events", "--json", "--since", "0"], env=env, capture_output=True, check=True)
+    first, *rest = [json.loads(line) for line in done.stdout.splitlines()]
+    assert first == {"method": "events/lost", "first_seq": 1, "last_seq": 10}
+    assert [line["seq"] for line in rest] == list(range(11, KEPT_MAX + 11))
+    assert house.log.gaps == 1
 
 
 def test_a_kind_that_is_none_is_refused(house: House) -> None:

@@ -64,6 +64,8 @@ class World:
         self.launcher: Launcher
         self.recovery: Recovery
         self.secrets = SecretStore(str(directory / "secrets"))
+        self.told: list[tuple[str, str, str | int | None]] = []
+        """Kind, sandbox and reason of each event."""
 
     @asynccontextmanager
     async def managed(self, config: Config | None = None) -> AsyncIterator[Manager]:
@@ -103,6 +105,7 @@ class World:
                 attachments=attachments,
                 mounter=None,
                 secrets=self.secrets,
+                tell=lambda kind, sandbox, _, data: self.told.append((kind, sandbox, data.get("reason"))),
             )
             self.launcher = Launcher(
                 self.manager,
@@ -481,6 +484,26 @@ async def test_a_container_with_our_label_that_nobody_owns_is_removed_and_others
         await world.recovery.recover()
         await world.assert_empty()
         assert [row.container_id for row in await world.engine.list_containers(owner="somebody-else")] == [foreign]
+    assert world.told == [("stray_removed", "sb-nobodys111", "it carries our label and no sandbox owns it")]
+
+
+async def test_why_a_start_decided_as_it_did_is_told_to_whoever_listens(world: World) -> None:
+    """A sandbox that is gone after a restart must not be gone for no reason."""
+    dying = record(id="sb-dying11111", ephemeral=True)
+    for box in (record(id="sb-lost111111", container_id="c" * 64), record(id="sb-making1111", state=State.CREATING)):
+        world.journal.put(box)
+    await world.container_of(dying)
+    stopped = await world.container_of(record(id="sb-stopped111"))
+    world.engine.end(str(stopped.container_id))
+    async with world.managed():
+        await world.recovery.recover()
+    engine = world.engine.name.value
+    assert {(kind, box): why for kind, box, why in world.told if kind != "removed"} == {
+        ("lost", "sb-lost111111"): f"{engine} no longer has its container",
+        ("removing", "sb-making1111"): "the daemon ended while it was created",
+        ("removing", "sb-dying11111"): "the connection that it belonged to is gone",
+        ("stopped", "sb-stopped111"): "its container is exited",
+    }
 
 
 async def test_a_sweep_leaves_a_create_in_flight_alone(world: World) -> None:

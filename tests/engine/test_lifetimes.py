@@ -75,7 +75,9 @@ def test_what_was_over_while_no_daemon_ran_is_removed_at_its_start(mortal: Daemo
     mortal.start()
     wait_until(lambda: is_gone(mortal, engine, box), "it was gone")
     assert mortal.call("sandbox/get", sandbox=kept["id"])["expires_at_ms"] == kept["expires_at_ms"]
-    assert [event["kind"] for event in events(mortal, kept)] == ["adopted"]
+    assert [(event["kind"], event["data"]["reason"]) for event in events(mortal, kept)] == [
+        ("adopted", "its container runs")
+    ]
     mortal.remove(kept)
 
 

@@ -20,13 +20,26 @@ FIRST_FD = 3
 
 LISTEN_FDS_MAX = 64
 
+TELL_S_MAX = 1.0
+"""A service manager whose queue is full must not hold up who serves."""
+
+USEC_DIGITS_MAX = 16
+"""Three centuries."""
+
 
 class Activation:
     """What the daemon was started as. Everything in it is empty for one that no service manager started."""
 
-    def __init__(self, listening: socket.socket | None, notify_address: str) -> None:
+    def __init__(self, listening: socket.socket | None, notify_address: str, watchdog_s: float | None = None) -> None:
         self.listening = listening
+        self.watchdog_s = watchdog_s
+        """How long it may go without being told that all is well; None: it does not watch."""
         self._notify_address = notify_address
+
+    @property
+    def listens(self) -> bool:
+        """Whether there is somebody to be told."""
+        return bool(self._notify_address)
 
     def tell(self, state: str) -> None:
         """Tell the service manager, as in ``READY=1``. Nothing where none listens; that is never a failure."""
@@ -36,6 +49,7 @@ class Activation:
         if address.startswith("@"):
             address = "\0" + address[1:]
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+            sender.settimeout(TELL_S_MAX)
             try:
                 sender.sendto(state.encode(), address)
             except OSError as error:
@@ -57,7 +71,15 @@ def take_over(environ: MutableMapping[str, str]) -> Activation:
     # A daemon that a client started from within a service has that service's variables, and is not that service.
     if address[:1] not in {"/", "@"} or told.get("SYSTEMD_EXEC_PID", own) != own:
         address = ""
-    return Activation(_listening_socket(told) if told.get("LISTEN_PID") == own else None, address)
+    listening = _listening_socket(told) if told.get("LISTEN_PID") == own else None
+    watched = address and told.get("WATCHDOG_PID", own) == own
+    return Activation(listening, address, _seconds(told.get("WATCHDOG_USEC", "")) if watched else None)
+
+
+def _seconds(usec: str) -> float | None:
+    """A number of microseconds; None: it is none, or nothing."""
+    fits = usec.isascii() and usec.isdigit() and len(usec) <= USEC_DIGITS_MAX
+    return int(usec) / 1e6 if fits and int(usec) else None
 
 
 def _listening_socket(told: MutableMapping[str, str]) -> socket.socket | None:

@@ -52,12 +52,20 @@ class Capacity:
         self, manager: Manager, config: Config, host: Host, *, available_bytes: Callable[[], int] | None = None
     ) -> None:
         self._manager = manager
-        self._budget: Budget = admission.budget_of(host, config.capacity, sandboxes_max=config.daemon.sandboxes_max)
-        self._reserve_bytes = parse_memory(config.capacity.memory_reserve, bytes_max=SIZE_BYTES_MAX, bytes_min=1)
+        self._host = host
         self._available_bytes = available_bytes or _available_bytes
         self._reservations: list[Share] = []
         self._queue: list[_Waiting] = []
+        self.reconfigure(config)
         manager.watchers.append(lambda _: self._wake())
+
+    def reconfigure(self, config: Config) -> None:
+        """Go by these settings from now on; who waits may have room now."""
+        self._budget: Budget = admission.budget_of(
+            self._host, config.capacity, sandboxes_max=config.daemon.sandboxes_max
+        )
+        self._reserve_bytes = parse_memory(config.capacity.memory_reserve, bytes_max=SIZE_BYTES_MAX, bytes_min=1)
+        self._wake()
 
     @property
     def waiting(self) -> int:

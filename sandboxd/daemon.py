@@ -39,7 +39,7 @@ from runtimes.mounts import late_mounts_exist
 from runtimes.podman import PodmanEngine
 from runtimes.quantities import parse_memory
 from runtimes.userns import open_swapped_userns
-from sandboxd import __version__
+from sandboxd import __version__, reloading
 from sandboxd.activation import Activation, take_over
 from sandboxd.attaching import Attachments
 from sandboxd.audit.auditor import Auditor
@@ -67,6 +67,7 @@ from sandboxd.handlers.workspaces import WorkspaceHandlers
 from sandboxd.image_builder import ImageBuilder
 from sandboxd.journal import Journal
 from sandboxd.launching import Launcher
+from sandboxd.lifecycle import State
 from sandboxd.lifetimes import Lifetimes
 from sandboxd.limits import Host
 from sandboxd.listener import AlreadyRunning, Listener, open_listener
@@ -74,11 +75,12 @@ from sandboxd.manager import Caller, Manager, Places
 from sandboxd.network.outside import Outside
 from sandboxd.paths import is_private, socket_path, state_dir
 from sandboxd.programs import install_programs
-from sandboxd.protocol import PROTOCOL_VERSION, ConfigEntry, DaemonConfig, DaemonInfo
+from sandboxd.protocol import PROTOCOL_VERSION, ConfigEntry, DaemonConfig, DaemonInfo, DaemonReloaded
 from sandboxd.recovery import Recovery
 from sandboxd.secret_store import SecretStore
 from sandboxd.server import serve
 from sandboxd.services.room import ServiceRoom
+from sandboxd.supervision import Supervision, status_text
 from sandboxd.survey import Survey
 from sandboxd.timings import now_ms
 from sandboxd.translation import failure_from
@@ -189,7 +191,6 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
         ground = _prepare(listener, env, state, config, held)
         stop = anyio.Event()
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_watch_signals, stop)
             background = Background(tasks)
             services = ServiceRoom(
                 config,
@@ -201,6 +202,14 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
             manager = ground.manager(background, attachments=attachments, secrets=secrets)
             launcher = ground.launcher(
                 manager, background, services=services, attachments=attachments, secrets=secrets
+            )
+            capacity = Capacity(manager, config, ground.host)
+            supervision = Supervision(
+                activation, listener.path, functools.partial(_describe, manager, ground.engines)
+            )
+            manager.watchers.append(lambda _: supervision.note())
+            settings = _Settings(
+                env, config, entries, (manager.reconfigure, launcher.reconfigure, capacity.reconfigure), supervision
             )
             services.start(background)
             lifetimes = Lifetimes(manager, background)
@@ -223,11 +232,12 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 images=ImageBuilder(ground.engines, reference=config.defaults.image, scratch_dir=state),
                 examine=survey.examine,
                 daemon=_daemon_info(listener, state),
-                config=DaemonConfig(entries=entries),
+                config=lambda: DaemonConfig(entries=list(settings.entries)),
+                reload=settings.reload,
                 shut_down=stop.set,
             )
             families = (
-                SandboxHandlers(manager, launcher, lifetimes, Capacity(manager, config, ground.host)),
+                SandboxHandlers(manager, launcher, lifetimes, capacity),
                 EventHandlers(ground.events, manager),
                 CommandHandlers(manager, ground.engines),
                 FileHandlers(manager),
@@ -247,9 +257,11 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 observers=(auditor.observe,),
             )
             auditor.tell("begun", pid=os.getpid(), version=__version__)
-            await ground.engines.refresh()
-            await clients.wait_for_clients(owner_label_argument(ground.owner), deadline_s=LEFT_CLIENTS_DEADLINE_S)
-            await recovery.recover()
+            tasks.start_soon(_watch_signals, stop, settings)
+            async with supervision.busy("", "starting: looking at engines and sandboxes"):
+                await ground.engines.refresh()
+                await clients.wait_for_clients(owner_label_argument(ground.owner), deadline_s=LEFT_CLIENTS_DEADLINE_S)
+                await recovery.recover()
             launcher.keep_pools()
             async with _serving(listener, dispatcher):
                 tasks.start_soon(recovery.sweep_periodically)
@@ -257,18 +269,61 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 tasks.start_soon(launcher.pools.run)
                 tasks.start_soon(manager.engine_records.run)
                 logger.info("listening on %s", listener.path)
-                activation.tell("READY=1")
+                supervision.ready(tasks)
                 if ready_fd is not None:
                     _tell(ready_fd, "ready")
                 await stop.wait()
                 logger.info("stopping")
-                activation.tell("STOPPING=1")
                 launcher.pools.close()
-                await dispatcher.drain(deadline_s=DRAIN_DEADLINE_S)
-            await manager.finish_removals(deadline_s=REMOVALS_DEADLINE_S)
+                async with supervision.busy("STOPPING=1", "stopping: requests that were taken are finished"):
+                    await dispatcher.drain(deadline_s=DRAIN_DEADLINE_S)
+            async with supervision.busy("", "stopping: what is being removed is waited for"):
+                await manager.finish_removals(deadline_s=REMOVALS_DEADLINE_S)
             manager.disconnect_all()
             auditor.tell("ended", pid=os.getpid())
             tasks.cancel_scope.cancel()
+
+
+class _Settings:
+    """The settings in force, and who goes by them."""
+
+    def __init__(
+        self,
+        env: Mapping[str, str],
+        config: Config,
+        entries: Sequence[ConfigEntry],
+        followers: Sequence[Callable[[Config], None]],
+        supervision: Supervision,
+    ) -> None:
+        self._env = env
+        self._config = config
+        self.entries = entries
+        self._followers = followers
+        self._supervision = supervision
+
+    def reload(self) -> DaemonReloaded:
+        """Read them again.
+
+        Raises:
+            Failure: they are no settings; those before stay in force.
+        """
+        with self._supervision.reloading():
+            found = reloading.plan(self._config, self.entries, *_load_config(self._env))
+            self._config, self.entries = found.config, found.entries
+            for follow in self._followers:
+                follow(found.config)
+        logger.info("read settings again: changed: %s", ", ".join(found.changed) or "none")
+        if found.waiting:
+            logger.warning("changed settings that wait for a restart: %s", ", ".join(found.waiting))
+        return DaemonReloaded(changed=list(found.changed), waiting=list(found.waiting))
+
+
+def _describe(manager: Manager, engines: EngineRoom) -> str:
+    return status_text(
+        [sandbox.record.state.value for sandbox in manager.present()],
+        sum(sandbox.record.state is State.WARM for sandbox in manager.all()),
+        [engine.name.value for engine in engines.usable()],
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -391,10 +446,18 @@ async def _serving(listener: Listener, dispatcher: Dispatcher) -> AsyncIterator[
         serving.cancel_scope.cancel()
 
 
-async def _watch_signals(stop: anyio.Event) -> None:
-    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async for _ in signals:
-            stop.set()
+async def _watch_signals(stop: anyio.Event, settings: _Settings) -> None:
+    # In the foreground of a terminal a hangup is the end of that, and of us.
+    reloads = not os.isatty(sys.stderr.fileno())
+    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        async for number in signals:
+            if number != signal.SIGHUP or not reloads:
+                stop.set()
+                continue
+            try:
+                settings.reload()
+            except Failure as error:
+                logger.error("cannot read settings again, those before stay in force: %s", error)  # noqa: TRY400
 
 
 def _load_config(env: Mapping[str, str]) -> tuple[Config, list[ConfigEntry]]:

@@ -423,6 +423,15 @@ class Launcher:
             slot.put(image_id=facts.image_id)
         return slot
 
+    def reconfigure(self, config: Config) -> None:
+        """Go by these settings from now on: sandboxes that are made, and slots that are kept."""
+        self._sandboxes_max = config.daemon.sandboxes_max
+        self.templates.reconfigure(config)
+        for name in self.templates.names:
+            with contextlib.suppress(Failure):
+                self.pools.resized(name, ends_drain=False)
+        self._keep_wanted()
+
     def keep_pools(self) -> None:
         """Have the pools that the configuration wants, with the slots of a former daemon."""
         for slot in self._manager.all():
@@ -432,6 +441,9 @@ class Launcher:
                     self.pools.adopt(recipe, slot, age_s=(now_ms() - slot.record.created_at_ms) / 1000)
                 else:
                     self._manager.remove_soon(slot)
+        self._keep_wanted()
+
+    def _keep_wanted(self) -> None:
         for name in self.templates.names:
             try:
                 own = self._own_recipe(name)

@@ -98,6 +98,7 @@ class Manager:
         self._secrets = secrets
         self._inotify = inotify
         self._output_bytes_max = output_bytes_max(config.defaults)
+        self._caller = caller
         self._places = places
         self._journal = journal
         self.owner = journal.owner()
@@ -106,12 +107,7 @@ class Manager:
         self._background = background
         self.workspaces = Workspaces(
             places.layers_dir,
-            rules=Rules(
-                home=caller.home,
-                allow=config.paths.allow,
-                deny=config.paths.deny,
-                private=places.private_dirs,
-            ),
+            rules=self._rules(config),
             bounds=copy_bounds(config.workspaces),
             may_mount=caller.user.uid == 0,
             idmap_works=userns_fd is not None,
@@ -138,6 +134,19 @@ class Manager:
         """The sandboxes that a task in the background removes."""
         self.on_slot_lost: Callable[[Sandbox], None] = self.remove_soon
         """Called with a slot whose init is gone."""
+
+    def reconfigure(self, config: Config) -> None:
+        """Go by these settings from now on; sandboxes that are there keep what they were made with."""
+        self._output_bytes_max = output_bytes_max(config.defaults)
+        self.workspaces.rules = self._rules(config)
+
+    def _rules(self, config: Config) -> Rules:
+        return Rules(
+            home=self._caller.home,
+            allow=config.paths.allow,
+            deny=config.paths.deny,
+            private=self._places.private_dirs,
+        )
 
     # --- finding --------------------------------------------------------------------------------------
 

@@ -292,15 +292,15 @@ class Pools:
         self._bucket(recipe)
         self._wake()
 
-    def resized(self, template: str) -> None:
-        """Read the bounds of a template's pool again; also ends a drain.
+    def resized(self, template: str, *, ends_drain: bool = True) -> None:
+        """Read the bounds of a template's pool again.
 
         Raises:
             NotFound: it has none.
         """
         for bucket in self._of(template):
             bucket.settings = self._settings_of(bucket.recipe)
-            bucket.drained = False
+            bucket.drained = bucket.drained and not ends_drain
         self._wake()
 
     def drain(self, template: str) -> int:

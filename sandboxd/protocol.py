@@ -1690,6 +1690,15 @@ class DaemonConfig(Reply, frozen=True):
     entries: list[ConfigEntry]
 
 
+class DaemonReloaded(Reply, frozen=True):
+    """What came of reading the settings again."""
+
+    changed: list[str]
+    """Keys of settings that are in force now."""
+    waiting: list[str]
+    """Keys of those that were changed as well, and will be in force after a restart of the daemon."""
+
+
 class Acknowledged(Reply, frozen=True):
     """Done."""
 
@@ -1940,6 +1949,7 @@ METHODS: tuple[Method, ...] = (
     Method("daemon/info", NoParams, DaemonInfo, "The daemon and the engines that it drives.", reads=True),
     Method("daemon/doctor", NoParams, DoctorReport, "Check the host, and say what mends it.", reads=True),
     Method("daemon/config", NoParams, DaemonConfig, "Every setting in force, and where it comes from.", reads=True),
+    Method("daemon/reload", NoParams, DaemonReloaded, "Read the settings again; SIGHUP does the same."),
     Method("daemon/shutdown", NoParams, Acknowledged, "Stop the daemon; sandboxes stay."),
     Method("audit/query", AuditQueryParams, AuditEntries, "Who asked for what, and what came of it.", reads=True),
     Method("audit/verify", NoParams, AuditVerified, "Whether the audit log is as it was written.", reads=True),

@@ -21,10 +21,14 @@ class Templates:
     """The templates of one daemon."""
 
     def __init__(self, config: Config, host: Host) -> None:
-        self._config = config
         self._host = host
-        self._limits: dict[tuple[str, int | None], ResolvedLimits] = {}
         self._bounds: dict[str, tuple[int | None, int | None]] = {}
+        self.reconfigure(config)
+
+    def reconfigure(self, config: Config) -> None:
+        """Go by these settings from now on. What a pool was told to hold by a caller stays."""
+        self._config = config
+        self._limits: dict[tuple[str, int | None], ResolvedLimits] = {}
         self._idle_s = parse_duration_ms(config.pool.idle) / 1000
         self._age_s_max = parse_duration_ms(config.pool.age_max) / 1000
         self._reserve_bytes = parse_memory(config.pool.memory_reserve, bytes_max=SIZE_BYTES_MAX)

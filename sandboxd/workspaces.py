@@ -141,7 +141,7 @@ class Workspaces:
     ) -> None:
         self._remove_foreign = remove_foreign
         self._directory = directory
-        self._rules = rules
+        self.rules = rules
         self._bounds = bounds
         self._may_mount = may_mount
         self._idmap_works = idmap_works
@@ -202,7 +202,7 @@ class Workspaces:
         """In a thread: a dead network file system must stop nobody else."""
         try:
             with anyio.fail_after(OPEN_DEADLINE_S):
-                opened = await anyio.to_thread.run_sync(look, path, self._rules, abandon_on_cancel=True)
+                opened = await anyio.to_thread.run_sync(look, path, self.rules, abandon_on_cancel=True)
         except TimeoutError:
             raise InvalidArgument(
                 f"cannot use {shown(path)!r}",
@@ -225,7 +225,7 @@ class Workspaces:
             return [], [f"{brief}: {shown(str(error))}"]
         if common is None or any(mount.target == common for mount in others):
             return [], []
-        reason = refusal(common, self._rules) or target_refusal(common)
+        reason = refusal(common, self.rules) or target_refusal(common)
         if reason or not _is_utf8(common):
             return [], [f"{brief}: {reason or 'its path is not UTF-8'}"]
         opened = await self._look(open_mount, common, held)

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import select
+import sys
 import time
 
 from sandboxd import __version__
@@ -25,7 +26,7 @@ STOP_TIMEOUT_S = 30.0
 def _add_daemon(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "action",
-        choices=("start", "stop", "restart", "status", "install", "uninstall"),
+        choices=("start", "stop", "restart", "reload", "status", "install", "uninstall"),
         help="status does not start it; install makes units, with which your systemd starts it on demand",
     )
     verb.add_json(parser)
@@ -36,6 +37,7 @@ def _daemon(arguments: argparse.Namespace) -> int:
         "start": _start,
         "stop": _stop,
         "restart": _restart,
+        "reload": _reload,
         "status": _status,
         "install": _install,
         "uninstall": _uninstall,
@@ -50,14 +52,18 @@ def _start(arguments: argparse.Namespace) -> int:
 def _status(arguments: argparse.Namespace) -> int:
     connection = _connect_if_running()
     if connection is None:
-        path = socket_path(os.environ)
-        if arguments.json:
-            show_json({"pid": None, "socket": path})
-        else:
-            show(f"not running; its socket would be {path}")
-        return FAILURE
+        return _not_running(arguments)
     with connection:
         return _show_info(call(connection, "daemon/info"), arguments)
+
+
+def _not_running(arguments: argparse.Namespace) -> int:
+    path = socket_path(os.environ)
+    if arguments.json:
+        show_json({"pid": None, "socket": path})
+    else:
+        show(f"not running; its socket would be {path}")
+    return FAILURE
 
 
 def _show_info(info: dict[str, Any], arguments: argparse.Namespace) -> int:
@@ -84,6 +90,22 @@ def _stop(arguments: argparse.Namespace) -> int:
 def _restart(arguments: argparse.Namespace) -> int:
     _say_ended(_shut_down())
     return _start(arguments)
+
+
+def _reload(arguments: argparse.Namespace) -> int:
+    connection = _connect_if_running()
+    if connection is None:
+        return _not_running(arguments)
+    with connection:
+        reply = call(connection, "daemon/reload")
+    if arguments.json:
+        show_json(reply)
+        return 0
+    show(f"in force now: {', '.join(reply['changed']) or 'nothing else than before'}")
+    if reply["waiting"]:
+        say(f"in force after a restart: {', '.join(reply['waiting'])}")
+        sys.stderr.write("hint: sandboxctl daemon restart\n")
+    return 0
 
 
 def _install(arguments: argparse.Namespace) -> int:

@@ -32,6 +32,7 @@ RemoveOnStop=yes
 WantedBy=sockets.target
 """
 
+# Type=notify-reload would do the same as ExecReload, from systemd 253 on; Debian 12 has 252.
 # KillMode: commands that run in sandboxes, and what keeps their output, are to outlive the daemon.
 _SERVICE = """\
 [Unit]
@@ -41,11 +42,14 @@ After=sandboxd.socket
 
 [Service]
 Type=notify
+NotifyAccess=main
 ExecStart={command}
+ExecReload=/bin/kill -HUP $MAINPID
 {environment}KillMode=process
 Restart=on-failure
 TimeoutStartSec=120
 TimeoutStopSec=60
+WatchdogSec=60
 """
 
 

@@ -73,6 +73,7 @@ PARAMS: dict[str, str] = {
     "daemon/info": "NoParams",
     "daemon/doctor": "NoParams",
     "daemon/config": "NoParams",
+    "daemon/reload": "NoParams",
     "daemon/shutdown": "NoParams",
     "audit/query": "AuditQueryParams",
     "audit/verify": "NoParams",

@@ -25,7 +25,8 @@ class DaemonHandlers:
         images: Makes images.
         examine: Gathers what doctor judges.
         daemon: What ``daemon/info`` says of this process, engines and counts excepted.
-        config: What ``daemon/config`` says.
+        config: Says which settings are in force.
+        reload: Reads them again.
         shut_down: Begins the end of the daemon.
     """
 
@@ -37,7 +38,8 @@ class DaemonHandlers:
         images: ImageBuilder,
         examine: Callable[[], Awaitable[doctor.Facts]],
         daemon: protocol.DaemonInfo,
-        config: protocol.DaemonConfig,
+        config: Callable[[], protocol.DaemonConfig],
+        reload: Callable[[], protocol.DaemonReloaded],
         shut_down: Callable[[], None],
     ) -> None:
         self._manager = manager
@@ -46,6 +48,7 @@ class DaemonHandlers:
         self._examine = examine
         self._daemon = daemon
         self._config = config
+        self._reload = reload
         self._shut_down = shut_down
 
     def table(self) -> dict[str, Handler]:
@@ -56,6 +59,7 @@ class DaemonHandlers:
             "daemon/info": self.info,
             "daemon/doctor": self.doctor,
             "daemon/config": self.config,
+            "daemon/reload": self.reload,
             "daemon/shutdown": self.shutdown,
         }
 
@@ -85,7 +89,11 @@ class DaemonHandlers:
 
     async def config(self, _: protocol.NoParams, __: Context) -> protocol.DaemonConfig:
         """The settings in force."""
-        return self._config
+        return self._config()
+
+    async def reload(self, _: protocol.NoParams, __: Context) -> protocol.DaemonReloaded:
+        """Go by changed settings."""
+        return self._reload()
 
     async def shutdown(self, _: protocol.NoParams, __: Context) -> protocol.Acknowledged:
         """Begin the end."""

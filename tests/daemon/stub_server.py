@@ -635,6 +635,9 @@ class Stub:
             entries=[p.ConfigEntry(key="image", value="default", origin="default", description="What it is.")]
         )
 
+    async def daemon_reload(self, params: p.NoParams, context: Context) -> p.DaemonReloaded:
+        return p.DaemonReloaded(changed=["defaults.memory"], waiting=["chroma.port"])
+
     async def daemon_shutdown(self, params: p.NoParams, context: Context) -> p.Acknowledged:
         self.stopping.set()
         return p.Acknowledged()

@@ -616,6 +616,17 @@ def test_status_and_version_do_not_start_a_daemon(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_reload_needs_a_daemon_and_says_what_has_to_wait(tmp_path: Path) -> None:
+    """One that is not there reads its settings when it starts."""
+    ctl = Ctl(environment(tmp_path))
+    assert ctl("daemon", "reload").returncode == 1
+    assert list(tmp_path.iterdir()) == []
+    with stub_daemon(tmp_path) as env:
+        done = Ctl(env)("daemon", "reload")
+    assert (done.returncode, done.stdout) == (0, "in force now: defaults.memory\n")
+    assert done.stderr == "sandboxctl: in force after a restart: chroma.port\nhint: sandboxctl daemon restart\n"
+
+
 def test_stop_returns_when_the_daemon_is_gone(tmp_path: Path) -> None:
     """Whoever starts the next one wants the socket free."""
     with stub_daemon(tmp_path) as env:

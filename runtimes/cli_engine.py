@@ -211,8 +211,11 @@ class CliEngine(ABC):
 
     async def remove_tree(self, directory: str) -> None:
         """See ``Engine.remove_tree``."""
-        if not self._capabilities.rootless:
-            raise Unsupported(f"cannot remove files of {self.name.value}'s users", detail="it is not rootless")
+        if not self._capabilities.enters_userns:
+            raise Unsupported(
+                f"cannot remove files of {self.name.value}'s users",
+                detail="it has no user namespace that we can enter",
+            )
         finished = await self._ask(remove_tree_argv(self._client, directory), "unshare", deadline_s=CHANGE_S_MAX)
         if finished.returncode != 0:
             raise self._refused(f"remove {directory}", finished)

@@ -189,6 +189,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     keep_id: bool
     """The caller's uid can be mapped to itself inside."""
     rootless: bool
+    """Containers are in a user namespace of the caller's: nobody else is master of them."""
     network_none: bool
     pause: bool
     update_pids: bool
@@ -197,6 +198,16 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     """The engine's own ``update`` exists."""
     update_says_no_healthcheck: bool = False
     """Its ``update`` fails for a container without a health check unless it is told again that there is none."""
+    pids_uncounted: bool = False
+    """Nobody counts processes here, and yet the engine limits them unless told not to, and then starts nothing."""
+    late_for_callers: bool = False
+    """Who made a container may change it while it runs, without being root: mounts, sizes of tmpfs, its host name."""
+    late_shm: bool = False
+    """The size of /dev/shm is among what can be changed late; else it is a namespace's above the container's."""
+    overlay_for_callers: bool = False
+    """The engine lays an overlay over a directory for callers who may not mount."""
+    enters_userns: bool = False
+    """The engine runs a program in the user namespace that its containers' users are of."""
 
 
 class Shortcoming(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from runtimes.argv import Client
 from runtimes.cli_engine import CliEngine
-from runtimes.model import CgroupVersion, EngineInfo, EngineName
+from runtimes.model import EngineInfo, EngineName
 
 
 class PodmanEngine(CliEngine):
@@ -28,6 +28,6 @@ class PodmanEngine(CliEngine):
             global_flags=tuple(flags),
             nofile_max=info.nofile_hard_max,
             nproc_max=info.nproc_hard_max,
-            pids_uncounted=info.cgroup_version is CgroupVersion.V2 and able is not None and not able.pids_limit,
+            pids_uncounted=able is not None and able.pids_uncounted,
             update_flags=("--no-healthcheck",) if able is not None and able.update_says_no_healthcheck else (),
         )

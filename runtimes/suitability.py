@@ -365,6 +365,9 @@ def _judge_podman_limits(found: EngineInfo, host: HostFacts, info: PodmanInfo) -
             update_limits=numbers >= PODMAN_UPDATE_SINCE and bool(controllers),
             update_pids=numbers >= PODMAN_UPDATE_PIDS_SINCE and "pids" in controllers,
             keep_id=rootless,
+            pids_uncounted=found.cgroup_version is CgroupVersion.V2 and "pids" not in controllers,
+            overlay_for_callers=rootless,
+            enters_userns=rootless,
             update_says_no_healthcheck=numbers >= PODMAN_UPDATE_HEALTHCHECK_SINCE,
         ),
         warnings=tuple(warnings),
@@ -378,21 +381,31 @@ def _capabilities(
     pause: bool,
     update_limits: bool,
     update_pids: bool,
-    keep_id: bool = False,
-    update_says_no_healthcheck: bool = False,
+    **others: bool,
 ) -> Capabilities:
+    """Of one engine.
+
+    Args:
+        controllers: Those that limits can be set with.
+        rootless: It is the caller's own.
+        pause: It can freeze.
+        update_limits: It can change limits of what runs.
+        update_pids: The limit of processes among them.
+        others: What not every engine can.
+    """
     return Capabilities(
         memory_limit="memory" in controllers,
         cpu_limit="cpu" in controllers,
         pids_limit="pids" in controllers,
         cpuset_limit="cpuset" in controllers,
-        keep_id=keep_id,
         rootless=rootless,
         network_none=True,
         pause=pause,
         update_pids=update_pids,
         update_limits=update_limits,
-        update_says_no_healthcheck=update_says_no_healthcheck,
+        late_for_callers=rootless,
+        late_shm=not rootless,
+        **{"keep_id": False, **others},
     )
 
 

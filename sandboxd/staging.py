@@ -54,7 +54,8 @@ class Staging:
 
         As root always; else where the container's user namespace is ours. Not one of an engine's daemon that is root.
         """
-        return self._mounter is not None and (self._may_mount or bool(engine.rootless))
+        able = engine.capabilities
+        return self._mounter is not None and (self._may_mount or (able is not None and able.late_for_callers))
 
     async def change(
         self,

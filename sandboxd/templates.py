@@ -164,8 +164,8 @@ class Templates:
 
 
 def shm_is_late(engine: EngineInfo, *, late: bool) -> bool:
-    """Whether the size of /dev/shm can be changed later: a rootless engine mounts it where we have no say."""
-    return late and not engine.rootless
+    """Whether the size of /dev/shm can be changed later."""
+    return late and engine.capabilities is not None and engine.capabilities.late_shm
 
 
 def _description(name: str, template: Template) -> str:

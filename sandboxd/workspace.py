@@ -221,8 +221,9 @@ def identify(engine: EngineInfo, owner: User | None, *, caller: User, idmap_work
         caller: Who the daemon is.
         idmap_works: Id-mapped mounts can be made here.
     """
-    if engine.rootless:
-        if engine.capabilities is not None and engine.capabilities.keep_id:
+    able = engine.capabilities
+    if able is not None and able.rootless:
+        if able.keep_id:
             return Identity(user=caller, keep_id=True, mounted="keep-id")
         warning = "" if owner is None else "this engine cannot map your uid: files of the workspace look like root's"
         return Identity(user=SANDBOX_USER, keep_id=False, mounted="as-is", warning=warning)

@@ -23,7 +23,7 @@ import msgspec
 
 from runtimes import beneath
 from runtimes.errors import RuntimeFailure
-from runtimes.model import EngineInfo, EngineName, OverlayDirs, User
+from runtimes.model import EngineInfo, OverlayDirs, User
 from runtimes.quantities import parse_memory
 from sandboxd import gitworktree
 from sandboxd.applying import Outcome, Owner, Transfer, apply, reversed_changes
@@ -277,7 +277,7 @@ class Workspaces:
             return "copy" if mode == "copy" else "bind"
         if self._may_mount:
             return "overlay"
-        if engine.name is EngineName.PODMAN and engine.rootless:
+        if engine.capabilities is not None and engine.capabilities.overlay_for_callers:
             return "podman-overlay"
         raise Unsupported(
             f"cannot put an overlay over a project with {engine.name}",

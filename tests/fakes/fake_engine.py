@@ -42,6 +42,7 @@ ALL_CAPABILITIES = Capabilities(
     pause=True,
     update_pids=True,
     update_limits=True,
+    late_shm=True,
 )
 
 Launch = Callable[[ContainerSpec], "subprocess.Popen[bytes]"]

@@ -227,6 +227,22 @@ def test_podman_is_told_not_to_limit_processes_where_it_cannot() -> None:
     assert "--pids-limit=0" not in run_argv(PodmanEngine.client_of(rootful), spec)
 
 
+@pytest.mark.parametrize(
+    ("info", "able"),
+    [
+        (judge_podman(DESKTOP, podman()), {"late_for_callers", "overlay_for_callers", "enters_userns", "keep_id"}),
+        (judge_podman(host(uid=0), podman(rootless=False)), {"late_shm"}),
+        (judge_docker(DESKTOP, docker()), {"late_shm"}),
+        (judge_docker(DESKTOP, docker(SecurityOptions=["name=rootless"])), {"late_for_callers"}),
+    ],
+    ids=["podman-rootless", "podman", "docker", "docker-rootless"],
+)
+def test_what_can_be_done_without_root_is_told_once_and_for_all(info: EngineInfo, able: set[str]) -> None:
+    """Nobody else asks whether an engine is rootless, or which it is."""
+    names = ("late_for_callers", "late_shm", "overlay_for_callers", "enters_userns", "keep_id", "pids_uncounted")
+    assert {name for name in names if getattr(info.capabilities, name)} == able
+
+
 @pytest.mark.parametrize(("version", "said"), [("5.3.2", False), ("5.4.2", True)])
 def test_podmans_update_is_told_again_that_there_is_no_health_check(version: str, said: bool) -> None:
     """5.4.2: "healthcheck-timeout must be at least 1 second", of a container made without one."""

@@ -13,11 +13,12 @@ from sandboxd.failures import NotFound
 from sandboxd.journal import SandboxRecord, WorkspaceRecord
 from sandboxd.limits import Host
 from sandboxd.templates import SLOT_BYTES, Templates
+from tests.fakes.fake_engine import ALL_CAPABILITIES
 from tests.unit.records import record
 
 MIB = 1024 * 1024
 HOST = Host(cpus_online=(0, 1), memory_bytes=8 * 2**30, swap_bytes=0, pid_max=2**22, nr_open=2**20)
-ENGINE = EngineInfo(name=EngineName.PODMAN, usable=True, reason="")
+ENGINE = EngineInfo(name=EngineName.PODMAN, usable=True, reason="", capabilities=ALL_CAPABILITIES)
 
 TEXT = """
 [defaults]
@@ -180,9 +181,10 @@ def test_projects_that_are_mounted_in_advance_have_slots_of_their_own() -> None:
     assert templates().recipe_of(box, ENGINE, late=True) == templates().recipe_of(other, ENGINE, late=True)
 
 
-def test_a_rootless_engine_lets_nobody_change_the_size_of_shared_memory() -> None:
-    """So it is fixed at creation there: another size is no slot's, and not a claim that fails."""
-    rootless = msgspec.structs.replace(ENGINE, rootless=True)
+def test_the_size_of_shared_memory_is_fixed_where_it_cannot_be_changed_late() -> None:
+    """Another size is no slot's there, and not a claim that fails."""
+    fixed = msgspec.structs.replace(ALL_CAPABILITIES, late_shm=False)
+    rootless = msgspec.structs.replace(ENGINE, capabilities=fixed)
     box = record_of("default")
     other = msgspec.structs.replace(box, limits=msgspec.structs.replace(box.limits, shm_bytes_max=2**20))
     for engine, unfit in ((ENGINE, ()), (rootless, ("shm",))):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from runtimes.model import EngineInfo, EngineName, User
@@ -12,6 +13,7 @@ from sandboxd.failures import InvalidArgument, Unsupported
 from sandboxd.protocol import WorkspaceParams
 from sandboxd.workspace import Identity, OpenedPath, Rules
 from sandboxd.workspaces import Bounds, Opened, Workspaces, _conflict_failure, project_paths
+from tests.fakes.fake_engine import ALL_CAPABILITIES
 
 ME = User(uid=1001, gid=1001)
 OPENED = Opened(
@@ -24,7 +26,7 @@ async def _nothing(_: str) -> None:
     raise AssertionError("nothing of another user's is here")
 
 
-def backend(mode: str, engine: EngineName, *, rootless: bool, root: bool) -> str:
+def backend(mode: str, *, overlays: bool, root: bool) -> str:
     workspaces = Workspaces(
         "/nonexistent",
         rules=Rules(home="/home/me"),
@@ -33,7 +35,8 @@ def backend(mode: str, engine: EngineName, *, rootless: bool, root: bool) -> str
         idmap_works=root,
         remove_foreign=_nothing,
     )
-    info = EngineInfo(name=engine, usable=True, reason="", rootless=rootless)
+    able = msgspec.structs.replace(ALL_CAPABILITIES, overlay_for_callers=overlays)
+    info = EngineInfo(name=EngineName.PODMAN, usable=True, reason="", capabilities=able)
     params = WorkspaceParams(path="/p", mode=mode)  # type: ignore[arg-type]
     record = workspaces.workspace_record(params, OPENED, IDENTITY, info)
     assert record is not None
@@ -41,25 +44,20 @@ def backend(mode: str, engine: EngineName, *, rootless: bool, root: bool) -> str
 
 
 @pytest.mark.parametrize(
-    ("engine", "rootless", "root", "expected"),
-    [
-        (EngineName.DOCKER, False, True, "overlay"),
-        (EngineName.PODMAN, False, True, "overlay"),
-        (EngineName.PODMAN, True, False, "podman-overlay"),
-    ],
+    ("overlays", "root", "expected"),
+    [(False, True, "overlay"), (True, True, "overlay"), (True, False, "podman-overlay")],
 )
-def test_an_overlay_is_mounted_by_whoever_may(engine: EngineName, rootless: bool, root: bool, expected: str) -> None:
-    assert backend("overlay", engine, rootless=rootless, root=root) == expected
+def test_an_overlay_is_mounted_by_whoever_may(overlays: bool, root: bool, expected: str) -> None:
+    assert backend("overlay", overlays=overlays, root=root) == expected
 
 
-@pytest.mark.parametrize("rootless", [True, False])
-def test_where_nobody_may_mount_an_overlay_is_refused_and_a_copy_is_not(rootless: bool) -> None:
+def test_where_nobody_may_mount_an_overlay_is_refused_and_a_copy_is_not() -> None:
     """A copy of a large project in its stead would be no small surprise; whoever wants one says so."""
     with pytest.raises(Unsupported) as caught:
-        backend("overlay", EngineName.DOCKER, rootless=rootless, root=False)
+        backend("overlay", overlays=False, root=False)
     assert "--copy" in caught.value.hint
-    assert backend("copy", EngineName.DOCKER, rootless=rootless, root=False) == "copy"
-    assert backend("bind", EngineName.DOCKER, rootless=rootless, root=False) == "bind"
+    assert backend("copy", overlays=False, root=False) == "copy"
+    assert backend("bind", overlays=False, root=False) == "bind"
 
 
 def test_paths_are_relative_to_the_project_however_they_are_typed() -> None:

@@ -356,6 +356,8 @@ def _prepare(
     held.callback(journal.close)
     # Per owner: another daemon with its socket in the same directory must not take our boxes for leftovers.
     boxes_dir = os.path.join(os.path.dirname(listener.path), "boxes", journal.owner()[:BOXES_NAME_CHARS])
+    # It is where sockets are, which a boot, or a user's last logout, clears.
+    went_down = not os.path.isdir(boxes_dir)
     os.makedirs(boxes_dir, mode=0o700, exist_ok=True)
     userns_fd = _open_userns(boxes_dir)
     if userns_fd is not None:
@@ -409,7 +411,7 @@ def _prepare(
             idmap_works=userns_fd is not None,
             memory_available=_memory_available,
         ),
-        recovery=functools.partial(Recovery, engines=engines, journal=journal, places=places),
+        recovery=functools.partial(Recovery, engines=engines, journal=journal, places=places, went_down=went_down),
     )
 
 

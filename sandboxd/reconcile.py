@@ -17,6 +17,7 @@ from sandboxd.journal import SandboxRecord
 from sandboxd.lifecycle import State
 
 PAUSED = "its container is paused, and not by sandboxd"
+WENT_DOWN = "the host went down, or its user was logged out, while it ran"
 
 
 class Action(StrEnum):
@@ -50,6 +51,7 @@ def decide(
     containers: Mapping[str, Sequence[ContainerSummary]],
     *,
     reachable: Collection[str],
+    went_down: bool = False,
 ) -> list[Decision]:
     """Return what to do, one decision per record, and one per container that no record knows.
 
@@ -57,9 +59,12 @@ def decide(
         records: The journal.
         containers: Engine name to its containers of ours.
         reachable: Names of the engines that answered.
+        went_down: The host, or all that ran for this user, did since the journal was written.
     """
+    stopped_by = WENT_DOWN if went_down else ""
     decisions = [
-        _for_record(record, _container_of(record, containers.get(record.engine, ())), reachable) for record in records
+        _for_record(record, _container_of(record, containers.get(record.engine, ())), reachable, stopped_by)
+        for record in records
     ]
     owned = {(decision.engine, decision.container) for decision in decisions}
     decisions += [
@@ -88,12 +93,16 @@ def _container_of(record: SandboxRecord, listed: Sequence[ContainerSummary]) -> 
     return None
 
 
-def _for_record(record: SandboxRecord, container: ContainerSummary | None, reachable: Collection[str]) -> Decision:
-    action, reason = _judge(record, container, answered=record.engine in reachable)
+def _for_record(
+    record: SandboxRecord, container: ContainerSummary | None, reachable: Collection[str], stopped_by: str
+) -> Decision:
+    action, reason = _judge(record, container, answered=record.engine in reachable, stopped_by=stopped_by)
     return Decision(action=action, reason=reason, sandbox_id=record.id, engine=record.engine, container=container)
 
 
-def _judge(record: SandboxRecord, container: ContainerSummary | None, *, answered: bool) -> tuple[Action, str]:
+def _judge(
+    record: SandboxRecord, container: ContainerSummary | None, *, answered: bool, stopped_by: str
+) -> tuple[Action, str]:
     if not answered:
         return Action.NOTE_UNREACHABLE, f"{record.engine} does not answer"
     if record.state is State.CREATING:
@@ -113,5 +122,6 @@ def _judge(record: SandboxRecord, container: ContainerSummary | None, *, answere
         return Action.ADOPT, "its container runs"
     if container.state is ContainerState.PAUSED:
         return Action.NOTE_PAUSED, record.state_reason if record.state is State.PAUSED else PAUSED
-    known = record.state is State.STOPPED
-    return Action.NOTE_STOPPED, record.state_reason if known else f"its container is {container.state.value}"
+    if record.state is State.STOPPED:
+        return Action.NOTE_STOPPED, record.state_reason
+    return Action.NOTE_STOPPED, stopped_by or f"its container is {container.state.value}"

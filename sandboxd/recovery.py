@@ -35,14 +35,21 @@ SWEEP_AFTER_START_S = (1.0, 5.0, 20.0)
 
 
 class Recovery:
-    """Recovers the sandboxes of one manager."""
+    """Recovers the sandboxes of one manager.
 
-    def __init__(self, manager: Manager, *, engines: EngineRoom, journal: Journal, places: Places) -> None:
+    Args:
+        went_down: What lasts as long as a boot, or as a user's last login, is not there any more.
+    """
+
+    def __init__(
+        self, manager: Manager, *, engines: EngineRoom, journal: Journal, places: Places, went_down: bool = False
+    ) -> None:
         self._manager = manager
         self._engines = engines
         self._journal = journal
         self._boxes_dir = places.boxes_dir
         self._spools_dir = places.spools_dir
+        self._went_down = went_down
 
     async def recover(self) -> None:
         """Make the journal, the engines and this process agree again, after a start."""
@@ -50,7 +57,7 @@ class Recovery:
         for record in records:
             self._manager.register(record)
         listed = await self._listed()
-        decisions = reconcile.decide(records, listed, reachable=set(listed))
+        decisions = reconcile.decide(records, listed, reachable=set(listed), went_down=self._went_down)
         async with anyio.create_task_group() as tasks:
             for decision in decisions:
                 tasks.start_soon(self._carry_out, decision)

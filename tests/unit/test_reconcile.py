@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from runtimes.model import ContainerState
 from sandboxd.lifecycle import State
-from sandboxd.reconcile import Action, decide
+from sandboxd.reconcile import WENT_DOWN, Action, decide
 from tests.unit.records import CONTAINER_ID, container, record
 
 
@@ -64,6 +64,16 @@ def test_a_sandbox_that_was_stopped_is_not_said_to_have_ended_by_itself() -> Non
     for box, reason in ((record(state=State.STOPPED), ""), (record(), "its container is exited")):
         (decision,) = decide([box], {"podman": [ended]}, reachable={"podman"})
         assert (decision.action, decision.reason) == (Action.NOTE_STOPPED, reason)
+
+
+def test_a_host_that_went_down_is_what_stopped_what_ran() -> None:
+    """How its container ended tells nobody anything; of one that had been stopped nothing new is to be told."""
+    ended = container(state=ContainerState.EXITED)
+    for box, reason in ((record(state=State.STOPPED), ""), (record(), WENT_DOWN)):
+        (decision,) = decide([box], {"podman": [ended]}, reachable={"podman"}, went_down=True)
+        assert (decision.action, decision.reason) == (Action.NOTE_STOPPED, reason)
+    (decision,) = decide([record()], {"podman": [container()]}, reachable={"podman"}, went_down=True)
+    assert decision.action is Action.ADOPT, "an engine's daemon may have started it"
 
 
 def test_a_vanished_container_is_said_to_be_lost() -> None:

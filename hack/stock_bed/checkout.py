@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import tarfile
-from collections.abc import Sequence
-from typing import IO, Protocol
+from typing import IO
 
+from stock_bed.bed import Bed
 from stock_bed.process import BedError, run
 from stock_bed.roots import CHECKOUT, USER, VENV, WHEELS
 
@@ -18,12 +18,6 @@ ENV = (f"PIP_FIND_LINKS={WHEELS}", "PIP_NO_INDEX=1", f"PATH={VENV}/bin:/usr/sbin
 """Python packages come from the root file system: there is no network."""
 
 _UNPACK = ("sh", "-c", f"mkdir -p {INSIDE} && exec tar --extract --no-same-owner --directory={INSIDE}")
-
-
-class Bed(Protocol):
-    """What can run a command inside."""
-
-    def argv(self, words: Sequence[str], *, user: str = USER) -> list[str]: ...
 
 
 def put(bed: Bed) -> None:

@@ -17,17 +17,19 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from stock_bed.process import BedError, say
-from stock_bed.roots import USER, Root
+from stock_bed.roots import USER, Root, make_disk
 
 BOOT_S_MAX = 240
 CONNECT_S = 5
 ENDED_S_MAX = 10
 PAUSE_S = 1.0
+ANSWER_S_MAX = 60
+
+CONSOLE = "console.log"
 
 # Measured on two cores: the untrimmed boot takes four times as long, most of it in udev and in loading modules.
 _MASKED = (
@@ -37,34 +39,117 @@ _MASKED = (
 _KERNEL_LINE = "root=/dev/vda rw console=ttyS0 quiet mitigations=off nokaslr audit=0 net.ifnames=0".split()
 
 
-class Machine(NamedTuple):
-    """One that answers."""
+class Machine:
+    """One that answers.
 
-    root: Root
-    port: int
-    directory: Path
-    boot_s: float
+    Args:
+        root: What it boots.
+        directory: Where its sockets and logs are.
+        port: Where its ssh is on this host's loopback.
+        qemu: The process that it is.
+        began: When that was started.
+    """
 
-    @property
-    def title(self) -> str:
-        return "machine"
+    title = "machine"
+
+    def __init__(self, root: Root, directory: Path, port: int, qemu: subprocess.Popen[bytes], began: float) -> None:
+        self.root = root
+        self._directory = directory
+        self._port = port
+        self._qemu = qemu
+        self._boot_id = self._wait_until_it_answers(began, before="")
+        self.boot_s = time.monotonic() - began
 
     def argv(self, words: Sequence[str], *, user: str = USER) -> list[str]:
         """How a command is run inside as ``user``, in a login session of its own."""
-        return [*_ssh(self.root, self.port, self.directory), f"{user}@127.0.0.1", shlex.join(words)]
+        return [*self._ssh(), f"{user}@127.0.0.1", shlex.join(words)]
+
+    @property
+    def reboots(self) -> Mapping[str, Callable[[], None]]:
+        """In order alone: after a power cut it would spend the time on checking its disk."""
+        return {"a reboot": self._reboot}
+
+    def _reboot(self) -> None:
+        began = time.monotonic()
+        # A connection that is kept keeps what it inherits, so nothing of it is read.
+        subprocess.run(
+            self.argv(["systemctl", "reboot"], user="root"),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=BOOT_S_MAX,
+            check=False,
+        )
+        self._boot_id = self._wait_until_it_answers(began, before=self._boot_id)
+
+    def hang_up(self) -> None:
+        """End the connections that are kept: none of them outlives the machine's boot."""
+        for user in ("root", USER):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                subprocess.run(
+                    [*self._ssh(), "-O", "exit", f"{user}@127.0.0.1"],
+                    capture_output=True,
+                    timeout=ENDED_S_MAX,
+                    check=False,
+                )
+
+    def _ssh(self) -> list[str]:
+        options = {
+            "BatchMode": "yes",
+            "StrictHostKeyChecking": "no",
+            "UserKnownHostsFile": "/dev/null",
+            "LogLevel": "ERROR",
+            "ConnectTimeout": str(CONNECT_S),
+            "ControlMaster": "auto",
+            "ControlPath": str(self._directory / "ssh-%r"),
+            "ControlPersist": "yes",
+            "ServerAliveInterval": "30",
+        }
+        words = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
+        return ["ssh", "-F", "none", "-i", str(self.root.key), "-p", str(self._port), *words]
+
+    def _wait_until_it_answers(self, began: float, *, before: str) -> str:
+        """What its kernel calls this boot, once that is not the one before."""
+        while True:
+            if self._qemu.poll() is not None:
+                raise BedError(f"the machine ended with {self._qemu.returncode}\n{_console(self._directory)}")
+            if time.monotonic() - began > BOOT_S_MAX:
+                raise BedError(f"the machine does not answer after {BOOT_S_MAX} s\n{_console(self._directory)}")
+            boot_id = self._ask_for_boot_id()
+            if boot_id not in {"", before}:
+                return boot_id
+            if boot_id:
+                # The one that goes down still answers: not over the same connection, which would hang with it.
+                self.hang_up()
+            time.sleep(PAUSE_S)
+
+    def _ask_for_boot_id(self) -> str:
+        """Empty while it does not answer. Into a file: a connection that is kept would hold a pipe open."""
+        with tempfile.TemporaryFile() as said, contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(
+                self.argv(["cat", "/proc/sys/kernel/random/boot_id"]),
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=subprocess.DEVNULL,
+                timeout=ANSWER_S_MAX,
+                check=False,
+            )
+            said.seek(0)
+            return said.read().decode(errors="replace").strip()
+        return ""
 
 
 @contextlib.contextmanager
 def booted(root: Root) -> Iterator[Machine]:
     """The machine for the length of a ``with``; nothing of it is left."""
+    make_disk(root)
     directory = Path(tempfile.mkdtemp(prefix="sandboxd-stock-"))
     try:
         port = _free_port()
-        log = directory / "console.log"
         began = time.monotonic()
         with open(directory / "qemu.log", "wb") as output:
             qemu = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", "nice", "-n", "5", *_qemu(root, log, port)],
+                ["setpriv", "--pdeathsig", "KILL", "nice", "-n", "5", *_qemu(root, directory, port)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -73,75 +158,31 @@ def booted(root: Root) -> Iterator[Machine]:
             )
         try:
             say(f"{root.release.title}: booting the machine")
-            _wait_until_it_answers(root, port, directory, qemu, began)
-            yield Machine(root, port, directory, time.monotonic() - began)
+            machine = Machine(root, directory, port, qemu, began)
+            try:
+                yield machine
+            finally:
+                machine.hang_up()
         finally:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                subprocess.run(
-                    [*_ssh(root, port, directory), "-O", "exit", "root@127.0.0.1"],
-                    capture_output=True,
-                    timeout=ENDED_S_MAX,
-                    check=False,
-                )
             qemu.kill()
             qemu.wait()
     finally:
         shutil.rmtree(directory)
 
 
-def _qemu(root: Root, log: Path, port: int) -> list[str]:
+def _qemu(root: Root, directory: Path, port: int) -> list[str]:
     line = " ".join([*_KERNEL_LINE, *(f"systemd.mask={unit}" for unit in _MASKED)])
     words = "-accel tcg,thread=multi,tb-size=1024 -cpu Nehalem,-cx16 -smp 2 -m 2048".split()
-    words += "-machine q35,graphics=off,hpet=off -nodefaults -no-user-config -display none -no-reboot".split()
+    words += "-machine q35,graphics=off,hpet=off -nodefaults -no-user-config -display none".split()
     words += ["-kernel", str(root.kernel), "-initrd", str(root.initrd), "-append", line]
     words += ["-drive", f"file={root.disk},if=virtio,format=raw,cache=unsafe,snapshot=on"]
-    words += ["-device", "virtio-rng-pci", "-serial", f"file:{log}"]
+    words += ["-device", "virtio-rng-pci", "-serial", f"file:{directory / CONSOLE}"]
     words += ["-nic", f"user,model=virtio-net-pci,restrict=on,hostfwd=tcp:127.0.0.1:{port}-:22"]
     return ["qemu-system-x86_64", *words]
 
 
-def _ssh(root: Root, port: int, directory: Path) -> list[str]:
-    options = {
-        "BatchMode": "yes",
-        "StrictHostKeyChecking": "no",
-        "UserKnownHostsFile": "/dev/null",
-        "LogLevel": "ERROR",
-        "ConnectTimeout": str(CONNECT_S),
-        "ControlMaster": "auto",
-        "ControlPath": str(directory / "ssh-%r"),
-        "ControlPersist": "yes",
-        "ServerAliveInterval": "30",
-    }
-    words = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
-    return ["ssh", "-F", "none", "-i", str(root.key), "-p", str(port), *words]
-
-
-def _wait_until_it_answers(
-    root: Root, port: int, directory: Path, qemu: subprocess.Popen[bytes], began: float
-) -> None:
-    while True:
-        if qemu.poll() is not None:
-            raise BedError(f"the machine ended with {qemu.returncode}\n{_console(directory)}")
-        if time.monotonic() - began > BOOT_S_MAX:
-            raise BedError(f"the machine does not answer after {BOOT_S_MAX} s\n{_console(directory)}")
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            words = [*_ssh(root, port, directory), f"{USER}@127.0.0.1", "true"]
-            # The connection that goes on in the background keeps what it inherits.
-            done = subprocess.run(
-                words,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                timeout=60,
-                check=False,
-            )
-            if done.returncode == 0:
-                return
-        time.sleep(PAUSE_S)
-
-
 def _console(directory: Path) -> str:
-    return (directory / "console.log").read_text(encoding="utf-8", errors="replace")[-3000:]
+    return (directory / CONSOLE).read_text(encoding="utf-8", errors="replace")[-3000:]
 
 
 def _free_port() -> int:

@@ -12,19 +12,29 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import IO, NamedTuple, NoReturn
 
 from stock_bed import checkout, machine, namespaces, roots
+from stock_bed.bed import Bed
 from stock_bed.process import BedError, run, say
 from stock_bed.roots import RELEASES, USER, VENV, Root
 
-BEDS = {"machine": machine.booted, "namespaces": namespaces.booted}
+BEDS: dict[str, Callable[[Root], AbstractContextManager[Bed]]] = {
+    "machine": machine.booted,
+    "namespaces": namespaces.booted,
+}
 PATIENCE_S = {"machine": 120, "namespaces": 30}
 """For one step of a test."""
 
 TESTS_S_MAX = {"machine": 420, "namespaces": 180}
+ALL_TESTS_S_MAX = 1800
+TESTS = "tests/stock"
+BEFORE_A_REBOOT, AFTER_A_REBOOT = f"{TESTS}/test_zzz_going_down.py", f"{TESTS}/boot/test_after.py"
+"""What is left behind, by the last of all tests, and what must be found."""
+
 PLAN = (("bookworm", "namespaces"), ("trixie", "namespaces"), ("trixie", "machine"))
 """What there is the time for where nothing else is asked for."""
 
@@ -42,6 +52,16 @@ INSTALL_S_MAX = 600
 _LAST_LINE = re.compile(r"^=* ?((?:\d+ [a-z]+,? ?)+) in [0-9.]+s.*=*$")
 
 
+class Part(NamedTuple):
+    """What one run of pytest came to."""
+
+    after: str
+    """What was done to the bed before it; empty: nothing."""
+    status: int
+    figures: tuple[str, ...]
+    closing: str
+
+
 class Outcome(NamedTuple):
     """What one bed came to."""
 
@@ -49,9 +69,11 @@ class Outcome(NamedTuple):
     bed: str
     boot_s: float
     tests_s: float
-    status: int
-    figures: tuple[str, ...]
-    closing: str
+    parts: tuple[Part, ...]
+
+    @property
+    def status(self) -> int:
+        return max(part.status for part in self.parts)
 
 
 def main(document: str, arguments: Sequence[str]) -> int:
@@ -68,8 +90,8 @@ def main(document: str, arguments: Sequence[str]) -> int:
                 roots.clean()
             case "build":
                 _install_what_is_missing()
-                for release in options.release or RELEASES:
-                    roots.ensure(RELEASES[release])
+                for root in roots.ensure([RELEASES[name] for name in options.release or RELEASES]).values():
+                    roots.make_disk(root)
             case "shell":
                 return _shell(options)
             case _:
@@ -128,33 +150,58 @@ def _plan(options: argparse.Namespace) -> list[tuple[str, str]]:
 def _run(options: argparse.Namespace) -> int:
     began = time.monotonic()
     _install_what_is_missing()
-    tests = options.pytest or ["tests/stock"]
-    outcomes = []
-    for release, bed in _plan(options):
-        root = roots.ensure(RELEASES[release])
-        outcomes.append(_test(root, bed, tests, "root" if options.as_root else USER))
+    plan = _plan(options)
+    made = roots.ensure([RELEASES[name] for name in dict.fromkeys(release for release, _ in plan)])
+    user = "root" if options.as_root else USER
+    outcomes = [_test(made[release], bed, options.pytest, user, everything=options.all) for release, bed in plan]
     _report(outcomes, time.monotonic() - began)
     return max(outcome.status for outcome in outcomes)
 
 
-def _test(root: Root, name: str, tests: Sequence[str], user: str) -> Outcome:
+def _test(root: Root, name: str, chosen: Sequence[str], user: str, *, everything: bool) -> Outcome:
+    """What one bed came to, with a part of the suite or with all that is its own."""
     with contextlib.ExitStack() as made:
         venv = made.enter_context(_installed(root)) if name == "machine" else None
         bed = made.enter_context(BEDS[name](root))
-        say(f"{root.release.title}, {name}: up after {bed.boot_s:.1f} s, running {' '.join(tests)}")
+        say(f"{root.release.title}, {name}: up after {bed.boot_s:.1f} s")
         checkout.put(bed)
         if venv is not None:
             checkout.unpack(bed, venv)
         began = time.monotonic()
-        script = f'cd {checkout.INSIDE} && exec {VENV}/bin/python -m pytest -p no:cacheprovider "$@"'
-        env = [f"STOCK_BED={name}", f"STOCK_PATIENCE_S={PATIENCE_S[name]}", *checkout.ENV]
-        color = "--color=yes" if sys.stdout.isatty() else "--color=no"
-        words = ["env", *env, "sh", "-c", script, "sh", color, *tests]
-        status, lines = _pass_on(bed.argv(words, user=user), TESTS_S_MAX[name])
+        parts = []
+        for after, reboot, tests in _steps(bed, chosen):
+            if reboot is not None:
+                say(f"{root.release.title}, {name}: {after}")
+                reboot()
+            parts.append(_run_pytest(bed, name, tests, user, after, everything=everything))
+            if parts[-1].status:
+                break
         tests_s = time.monotonic() - began
+    return Outcome(root.release.title, name, bed.boot_s, tests_s, tuple(parts))
+
+
+def _steps(bed: Bed, chosen: Sequence[str]) -> Iterator[tuple[str, Callable[[], None] | None, list[str]]]:
+    """After what, how that is done, and what is run then."""
+    if chosen:
+        yield "", None, list(chosen)
+        return
+    reboots = list(bed.reboots.items())
+    yield "", None, [TESTS]
+    for number, (after, reboot) in enumerate(reboots, 1):
+        again = [BEFORE_A_REBOOT] if number < len(reboots) else []
+        yield after, reboot, [AFTER_A_REBOOT, *again]
+
+
+def _run_pytest(bed: Bed, name: str, tests: Sequence[str], user: str, after: str, *, everything: bool) -> Part:
+    script = f'cd {checkout.INSIDE} && exec {VENV}/bin/python -m pytest -p no:cacheprovider "$@"'
+    env = [f"STOCK_BED={name}", f"STOCK_PATIENCE_S={PATIENCE_S[name]}", *checkout.ENV]
+    env += ["STOCK_ALL=1"] if everything else []
+    color = "--color=yes" if sys.stdout.isatty() else "--color=no"
+    words = ["env", *env, "sh", "-c", script, "sh", color, *tests]
+    status, lines = _pass_on(bed.argv(words, user=user), ALL_TESTS_S_MAX if everything else TESTS_S_MAX[name])
     figures = tuple(line.partition("FIGURE ")[2] for line in lines if line.startswith("FIGURE "))
     closing = next((match[1] for line in reversed(lines) if (match := _LAST_LINE.match(line))), "no closing line")
-    return Outcome(root.release.title, name, bed.boot_s, tests_s, status, figures, closing)
+    return Part(after, status, figures, closing)
 
 
 @contextlib.contextmanager
@@ -173,29 +220,34 @@ def _pass_on(argv: Sequence[str], timeout_s: float) -> tuple[int, list[str]]:
     lines = []
     with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as tests:
         assert tests.stdout is not None
-        with _killed_after(tests, timeout_s):
-            for raw in tests.stdout:
-                line = raw.decode(errors="replace")
-                print(line, end="", flush=True)
-                lines.append(line.rstrip())
-    if tests.returncode < 0:
-        say(f"not done after {timeout_s:g} s")
-        return 1, lines
-    return tests.returncode, lines
+        try:
+            with _at_most(timeout_s):
+                for raw in tests.stdout:
+                    line = raw.decode(errors="replace")
+                    print(line, end="", flush=True)
+                    lines.append(line.rstrip())
+                return tests.wait(), lines
+        except _TimeIsUp:
+            say(f"not done after {timeout_s:g} s")
+            return 1, lines
+        finally:
+            # Whoever else holds its output, as ssh's connection does, keeps nobody waiting.
+            tests.kill()
+
+
+class _TimeIsUp(Exception):
+    """What was to be done took too long."""
 
 
 @contextlib.contextmanager
-def _killed_after(process: subprocess.Popen[bytes], timeout_s: float) -> Iterator[None]:
-    def kill(_signal: int, _frame: FrameType | None) -> None:
-        process.kill()
+def _at_most(seconds: float) -> Iterator[None]:
+    def stop(_signal: int, _frame: FrameType | None) -> NoReturn:
+        raise _TimeIsUp
 
-    signal.signal(signal.SIGALRM, kill)
-    signal.setitimer(signal.ITIMER_REAL, timeout_s)
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
-    except BaseException:
-        process.kill()
-        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
@@ -203,19 +255,20 @@ def _killed_after(process: subprocess.Popen[bytes], timeout_s: float) -> Iterato
 def _report(outcomes: Sequence[Outcome], total_s: float) -> None:
     print()
     for outcome in outcomes:
-        took = f"{outcome.tests_s:.0f} s, up in {outcome.boot_s:.1f} s"
-        print(f"{outcome.release}, {outcome.bed}: {outcome.closing} ({took})")
-        for figure in outcome.figures:
+        closings = "; ".join(
+            f"after {part.after}: {part.closing}" if part.after else part.closing for part in outcome.parts
+        )
+        print(f"{outcome.release}, {outcome.bed}: {closings} ({outcome.tests_s:.0f} s, up in {outcome.boot_s:.1f} s)")
+        for figure in (figure for part in outcome.parts for figure in part.figures):
             print(f"    {figure}")
-    print(
-        f"\nhack/stock: {'all passed' if not any(each.status for each in outcomes) else 'FAILED'} in {total_s:.0f} s"
-    )
+    verdict = "FAILED" if any(outcome.status for outcome in outcomes) else "all passed"
+    print(f"\nhack/stock: {verdict} in {total_s:.0f} s")
 
 
 def _shell(options: argparse.Namespace) -> int:
     _install_what_is_missing()
     (release, bed_name), *_ = _plan(options)
-    with BEDS[bed_name](roots.ensure(RELEASES[release])) as bed:
+    with BEDS[bed_name](roots.ensure([RELEASES[release]])[release]) as bed:
         checkout.put(bed)
         words = bed.argv(["bash", "-l"], user="root" if options.as_root else USER)
         words = [word if word != "--pipe" else "--pty" for word in words]

@@ -13,9 +13,8 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from stock_bed.process import BedError, say
 from stock_bed.roots import USER, Root
@@ -28,16 +27,26 @@ _HALT = signal.SIGRTMIN + 4
 """What systemd takes for `poweroff`."""
 
 
-class Namespaces(NamedTuple):
-    """One that is up."""
+class Namespaces:
+    """One that is up.
 
-    root: Root
-    pid: int
-    boot_s: float
+    Args:
+        root: What it was started from.
+        scratch: Where its keeper has what it writes.
+        keeper: The process whose child's child is systemd.
+        log: Where it complains.
+        began: When it was started.
+    """
 
-    @property
-    def title(self) -> str:
-        return "namespaces"
+    title = "namespaces"
+
+    def __init__(self, root: Root, scratch: Path, keeper: subprocess.Popen[bytes], log: Path, began: float) -> None:
+        self.root = root
+        self._scratch = scratch
+        self._keeper = keeper
+        self._log = log
+        self.pid = self._wait_until_it_is_up(began, before=None)
+        self.boot_s = time.monotonic() - began
 
     def argv(self, words: Sequence[str], *, user: str = USER) -> list[str]:
         """How a command is run inside as ``user``: as a service of the user's own manager."""
@@ -45,6 +54,50 @@ class Namespaces(NamedTuple):
         service = ["systemd-run", "--quiet", "--pipe", "--wait", "--collect", *manager]
         home = "/root" if user == "root" else f"/home/{user}"
         return [*_enter(self.pid), *service, f"--working-directory={home}", "--", *words]
+
+    @property
+    def reboots(self) -> Mapping[str, Callable[[], None]]:
+        """In order, and as where the power fails: nothing has time to end."""
+        return {"a reboot": self._reboot, "a power cut": self._cut_power}
+
+    def _reboot(self) -> None:
+        began, before = time.monotonic(), self.pid
+        # It may end with what it was run in.
+        words = [*_enter(before), "systemctl", "reboot"]
+        subprocess.run(words, capture_output=True, timeout=BOOT_S_MAX, check=False)
+        self.pid = self._wait_until_it_is_up(began, before=before)
+
+    def _cut_power(self) -> None:
+        began, before = time.monotonic(), self.pid
+        Path(f"/proc/{self._keeper.pid}/root{self._scratch}/power-cut").touch()
+        os.kill(before, signal.SIGKILL)
+        self.pid = self._wait_until_it_is_up(began, before=before)
+
+    def halt(self) -> None:
+        """Have systemd end everything in order, and end."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, _HALT)
+        try:
+            self._keeper.wait(HALT_S_MAX)
+        except subprocess.TimeoutExpired:
+            say("systemd does not halt in time: it is killed")
+
+    def _wait_until_it_is_up(self, began: float, *, before: int | None) -> int:
+        """The pid of systemd, once the user's manager runs as well.
+
+        Args:
+            began: When it began to start.
+            before: The pid of one that ends.
+        """
+        while True:
+            if self._keeper.poll() is not None:
+                raise BedError(f"systemd ended with {self._keeper.returncode}\n{_tail(self._log)}")
+            if time.monotonic() - began > BOOT_S_MAX:
+                raise BedError(f"systemd is not up after {BOOT_S_MAX} s\n{_tail(self._log)}")
+            for pid in (pid for child in _children(self._keeper.pid) for pid in _children(child)):
+                if pid != before and os.path.exists(f"/proc/{pid}/root/run/user/1000/bus"):
+                    return pid
+            time.sleep(PAUSE_S)
 
 
 @contextlib.contextmanager
@@ -59,7 +112,7 @@ def booted(root: Root) -> Iterator[Namespaces]:
         began = time.monotonic()
         say(f"{root.release.title}: starting systemd in namespaces")
         with open(log, "wb") as output:
-            unshare = subprocess.Popen(
+            keeper = subprocess.Popen(
                 _words(root, scratch, group),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -67,12 +120,12 @@ def booted(root: Root) -> Iterator[Namespaces]:
                 start_new_session=True,
             )
         try:
-            pid = _wait_until_it_is_up(unshare, log, began)
-            yield Namespaces(root, pid, time.monotonic() - began)
-            _halt(pid, unshare)
+            bed = Namespaces(root, scratch, keeper, log, began)
+            yield bed
+            bed.halt()
         finally:
-            unshare.kill()
-            unshare.wait()
+            keeper.kill()
+            keeper.wait()
     finally:
         _remove_group(group)
         shutil.rmtree(directory)
@@ -81,13 +134,17 @@ def booted(root: Root) -> Iterator[Namespaces]:
 def _words(root: Root, scratch: Path, group: Path) -> list[str]:
     """Join the group first: the control group namespace begins where its maker is."""
     join = 'echo $$ >"$0/cgroup.procs" && exec "$@"'
-    namespaces = "--mount --pid --fork --uts --ipc --net --cgroup".split()
-    unshare = ["unshare", *namespaces, "--kill-child=KILL"]
-    program = str(Path(__file__).with_name("enter"))
-    return [
-        *["setpriv", "--pdeathsig", "KILL", "sh", "-c", join, str(group)],
-        *[*unshare, program, str(root.tree), str(scratch)],
-    ]
+    program = str(Path(__file__).with_name("keep"))
+    become = ["setpriv", "--pdeathsig", "KILL", "sh", "-c", join, str(group)]
+    return [*become, "unshare", "--mount", program, str(root.tree), str(scratch)]
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii")
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return [int(word) for word in text.split()]
 
 
 def _own_group() -> Path:
@@ -118,31 +175,6 @@ def _remove_group(group: Path) -> None:
 
 def _enter(pid: int) -> list[str]:
     return ["nsenter", f"--target={pid}", "--all", "--"]
-
-
-def _wait_until_it_is_up(unshare: subprocess.Popen[bytes], log: Path, began: float) -> int:
-    """The pid of systemd, once the user's manager runs as well."""
-    while True:
-        if unshare.poll() is not None:
-            raise BedError(f"systemd ended with {unshare.returncode}\n{_tail(log)}")
-        if time.monotonic() - began > BOOT_S_MAX:
-            raise BedError(f"systemd is not up after {BOOT_S_MAX} s\n{_tail(log)}")
-        children = Path(f"/proc/{unshare.pid}/task/{unshare.pid}/children").read_text(encoding="ascii").split()
-        if children:
-            pid = int(children[0])
-            socket = f"/proc/{pid}/root/run/user/1000/bus"
-            if os.path.exists(socket):
-                return pid
-        time.sleep(PAUSE_S)
-
-
-def _halt(pid: int, unshare: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, _HALT)
-    try:
-        unshare.wait(HALT_S_MAX)
-    except subprocess.TimeoutExpired:
-        say("systemd does not halt in time: it is killed")
 
 
 def _tail(log: Path) -> str:

@@ -1,8 +1,9 @@
 """Root file systems, made once for each content: what goes into one, and where it is kept.
 
 A cached root is a directory ``RELEASE-KEY`` with ``root/`` (the tree that the namespaces bed lays an overlay on),
-``disk.ext4``, ``vmlinuz`` and ``initrd`` (what the machine boots) and ``key`` (how to log in). Its key is made of the
-recipe, of the versions of Python packages, and of nothing else: `hack/stock clean` fetches newer Debian packages.
+``vmlinuz``, ``initrd`` and, once it was asked for, ``disk.ext4`` (what the machine boots), and ``key`` (how to log
+in). Its key is made of the recipe and of the versions of Python packages, and of nothing else: `hack/stock clean`
+fetches newer Debian packages.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from stock_bed.process import BedError, run, say
+from stock_bed.process import BedError, end_all, run, say
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 MIRROR = "http://deb.debian.org/debian"
@@ -105,16 +107,42 @@ def clean() -> None:
                 _remove(entry)
 
 
-def ensure(release: Release) -> Root:
-    """The root of this release, made now if it is not kept."""
+def ensure(releases: Sequence[Release]) -> dict[str, Root]:
+    """The roots of these releases by name; those that are not kept are made now, side by side."""
     with _locked() as cache:
-        made = cache / f"{release.name}-{_content_key(release)}"
-        if not made.exists():
-            for stale in cache.glob(f"{release.name}-*"):
+        found = {
+            release.name: Root(release, cache / f"{release.name}-{_content_key(release)}") for release in releases
+        }
+        missing = [root for root in found.values() if not root.directory.exists()]
+        for root in missing:
+            for stale in cache.glob(f"{root.release.name}-*"):
                 _remove(stale)
-            say(f"{release.title}: making the root file system (about a minute, kept in {made})")
-            _make(release, cache, made)
-        return Root(release, made)
+            say(f"{root.release.title}: making the root file system (a minute or two, kept in {root.directory})")
+        with ThreadPoolExecutor(max_workers=len(releases)) as threads:
+            try:
+                for made in [threads.submit(_make, root, cache) for root in missing]:
+                    made.result()
+            except BaseException:
+                end_all()
+                raise
+        return found
+
+
+def make_disk(root: Root) -> None:
+    """The disk that the machine boots, unless it is there: the other bed does without."""
+    with _locked():
+        if root.disk.exists():
+            return
+        say(f"{root.release.title}: making the machine's disk")
+        scratch = root.disk.with_suffix(".part")
+        with open(scratch, "wb") as disk:
+            disk.truncate(DISK_BYTES)
+        words = ["-q", "-F", "-O", "^has_journal", "-E", "lazy_itable_init=1,root_owner=0:0", "-d", str(root.tree)]
+        program = shutil.which("mkfs.ext4", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+        if program is None:
+            raise BedError("cannot find mkfs.ext4: apt-get install e2fsprogs")
+        run([program, *words, str(scratch)], timeout_s=BUILD_S_MAX)
+        scratch.rename(root.disk)
 
 
 @contextlib.contextmanager
@@ -137,8 +165,9 @@ def _remove(directory: Path) -> None:
     shutil.rmtree(directory)
 
 
-def _make(release: Release, cache: Path, made: Path) -> None:
+def _make(kept: Root, cache: Path) -> None:
     """Make it beside its place, and put it there when it is whole."""
+    release = kept.release
     scratch = Path(tempfile.mkdtemp(dir=cache, prefix=f".{release.name}-"))
     try:
         scratch.chmod(0o755)
@@ -149,9 +178,8 @@ def _make(release: Release, cache: Path, made: Path) -> None:
         for name, pattern in (("vmlinuz", "vmlinuz-*"), ("initrd", "initrd.img-*")):
             (found,) = (root.tree / "boot").glob(pattern)
             shutil.copyfile(found, scratch / name)
-        _make_disk(root)
         _remove(scratch / "wheels")
-        scratch.rename(made)
+        scratch.rename(kept.directory)
     except BaseException:
         _remove(scratch)
         raise
@@ -199,13 +227,3 @@ def _bootstrap(root: Root, wheels: Path) -> None:
         "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
     }
     run(["mmdebstrap", *words, root.release.name, str(root.tree), MIRROR], timeout_s=BUILD_S_MAX, env=env)
-
-
-def _make_disk(root: Root) -> None:
-    with open(root.disk, "wb") as disk:
-        disk.truncate(DISK_BYTES)
-    words = ["-q", "-F", "-O", "^has_journal", "-E", "lazy_itable_init=1,root_owner=0:0", "-d", str(root.tree)]
-    program = shutil.which("mkfs.ext4", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
-    if program is None:
-        raise BedError("cannot find mkfs.ext4: apt-get install e2fsprogs")
-    run([program, *words, str(root.disk)], timeout_s=BUILD_S_MAX)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from sandboxd.reconcile import WENT_DOWN
 from tests.engine.daemons import Daemon
 
 BED = os.environ.get("STOCK_BED", "")
@@ -21,11 +22,20 @@ controllers_needed = pytest.mark.skipif(
     BED == "namespaces", reason="control groups in namespaces of a v1 or hybrid host have no controllers"
 )
 
+quick_bed = pytest.mark.skipif(
+    BED == "machine" and not os.environ.get("STOCK_ALL"),
+    reason="the quick bed proves it; in the machine it would take minutes (hack/stock --all)",
+)
+
 POLICY = "strict" if BED == "machine" else "degraded"
 """Where nothing can be limited, nothing is asked for."""
 
 CALL_S_MAX = 120.0
 """For a command of the machine, which is ten to thirty times slower than this host."""
+
+
+COMMAND_ENDED = {"signaled", "lost"}
+"""How a command ended that was there when all that its user ran was ended: as its daemon saw it, or did not."""
 
 
 def sudo(script: str, *words: str) -> str:
@@ -53,6 +63,15 @@ def group_of(pid: int) -> Path:
     """A process's control group v2."""
     (line,) = (line for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines() if line.startswith("0::"))
     return Path("/sys/fs/cgroup") / line[4:]
+
+
+def ended_with_the_host(box: dict[str, Any]) -> bool:
+    """Whether a sandbox says that it stopped because all that its user ran was ended.
+
+    A daemon that is still there when its sandboxes are ended sees their inits go, and says that.
+    """
+    seen = box["state_reason"].startswith("its init ended with")
+    return box["state"] == "stopped" and (seen or box["state_reason"] == WENT_DOWN)
 
 
 def limits(reply: dict[str, Any], field: str) -> dict[str, Any]:

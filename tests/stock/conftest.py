@@ -14,6 +14,8 @@ from tests.engine.daemons import IMAGE, Daemon
 from tests.stock.bed import BED, identity
 
 collect_ignore_glob = [] if BED else ["test_*.py"]
+collect_ignore = ["boot"]
+"""What is run by name, after a bed went down and came up."""
 
 _figures: list[str] = []
 

@@ -14,7 +14,7 @@ import pytest
 
 from tests.engine.daemons import Daemon, wait_until
 from tests.engine.test_terminal import Terminal
-from tests.stock.bed import BED, POLICY
+from tests.stock.bed import BED, POLICY, quick_bed
 
 EXECS = 3 if BED == "machine" else 15
 
@@ -45,6 +45,7 @@ def test_podman_is_the_users_own(daemon: Daemon, box: dict[str, Any]) -> None:
     assert box["engine"] == "podman"
 
 
+@quick_bed
 def test_a_command_has_the_callers_streams_and_its_own_code(daemon: Daemon, box: dict[str, Any]) -> None:
     ran = daemon.run(box, "sh", "-c", "cat; echo err >&2; exit 7", stdin=b"in")
     assert (ran.stdout, ran.stderr, ran.end["exit_code"]) == (b"in", b"err\n", 7)
@@ -76,6 +77,7 @@ def test_files_belong_to_the_user_on_both_sides(daemon: Daemon, box: dict[str, A
     assert box["workspace"]["mounted"] == "keep-id"
 
 
+@quick_bed
 def test_files_are_read_and_written_over_the_socket(daemon: Daemon, box: dict[str, Any]) -> None:
     data = base64.b64encode(b"written").decode()
     daemon.call("files/write", sandbox=box["id"], path="/workspace/by-socket", data=data)
@@ -85,6 +87,7 @@ def test_files_are_read_and_written_over_the_socket(daemon: Daemon, box: dict[st
     assert {"by-socket", "outside"} <= {entry["path"].rpartition("/")[2] for entry in listed["entries"]}
 
 
+@quick_bed
 def test_a_terminal(daemon: Daemon, box: dict[str, Any]) -> None:
     terminal = Terminal(24, 80)
     try:
@@ -99,6 +102,7 @@ def test_a_terminal(daemon: Daemon, box: dict[str, Any]) -> None:
         terminal.close()
 
 
+@quick_bed
 def test_a_command_is_ended_with_all_that_it_started(daemon: Daemon, box: dict[str, Any]) -> None:
     started = daemon.ctl("exec", "-d", box["id"], "sh", "-c", "setsid sleep 3333 & sleep 3334")
     command = started.stdout.decode().strip()
@@ -107,10 +111,12 @@ def test_a_command_is_ended_with_all_that_it_started(daemon: Daemon, box: dict[s
     wait_until(lambda: b"sleep 333" not in daemon.run(box, "ps").stdout, "both have ended")
 
 
+@quick_bed
 def test_a_time_limit(daemon: Daemon, box: dict[str, Any]) -> None:
     assert daemon.ctl("exec", "--timeout", "1s", box["id"], "sleep", "60").returncode == 124
 
 
+@quick_bed
 def test_it_is_isolated(daemon: Daemon, box: dict[str, Any]) -> None:
     script = """
         grep -E '^(CapEff|CapBnd|NoNewPrivs|Seccomp):' /proc/self/status; ls /sys/class/net
@@ -121,6 +127,7 @@ def test_it_is_isolated(daemon: Daemon, box: dict[str, Any]) -> None:
     assert daemon.sh(box, script).split() == expected
 
 
+@quick_bed
 def test_stop_start_and_remove(daemon: Daemon, project: Path) -> None:
     box = daemon.create("podman", workspace={"path": str(project)}, limits_policy=POLICY)
     assert daemon.ctl("stop", box["id"]).returncode == 0

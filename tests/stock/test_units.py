@@ -2,54 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from runtimes.process import SERVICE_VARIABLES
 from sandboxd.cli import units
-from tests.engine.daemons import CHECKOUT, IMAGE, wait_until
-from tests.stock.bed import CALL_S_MAX, POLICY, run
+from tests.engine.daemons import wait_until
+from tests.stock.bed import POLICY, quick_bed, run
+from tests.stock.installed import SOCKET, UNITS, Ctl, journal, show
 
-UNITS = Path.home() / ".config/systemd/user"
-SOCKET = Path(f"/run/user/{os.getuid()}/sandboxd/sandboxd.sock")
-
-
-class Ctl:
-    """``sandboxctl`` of a user who has set nothing."""
-
-    def __init__(self, directory: Path) -> None:
-        gone = {"SANDBOXD_SOCKET", "INVOCATION_ID", "NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID"}
-        self.env = {name: value for name, value in os.environ.items() if name not in gone}
-        self.env |= {
-            "PYTHONPATH": str(CHECKOUT),
-            "SANDBOXD_STATE_DIR": str(directory),
-            "SANDBOXD_DEFAULTS_IMAGE": IMAGE,
-            "XDG_RUNTIME_DIR": f"/run/user/{os.getuid()}",
-        }
-
-    def __call__(self, *words: str) -> subprocess.CompletedProcess[str]:
-        argv = [sys.executable, "-m", "sandboxd.cli.main", *words]
-        return subprocess.run(
-            argv,
-            capture_output=True,
-            text=True,
-            env=self.env,
-            timeout=CALL_S_MAX,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
-
-    def json(self, *words: str) -> Any:
-        done = self(*words, "--json")
-        assert done.returncode == 0, (words, done.stderr, journal())
-        return json.loads(done.stdout)
+pytestmark = quick_bed
 
 
 @pytest.fixture(scope="module")
@@ -82,19 +48,6 @@ def test_systemd_finds_nothing_wrong_with_the_units(tmp_path: Path) -> None:
         ["systemd-analyze", "--user", "--man=no", "verify", *paths], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
-
-
-def show(unit: str, field: str) -> str:
-    return run("systemctl", "--user", "show", "--value", f"--property={field}", unit).strip()
-
-
-def journal() -> str:
-    return subprocess.run(
-        ["journalctl", "--user", "--unit=sandboxd", "--lines=40", "--no-pager"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout
 
 
 def environment(pid: int) -> set[str]:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import signal
 import subprocess
 import sys
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "hack"))
 
-from stock_bed import checkout, main, roots  # noqa: E402
+from stock_bed import checkout, main, process, roots  # noqa: E402
 from stock_bed.process import BedError, run  # noqa: E402
 
 
@@ -27,6 +33,44 @@ def test_what_runs_where() -> None:
     assert len(plan(all=True)) == len(roots.RELEASES) * len(main.BEDS)
     assert plan(release=["bookworm"], bed=["machine"]) == [("bookworm", "machine")]
     assert plan(bed=["namespaces"]) == [("trixie", "namespaces"), ("bookworm", "namespaces")]
+
+
+def test_each_way_down_is_followed_by_a_look_and_all_but_the_last_by_a_new_beginning() -> None:
+    went: list[str] = []
+    bed: Any = SimpleNamespace(reboots={name: functools.partial(went.append, name) for name in ("one", "two")})
+    steps = list(main._steps(bed, []))
+    assert [after for after, _, _ in steps] == ["", "one", "two"]
+    assert [tests for _, _, tests in steps] == [
+        [main.TESTS],
+        [main.AFTER_A_REBOOT, main.BEFORE_A_REBOOT],
+        [main.AFTER_A_REBOOT],
+    ]
+    for _, reboot, _ in steps[1:]:
+        assert reboot is not None
+        reboot()
+    assert went == ["one", "two"]
+    assert list(main._steps(bed, ["tests/unit", "-x"])) == [("", None, ["tests/unit", "-x"])]
+    for path in (main.TESTS, main.BEFORE_A_REBOOT, main.AFTER_A_REBOOT):
+        assert (ROOT / path).exists()
+
+
+def test_output_that_somebody_else_keeps_open_holds_nobody_up() -> None:
+    """As the connection of an ssh that was killed does."""
+    status, lines = main._pass_on(["sh", "-c", "sleep 300 & echo $!; exec sleep 301"], 1)
+    (holder,) = lines
+    os.kill(int(holder), signal.SIGKILL)
+    assert status == 1
+
+
+def test_programs_that_threads_run_can_be_ended() -> None:
+    with ThreadPoolExecutor() as threads:
+        running = threads.submit(run, ["sleep", "60"], timeout_s=50)
+        while not process._running:
+            time.sleep(0.01)
+        process.end_all()
+        with pytest.raises(BedError, match="failed with -15: sleep 60"):
+            running.result()
+    assert not process._running
 
 
 @pytest.mark.parametrize(

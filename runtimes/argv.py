@@ -166,6 +166,16 @@ def update_argv(client: Client, container_id: str, limits: Limits) -> list[str]:
     return client.call("update", *client.update_flags, *_cgroup_flags(limits), _container(container_id))
 
 
+def connect_argv(client: Client, container_id: str) -> list[str]:
+    """Give the engine's default network."""
+    return client.call("network", "connect", _default_network(client), _container(container_id))
+
+
+def disconnect_argv(client: Client, container_id: str, *, network: str | None = None) -> list[str]:
+    """Take a network, by default the engine's own."""
+    return client.call("network", "disconnect", network or _default_network(client), _container(container_id))
+
+
 def exec_argv(
     client: Client,
     container_id: str,
@@ -218,6 +228,16 @@ def ping_argv(client: Client) -> list[str]:
         case EngineName.PODMAN:
             # `podman version` asks nobody; a list opens the storage and its locks.
             return client.call("ps", "--quiet", "--last=1")
+        case _:
+            assert_never(client.engine)
+
+
+def _default_network(client: Client) -> str:
+    match client.engine:
+        case EngineName.DOCKER:
+            return "bridge"
+        case EngineName.PODMAN:
+            return "podman"
         case _:
             assert_never(client.engine)
 

@@ -17,6 +17,8 @@ from runtimes import parse
 from runtimes.argv import (
     PROXY_VARIABLES,
     Client,
+    connect_argv,
+    disconnect_argv,
     exec_argv,
     find_argv,
     image_id_argv,
@@ -183,6 +185,17 @@ class CliEngine(ABC):
         if finished.returncode != 0:
             raise await self._why_failed("inspect", container_id, finished)
         return parse.container_facts(finished.stdout)
+
+    async def connect_network(self, container_id: str) -> None:
+        """See ``Engine.connect_network``."""
+        if self.name is EngineName.DOCKER:
+            # One that was made with none has a network of that name, beside which there can be no other.
+            await self._ask(disconnect_argv(self._client, container_id, network="none"), "network")
+        await self._change(connect_argv(self._client, container_id), "connect", container_id)
+
+    async def disconnect_network(self, container_id: str) -> None:
+        """See ``Engine.disconnect_network``."""
+        await self._change(disconnect_argv(self._client, container_id), "disconnect", container_id)
 
     async def update(self, container_id: str, limits: Limits) -> Limits:
         """See ``Engine.update``."""

@@ -20,6 +20,7 @@ from runtimes.errors import RuntimeFailure
 from runtimes.model import EngineInfo
 from runtimes.process import client_environment, run
 from runtimes.suitability import (
+    NETWORK_PROGRAM,
     PACKAGE_MANAGERS,
     DockerFacts,
     HostFacts,
@@ -42,7 +43,7 @@ slow CPUs `podman info` was seen to take 10 s, while Docker's socket was startin
 
 DOCKER_SOCKET = "/var/run/docker.sock"
 
-_PROGRAMS = ("crun", "runc", "newuidmap", "fuse-overlayfs", *PACKAGE_MANAGERS)
+_PROGRAMS = ("crun", "runc", "newuidmap", "fuse-overlayfs", NETWORK_PROGRAM, *PACKAGE_MANAGERS)
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """Where OCI runtimes and package managers may be, and the PATH of a user or of a service does not look."""
 

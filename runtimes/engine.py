@@ -120,6 +120,21 @@ class Engine(Protocol):
         """
         ...
 
+    async def connect_network(self, container_id: str) -> None:
+        """Give a running container the engine's own default network. It has it again after a stop and a start.
+
+        Not idempotent: whoever calls looks first whether it has it.
+
+        Raises:
+            ContainerNotFound: there is none with this id.
+            EngineRefused: it has it, or was made in a way that this engine cannot change.
+        """
+        ...
+
+    async def disconnect_network(self, container_id: str) -> None:
+        """Take the engine's own network from a running container, for good; the rest as ``connect_network``."""
+        ...
+
     async def update(self, container_id: str, limits: Limits) -> Limits:
         """Change limits through the engine's own ``update``, so that its records stay right.
 

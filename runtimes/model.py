@@ -7,6 +7,7 @@ Pure data, frozen, with units in the names. ``None`` always means "not asked for
 from __future__ import annotations
 
 import enum
+from typing import Literal
 
 import msgspec
 
@@ -98,6 +99,10 @@ class Network(enum.StrEnum):
     """Loopback only."""
     FULL = "full"
     """The engine's own default network."""
+
+
+NetworkSwitch = Literal["", "engine", "user_mode"]
+"""``engine``: by the engine itself. ``user_mode``: by a program that speaks for it, see ``runtimes.usernet``."""
 
 
 class ContainerSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -196,6 +201,10 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     """The engine's own ``update`` can change the pids limit of a running container."""
     update_limits: bool
     """The engine's own ``update`` exists."""
+    network_switch: NetworkSwitch = ""
+    """How a container that was made without the engine's network gets it while it runs. Empty: it cannot."""
+    network_switch_fix: str = ""
+    """What to type for that."""
     update_says_no_healthcheck: bool = False
     """Its ``update`` fails for a container without a health check unless it is told again that there is none."""
     pids_uncounted: bool = False

@@ -312,6 +312,49 @@ class _Client:
         )
 
 
+class Lasting:
+    """A program that outlives us: leader of its own session, with no pipe or terminal of ours."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+        self.pid = process.pid
+
+    def poll(self) -> int | None:
+        """Its exit status, or minus the number of the signal that ended it; None while it runs."""
+        return self._process.poll()
+
+
+def start_lasting(
+    argv: Sequence[str], *, program: str, what: str, env: Mapping[str, str], passed: Sequence[int]
+) -> Lasting:
+    """Start a program that goes on when this process has ended. Its streams are /dev/null, it works in the root.
+
+    Args:
+        argv: Its name, by which it is found again, and its arguments.
+        program: Its path.
+        what: For messages.
+        env: The whole environment.
+        passed: Descriptors that it keeps, under the same numbers.
+
+    Raises:
+        EngineUnavailable: it is missing or cannot be started.
+    """
+    with _spawn_errors(what, program):
+        return Lasting(
+            subprocess.Popen(
+                argv,
+                executable=program,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd="/",
+                env=env,
+                start_new_session=True,
+                pass_fds=passed,
+            )
+        )
+
+
 class Running:
     """A program that runs until it ends or is ended: a service. Leader of its own session; ``close`` must follow.
 

@@ -13,8 +13,11 @@ import msgspec
 
 from runtimes.cgroup.verify import BOOT_V2_HINT, COUNT_SWAP_HINT, DELEGATE_HINT, LINGER_HINT, boot_with
 from runtimes.errors import EngineUnavailable
-from runtimes.model import Capabilities, CgroupVersion, EngineInfo, EngineName, Shortcoming
+from runtimes.model import Capabilities, CgroupVersion, EngineInfo, EngineName, NetworkSwitch, Shortcoming
 from runtimes.parse import DockerInfo, PodmanInfo, version
+
+NETWORK_PROGRAM = "slirp4netns"
+"""What gives a Podman container a network while it runs: see ``runtimes.usernet``."""
 
 PODMAN_NPROC_MAX = 32768
 """RLIMIT_NPROC of conmon, whatever the host's own hard limit: a container's cannot be above its monitor's."""
@@ -44,6 +47,7 @@ _PACKAGES: dict[str, dict[str, str]] = {
         "zypper": "fuse-overlayfs",
         "pacman": "fuse-overlayfs",
     },
+    NETWORK_PROGRAM: dict.fromkeys(("apt-get", "dnf", "zypper", "pacman"), NETWORK_PROGRAM),
 }
 _INSTALL = {
     "apt-get": "sudo apt-get install",
@@ -283,6 +287,7 @@ def _judge_docker_server(found: EngineInfo, info: DockerInfo) -> EngineInfo:
             pause=not rootless or bool(controllers),
             update_limits=True,
             update_pids=True,
+            network_switch="engine",
         ),
         warnings=tuple(warnings),
     )
@@ -368,6 +373,8 @@ def _judge_podman_limits(found: EngineInfo, host: HostFacts, info: PodmanInfo) -
             pids_uncounted=found.cgroup_version is CgroupVersion.V2 and "pids" not in controllers,
             overlay_for_callers=rootless,
             enters_userns=rootless,
+            network_switch="user_mode" if NETWORK_PROGRAM in host.programs else "",
+            network_switch_fix="" if NETWORK_PROGRAM in host.programs else _install(host, NETWORK_PROGRAM),
             update_says_no_healthcheck=numbers >= PODMAN_UPDATE_HEALTHCHECK_SINCE,
         ),
         warnings=tuple(warnings),
@@ -381,6 +388,8 @@ def _capabilities(
     pause: bool,
     update_limits: bool,
     update_pids: bool,
+    network_switch: NetworkSwitch = "",
+    network_switch_fix: str = "",
     **others: bool,
 ) -> Capabilities:
     """Of one engine.
@@ -391,6 +400,8 @@ def _capabilities(
         pause: It can freeze.
         update_limits: It can change limits of what runs.
         update_pids: The limit of processes among them.
+        network_switch: How it gives a network late.
+        network_switch_fix: What to type where it cannot.
         others: What not every engine can.
     """
     return Capabilities(
@@ -403,6 +414,8 @@ def _capabilities(
         pause=pause,
         update_pids=update_pids,
         update_limits=update_limits,
+        network_switch=network_switch,
+        network_switch_fix=network_switch_fix,
         late_for_callers=rootless,
         late_shm=not rootless,
         **{"keep_id": False, **others},

@@ -18,13 +18,15 @@ import anyio.to_thread
 import msgspec
 import psutil
 
+from runtimes.errors import RuntimeFailure
 from runtimes.init.channel import SocketRefused
 from runtimes.init.wire import InitError
 from runtimes.model import Network
+from runtimes.netns import NetworkView
 from sandboxd.background import Background
 from sandboxd.commands import format_command_id
 from sandboxd.egress_rules import Egress, parse_rules
-from sandboxd.failures import CapacityExceeded, Conflict, Failure, InvalidArgument, NotFound, Unsupported
+from sandboxd.failures import CapacityExceeded, Conflict, Failure, InvalidArgument, NotFound
 from sandboxd.journal import EgressRecord, ForwardRecord, GrantRecord
 from sandboxd.lifecycle import State
 from sandboxd.network import culprit
@@ -35,6 +37,7 @@ from sandboxd.network.streams import Door
 from sandboxd.protocol import NetworkMode, NetworkSetParams
 from sandboxd.sandbox import Sandbox
 from sandboxd.services.room import Serve, ServiceRoom
+from sandboxd.uplinks import Uplinks
 
 logger = logging.getLogger(__name__)
 
@@ -61,30 +64,45 @@ class _Attached:
         self.rules = Egress()
         self.forwards: dict[str, Door] = {}
         self.forward_problems: dict[str, str] = {}
+        self.network_problem: str | None = None
 
 
 class Attachments:
     """Of all sandboxes."""
 
-    def __init__(self, background: Background, services: ServiceRoom, outside: Outside) -> None:
+    def __init__(self, background: Background, services: ServiceRoom, outside: Outside, uplinks: Uplinks) -> None:
         self._background = background
         self._services = services
         self._outside = outside
+        self._uplinks = uplinks
         self._attached: dict[str, _Attached] = {}
         self._ledgers: dict[str, Ledger] = {}
 
     # --- in place -------------------------------------------------------------------------------------
 
-    async def attach(self, sandbox: Sandbox) -> Sequence[str]:
-        """Make true what the record says, and return what could not be, and why. Idempotent; no engine call.
+    async def attach(self, sandbox: Sandbox, *, require_network: bool = False) -> Sequence[str]:
+        """Make true what the record says, and return what could not be, and why.
 
-        Called under the sandbox's lock, once its init is connected. A sandbox never fails for it.
+        Idempotent; no engine call, unless its mode is or was ``full``. Called under the sandbox's lock, once its init
+        is connected. A sandbox never fails for it, unless its network is required.
+
+        Raises:
+            RuntimeFailure, Failure: the network is required, and is not what it should be.
         """
         record = sandbox.record
+        trouble = None
+        try:
+            await self._uplinks.apply(sandbox)
+        except (RuntimeFailure, Failure) as error:
+            if require_network:
+                raise
+            logger.warning("sandbox %s: %s", record.id, error)
+            trouble = str(error)
         attached = self._attached.get(record.id)
-        if attached is None and record.egress is None and not record.services and not record.forwards:
+        if attached is None and not (record.egress or record.services or record.forwards or trouble):
             return ()
         attached = self._attach(sandbox)
+        attached.network_problem = trouble
         if record.egress is not None:
             attached.rules = rules_of(record.egress)
         offers = self._offers(sandbox, attached)
@@ -96,15 +114,19 @@ class Attachments:
         for forward in record.forwards:
             if forward.id not in attached.forwards:
                 self._open_again(sandbox, attached, forward)
-        return list(attached.problems.values())
+        return _problems_of(attached)
 
     async def change(self, sandbox: Sandbox, params: NetworkSetParams) -> None:
         """Change what a running sandbox may reach; it counts from its next request on.
 
+        What leads out through the engine's own network is cut before this returns.
+
         Raises:
             InvalidArgument, NotFound: rules or services that are none.
-            Unsupported: a change to or from the engine's own network.
+            Unsupported: a change to or from the engine's own network that cannot be made here.
             Conflict: it does not run.
+            RuntimeFailure, Failure: that change failed. What was to be opened is as it was; what was to be closed is
+                closed as soon as it can be.
         """
         with anyio.CancelScope(shield=True):
             async with sandbox.lock:
@@ -124,8 +146,18 @@ class Attachments:
                 services = sandbox.record.services
                 if params.services is not None:
                     services = self._services.grants(params.services, sandbox_id=sandbox.record.id)
-                sandbox.put(egress=egress, services=services)
-                await self.attach(sandbox)
+                wanted = _network_after(sandbox, params, egress)
+                self._uplinks.require_switchable(sandbox, wanted)
+                before = sandbox.record
+                now = before.network_now if wanted is before.network_wanted else wanted
+                sandbox.put(egress=egress, services=services, network_now=now)
+                try:
+                    await self.attach(sandbox, require_network=True)
+                except (RuntimeFailure, Failure):
+                    if wanted is Network.FULL:
+                        sandbox.put(egress=before.egress, services=before.services, network_now=before.network_wanted)
+                    await self.attach(sandbox)
+                    raise
 
     def _attach(self, sandbox: Sandbox) -> _Attached:
         attached = self._attached.get(sandbox.record.id)
@@ -298,10 +330,27 @@ class Attachments:
         attached = self._attached.get(sandbox.record.id)
         return 0 if attached is None else sum(door.connections for _, door in attached.doors.values())
 
-    def problems(self, sandbox: Sandbox) -> dict[int, str]:
+    def port_problems(self, sandbox: Sandbox) -> dict[int, str]:
         """By port, what could not be put there."""
         attached = self._attached.get(sandbox.record.id)
         return {} if attached is None else dict(attached.problems)
+
+    def problems(self, sandbox: Sandbox) -> list[str]:
+        """All that is not as it should be."""
+        attached = self._attached.get(sandbox.record.id)
+        return [] if attached is None else _problems_of(attached)
+
+    async def evidence(self, sandbox: Sandbox) -> NetworkView | None:
+        """What the kernel says of its network; None: it does not run, or the host may not look."""
+        try:
+            return await self._uplinks.look(sandbox)
+        except Failure:
+            return None
+
+
+def _problems_of(attached: _Attached) -> list[str]:
+    network = () if attached.network_problem is None else (attached.network_problem,)
+    return [*network, *attached.problems.values()]
 
 
 def rules_of(record: EgressRecord) -> Egress:
@@ -334,7 +383,19 @@ def mode_of(sandbox: Sandbox) -> NetworkMode:
     """The mode of a sandbox's network, as callers name it."""
     if sandbox.record.egress is not None:
         return "allow"
-    return "full" if sandbox.record.network is Network.FULL else "none"
+    return "full" if sandbox.record.network_wanted is Network.FULL else "none"
+
+
+def is_as_wanted(sandbox: Sandbox, view: NetworkView) -> bool:
+    """Whether the kernel shows what the mode says: a way out for ``full``, and no interface for the others."""
+    return view.routed if sandbox.record.network_wanted is Network.FULL else view.closed
+
+
+def _network_after(sandbox: Sandbox, params: NetworkSetParams, egress: EgressRecord | None) -> Network:
+    """What the engine is to give it after a change: nothing where there are rules, for they would be no rules."""
+    if egress is not None or params.mode in ("none", "allow"):
+        return Network.NONE
+    return Network.FULL if params.mode == "full" else sandbox.record.network_wanted
 
 
 def changed_egress(
@@ -350,20 +411,12 @@ def changed_egress(
 
     Raises:
         InvalidArgument: rules that are none, or that no mode obeys.
-        Unsupported: a change to or from the engine's own network.
     """
-    full = sandbox.record.network is Network.FULL
     rules = allow is not None or deny is not None or bool(add_allow or add_deny)
-    if full != (mode == "full") and (mode is not None or rules):
-        raise Unsupported(
-            "cannot change to or from the engine's own network",
-            detail="a sandbox has it from its making, or not at all",
-            hint="sandboxctl create --network full" if mode == "full" else "sandboxctl create --network allow",
-        )
     before = sandbox.record.egress or EgressRecord()
     if mode is None and not rules:
         return sandbox.record.egress
-    if mode == "none" and not rules:
+    if mode in ("none", "full") and not rules:
         return None
     allow = [*(before.allow if allow is None else allow), *add_allow]
     deny = [*(before.deny if deny is None else deny), *add_deny]

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from runtimes.cgroup.fs import read_fixed_limits
 from runtimes.engine import Engine
 from runtimes.errors import CgroupUnreadable, ImageNotFound
-from runtimes.model import ContainerSpec, EngineInfo, Mount, Tmpfs
+from runtimes.model import ContainerSpec, EngineInfo, Mount, Network, Tmpfs
 from sandboxd.journal import SandboxRecord
 from sandboxd.limits import passable
-from sandboxd.sandbox import INSIDE_BIN, INSIDE_RUN, TMPFS_TARGETS, Sandbox, container_id_of
+from sandboxd.sandbox import INSIDE_BIN, INSIDE_RESOLVER, INSIDE_RUN, TMPFS_TARGETS, Sandbox, container_id_of
 from sandboxd.staging import Staging
 from sandboxd.timings import Timings
 from sandboxd.workspace import TARGET, MountSource
@@ -55,7 +55,7 @@ class Containers:
         with contextlib.ExitStack() as opened:
             sources = self._workspaces.sources(sandbox, places, opened)
             mounts = opened.enter_context(self._staging.staged(sandbox, sources))
-            spec = self._spec(sandbox.record, engine.info, mounts, sandbox.io_dir)
+            spec = self._spec(sandbox, engine.info, mounts)
             timings.mark("prepare")
             container_id = await self._create(engine, spec)
             timings.mark("engine")
@@ -125,10 +125,12 @@ class Containers:
                 error.hint = f"{engine.name} pull {spec.image}"
             raise
 
-    def _spec(self, record: SandboxRecord, info: EngineInfo, mounts: Sequence[Mount], io_dir: str) -> ContainerSpec:
+    def _spec(self, sandbox: Sandbox, info: EngineInfo, mounts: Sequence[Mount]) -> ContainerSpec:
+        record = sandbox.record
         binds = [
             Mount(source=record.bin_dir, target=INSIDE_BIN, read_only=True),
-            Mount(source=io_dir, target=INSIDE_RUN),
+            Mount(source=sandbox.io_dir, target=INSIDE_RUN),
+            *_resolver(sandbox, info),
             *mounts,
         ]
         tmpfs_bytes = _tmpfs_bytes(record.tmp_bytes_max, has_workspace=any(each.target == TARGET for each in mounts))
@@ -151,6 +153,14 @@ class Containers:
             nproc_max=info.nproc_hard_max,
             selinux_disable=info.selinux_enforcing,
         )
+
+
+def _resolver(sandbox: Sandbox, info: EngineInfo) -> Sequence[Mount]:
+    """Podman gives no name servers to a container without a network; they are there before the network is."""
+    able = info.capabilities
+    if sandbox.record.network is not Network.NONE or able is None or able.network_switch != "user_mode":
+        return ()
+    return [Mount(source=sandbox.resolver_path, target=INSIDE_RESOLVER, read_only=True)]
 
 
 def _paths_inside(sandbox: Sandbox, mounts: Sequence[Mount]) -> dict[str, str]:

@@ -38,6 +38,7 @@ from runtimes.mounter.mounter import Mounter
 from runtimes.mounts import late_mounts_exist
 from runtimes.podman import PodmanEngine
 from runtimes.quantities import parse_memory
+from runtimes.usernet import UserNetworks
 from runtimes.userns import open_swapped_userns
 from sandboxd import __version__, reloading
 from sandboxd.activation import Activation, take_over
@@ -84,6 +85,7 @@ from sandboxd.supervision import Supervision, status_text
 from sandboxd.survey import Survey
 from sandboxd.timings import now_ms
 from sandboxd.translation import failure_from
+from sandboxd.uplinks import Uplinks
 from sandboxd.workspace import SANDBOX_USER, idmap_works
 
 logger = logging.getLogger(__name__)
@@ -197,7 +199,8 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 os.path.join(state, "services"),
                 lambda: [sandbox.record.id for sandbox in manager.all()],
             )
-            attachments = Attachments(background, services, Outside())
+            uplinks = Uplinks(background, ground.engines, UserNetworks(ground.owner, env))
+            attachments = Attachments(background, services, Outside(), uplinks)
             secrets = SecretStore(os.path.join(state, "secrets"), env.get("CREDENTIALS_DIRECTORY"), env)
             manager = ground.manager(background, attachments=attachments, secrets=secrets)
             launcher = ground.launcher(
@@ -262,6 +265,7 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 await ground.engines.refresh()
                 await clients.wait_for_clients(owner_label_argument(ground.owner), deadline_s=LEFT_CLIENTS_DEADLINE_S)
                 await recovery.recover()
+                await uplinks.sweep({each.record.id: each.pid for each in manager.all() if each.pid is not None})
             launcher.keep_pools()
             async with _serving(listener, dispatcher):
                 tasks.start_soon(recovery.sweep_periodically)

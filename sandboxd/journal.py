@@ -166,6 +166,13 @@ class SandboxRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Why it was not claimed from the pool."""
     secrets: tuple[str, ...] = ()
     """Names only."""
+    network_now: Network | None = None
+    """What it is to have instead of ``network``, with which its container was made; None: that."""
+
+    @property
+    def network_wanted(self) -> Network:
+        """What it is to have."""
+        return self.network if self.network_now is None else self.network_now
 
 
 class CommandRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -37,7 +37,7 @@ from sandboxd.running import seconds
 from sandboxd.sandbox import Sandbox
 from sandboxd.secret_store import SecretStore
 from sandboxd.services.room import ServiceRoom
-from sandboxd.templates import Templates, shm_is_late
+from sandboxd.templates import Templates, made_with, opened_late, shm_is_late
 from sandboxd.timings import Timings, now_ms
 from sandboxd.workspace import Identity, identify
 from sandboxd.workspaces import Opened, Progress, silent
@@ -171,6 +171,7 @@ class Launcher:
                 idmap_works=self._idmap_works,
             )
             sandbox_id = self._new_id()
+            wanted = Network.NONE if egress is not None else Network(params.network or defaults.network)
             record = SandboxRecord(
                 id=sandbox_id,
                 name=params.name,
@@ -183,7 +184,8 @@ class Launcher:
                 keep_id=identity.keep_id,
                 workspace=self._workspaces.workspace_record(params.workspace, places, identity, engine.info),
                 mounts=self._workspaces.mount_records(places, identity),
-                network=Network.NONE if egress is not None else Network(params.network or defaults.network),
+                network=made_with(engine.info, wanted),
+                network_now=None if made_with(engine.info, wanted) is wanted else wanted,
                 egress=egress,
                 services=self._services.grants(params.services, sandbox_id=sandbox_id),
                 secrets=tuple(dict.fromkeys(params.secrets)),
@@ -200,13 +202,14 @@ class Launcher:
                 cpus_packed=limits is not resolved.limits,
                 template=params.template,
             )
+            claimable = opened_late(record, engine.info, Network(defaults.network))
             sandbox, miss_reason = None, ""
             for _ in range(CLAIMS_MAX):
-                slot, miss_reason = await self._slot_for(record, engine, params)
+                slot, miss_reason = await self._slot_for(claimable, engine, params)
                 if slot is None:
                     break
                 grants = self._services.grants(params.services, sandbox_id=slot.record.id)
-                before = self._reserve(slot, msgspec.structs.replace(record, services=grants), engine)
+                before = self._reserve(slot, msgspec.structs.replace(claimable, services=grants), engine)
                 timings.mark("reserve")
                 sandbox, miss_reason = await self._claim(slot, before, engine, places, values, timings, progress)
                 if sandbox is not None:
@@ -470,7 +473,7 @@ class Launcher:
             image=defaults.image,
             user=identity.user,
             keep_id=identity.keep_id,
-            network=Network(defaults.network),
+            network=made_with(engine.info, Network(defaults.network)),
             nofile_max=resolved.limits.nofile_max,
             tmp_bytes_max=None if late else resolved.tmp_bytes_max,
             shm_bytes_max=None if shm_is_late(engine.info, late=late) else resolved.limits.shm_bytes_max,
@@ -519,9 +522,13 @@ class Launcher:
             self._manager.forget(sandbox)
 
     async def _attach(self, sandbox: Sandbox, secrets: Mapping[str, bytes]) -> None:
-        """Give it its secrets, and put on its loopback what was asked for; what cannot be there is a warning."""
+        """Give it its secrets, its network, and its loopback what was asked; what cannot be there is a warning.
+
+        Raises:
+            RuntimeFailure, Failure: it has not the network that it should have.
+        """
         await self._secrets.deliver(sandbox, secrets)
-        problems = await self._attachments.attach(sandbox)
+        problems = await self._attachments.attach(sandbox, require_network=True)
         if problems:
             sandbox.put(warnings=(*sandbox.record.warnings, *problems))
 

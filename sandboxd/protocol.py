@@ -1140,7 +1140,7 @@ class FileWatchEnd(Reply, frozen=True):
 class NetworkSetParams(Params, frozen=True):
     """Change what a running sandbox may reach; it counts from its next request on.
 
-    ``full`` is the engine's own network, which a sandbox has from its making or not at all.
+    ``full`` is the engine's own network. When it is taken away, connections through it are cut.
     """
 
     sandbox: SandboxRef
@@ -1180,6 +1180,14 @@ class ServiceGranted(Reply, frozen=True):
     reason: str
 
 
+class NetworkInterface(Reply, frozen=True):
+    """An interface inside, as the kernel shows it."""
+
+    name: str
+    received_bytes: int
+    sent_bytes: int
+
+
 class NetworkInfo(Reply, frozen=True):
     """What a sandbox may reach, and what it did with that since the daemon knows it."""
 
@@ -1199,7 +1207,11 @@ class NetworkInfo(Reply, frozen=True):
     denials: list[Denied]
     """The last hundred."""
     problems: list[str]
-    """What could not be put on the loopback inside, and why."""
+    """What is not as it should be, on the loopback inside or beside it, and why."""
+    interfaces: list[NetworkInterface] | None
+    """All but the loopback; null: it does not run, or the host may not look."""
+    verified: bool
+    """The kernel shows what ``mode`` says: a way out for ``full``, and no interface for the others."""
 
 
 class PortForwardParams(Params, frozen=True):

@@ -60,6 +60,7 @@ SAMPLE_AGE_S_MIN = 0.2
 """A CPU share over a shorter time says little."""
 
 SOCKET_NAME = "init.sock"
+RESOLVER_NAME = "resolv.conf"
 
 STAGES = "stages"
 STAGE_NAME_CHARS = 16
@@ -68,6 +69,8 @@ DEVIATIONS_SHOWN_MAX = 3
 
 INSIDE_BIN = "/.sandboxd/bin"
 """Where sandbox-init and sandbox-provoke are seen inside, read-only."""
+
+INSIDE_RESOLVER = "/etc/resolv.conf"
 
 INSIDE_RUN = "/.sandboxd/run"
 """Where init binds its socket."""
@@ -221,10 +224,26 @@ class Sandbox:
         """
         os.makedirs(self.directory, mode=0o700, exist_ok=True)
         self._remove_io()
+        self.write_resolver("")
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(self.directory, SOCKET_NAME))
         os.mkdir(self.io_dir)
         os.chmod(self.io_dir, 0o777)  # noqa: S103  (its parent is ours alone)
+
+    @property
+    def resolver_path(self) -> str:
+        """What is seen as /etc/resolv.conf inside, where the engine makes none."""
+        return os.path.join(self.directory, RESOLVER_NAME)
+
+    def write_resolver(self, text: str) -> None:
+        """Say which name servers it has. Into the file that is there: it is mounted."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(self.resolver_path, flags, 0o644)
+        try:
+            os.fchmod(descriptor, 0o644)  # whatever our mask says: another user reads it
+            os.write(descriptor, text.encode())
+        finally:
+            os.close(descriptor)
 
     def erase(self) -> None:
         """Remove the host's side: exactly what is known to be there, so that nothing else can be lost. Idempotent.
@@ -703,8 +722,9 @@ def erase_box(directory: str) -> None:
         OSError: something else is there.
     """
     clear_stages(directory)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(os.path.join(directory, SOCKET_NAME))
+    for name in (SOCKET_NAME, RESOLVER_NAME):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(directory, name))
     with contextlib.suppress(FileNotFoundError):
         mounts.remove_tree(os.path.join(directory, "io"))
     with contextlib.suppress(FileNotFoundError):

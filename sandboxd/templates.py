@@ -101,7 +101,7 @@ class Templates:
         template = msgspec.structs.replace(
             wanted,
             image=defaults.image,
-            network=Network(defaults.network),
+            network=made_with(engine, Network(defaults.network)),
             nofile_max=resolved.limits.nofile_max,
             tmp_bytes_max=None if late else resolved.tmp_bytes_max,
             shm_bytes_max=None if shm_is_late(engine, late=late) else resolved.limits.shm_bytes_max,
@@ -161,6 +161,24 @@ class Templates:
             pool_min=low,
             pool_max=high,
         )
+
+
+def made_with(engine: EngineInfo, wanted: Network) -> Network:
+    """What the engine is told to make a container with that is to have this network.
+
+    A rootless Podman can change nothing of the network that it has made, and what it makes can be had without it.
+    """
+    able = engine.capabilities
+    by_us = able is not None and able.rootless and able.network_switch == "user_mode"
+    return Network.NONE if by_us else wanted
+
+
+def opened_late(record: SandboxRecord, engine: EngineInfo, template: Network) -> SandboxRecord:
+    """The sandbox as a slot of its template can become it: without a network first, where that can be given later."""
+    able = engine.capabilities
+    if record.network is template or record.network is Network.NONE or able is None or not able.network_switch:
+        return record
+    return msgspec.structs.replace(record, network=Network.NONE, network_now=Network.FULL)
 
 
 def shm_is_late(engine: EngineInfo, *, late: bool) -> bool:

@@ -40,7 +40,7 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mode",
         choices=("none", "allow", "full"),
-        help="none: loopback only; allow: a proxy that obeys the rules; full: the engine's own, from its making",
+        help="none: loopback only; allow: a proxy that obeys the rules; full: the engine's own",
     )
     add_network_arguments(parser)
     parser.add_argument("--reset", action="store_true", help="forget the rules that it had")

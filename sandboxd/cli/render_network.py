@@ -15,7 +15,7 @@ DENIALS_SHOWN_MAX = 20
 def network(info: dict[str, Any], now_ms: int) -> str:
     """What a sandbox may reach, and what it did with that."""
     facts = [
-        ("mode", info["mode"]),
+        ("mode", _mode(info)),
         ("allow", "   ".join(info["allow"]) or UNKNOWN),
         ("deny", "   ".join(info["deny"]) or UNKNOWN),
         ("proxy", info["proxy"] or UNKNOWN),
@@ -32,6 +32,13 @@ def network(info: dict[str, Any], now_ms: int) -> str:
         rows = [_denied(denied, now_ms) for denied in info["denials"][-DENIALS_SHOWN_MAX:]]
         parts.append(table(("DENIED", "WHAT", "COMMAND", "REASON"), rows))
     return "\n".join(parts) + "".join(f"\nproblem: {problem}\n" for problem in info["problems"])
+
+
+def _mode(info: dict[str, Any]) -> str:
+    if info["interfaces"] is None:
+        return f"{info['mode']} (not verified: nobody can look)"
+    seen = ", ".join(each["name"] for each in info["interfaces"]) or "no interface"
+    return f"{info['mode']} ({'verified' if info['verified'] else 'NOT verified'}: {seen})"
 
 
 def _granted(granted: dict[str, Any]) -> tuple[str, ...]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from runtimes.netns import Interface
 from sandboxd import protocol, running
-from sandboxd.attaching import Attachments, listening_inside, mode_of
+from sandboxd.attaching import Attachments, is_as_wanted, listening_inside, mode_of
 from sandboxd.failures import NotFound
 from sandboxd.handlers.table import Handler
 from sandboxd.journal import ForwardRecord, GrantRecord
@@ -34,13 +35,13 @@ class NetworkHandlers:
 
     async def get(self, params: protocol.SandboxParams, _: Context) -> protocol.NetworkInfo:
         """What it may reach."""
-        return self._info(self._manager.get(params.sandbox))
+        return await self._info(self._manager.get(params.sandbox))
 
     async def set(self, params: protocol.NetworkSetParams, _: Context) -> protocol.NetworkInfo:
         """Change that."""
         sandbox = self._manager.get(params.sandbox)
         await self._attachments.change(sandbox, params)
-        return self._info(sandbox)
+        return await self._info(sandbox)
 
     async def forward(self, params: protocol.PortForwardParams, _: Context) -> protocol.PortForward:
         """Lead a place on the host inside."""
@@ -70,10 +71,11 @@ class NetworkHandlers:
             self._attachments.close_forward(sandbox, params.forward_id)
         return protocol.Acknowledged()
 
-    def _info(self, sandbox: Sandbox) -> protocol.NetworkInfo:
+    async def _info(self, sandbox: Sandbox) -> protocol.NetworkInfo:
+        view = await self._attachments.evidence(sandbox)
         egress = sandbox.record.egress
         ledger = self._attachments.ledger(sandbox)
-        problems = self._attachments.problems(sandbox)
+        problems = self._attachments.port_problems(sandbox)
         return protocol.NetworkInfo(
             id=sandbox.record.id,
             mode=mode_of(sandbox),
@@ -97,7 +99,9 @@ class NetworkHandlers:
                 )
                 for denial in ledger.denials
             ],
-            problems=list(problems.values()),
+            problems=self._attachments.problems(sandbox),
+            interfaces=None if view is None else [_interface(each) for each in view.interfaces],
+            verified=view is not None and is_as_wanted(sandbox, view),
         )
 
     def _granted(self, grant: GrantRecord, problems: dict[int, str]) -> protocol.ServiceGranted:
@@ -115,6 +119,10 @@ class NetworkHandlers:
             state="absent" if port in problems else service.state.value,
             reason=problems.get(port, service.reason),
         )
+
+
+def _interface(seen: Interface) -> protocol.NetworkInterface:
+    return protocol.NetworkInterface(name=seen.name, received_bytes=seen.received_bytes, sent_bytes=seen.sent_bytes)
 
 
 def _forward(record: ForwardRecord, connections: int, problem: str) -> protocol.PortForward:

@@ -23,9 +23,11 @@ from sandboxd.config import Config
 from sandboxd.config import Service as ServiceSetting
 from sandboxd.failures import Conflict, Failure, InvalidArgument, NotFound, Unsupported
 from sandboxd.journal import EgressRecord, ForwardRecord, GrantRecord, SandboxRecord
+from sandboxd.lifecycle import State
 from sandboxd.network import streams
 from sandboxd.network.egress import PROXY_PORT
 from sandboxd.network.outside import Outside
+from sandboxd.protocol import NetworkSetParams
 from sandboxd.services.room import ServiceRoom
 from tests.daemon.proxies import PATIENCE_S, door, listening, port_of, said_to
 from tests.unit.records import record
@@ -45,6 +47,8 @@ class Loopback:
 
     def __init__(self, **fields: Any) -> None:
         self.record: SandboxRecord = record(**fields)
+        self.record = msgspec.structs.replace(self.record, state=State.RUNNING)
+        self.lock = anyio.Lock()
         self.pid: int | None = None
         self.ports: dict[int, int] = {}
         self.asked: list[int] = []
@@ -76,14 +80,14 @@ async def echo(accepted: socket.socket) -> None:
 
 
 @contextlib.asynccontextmanager
-async def attaching(tmp_path: Path) -> AsyncIterator[Any]:
+async def attaching(tmp_path: Path, switch: Any = None) -> AsyncIterator[Any]:
     """Attachments whose service ``db``, at port 5432 inside, says what it hears."""
     async with door(echo) as (port, _), anyio.create_task_group() as tasks:
         config = Config(services={"db": ServiceSetting(port=5432, address=f"127.0.0.1:{port}")})
         background = Background(tasks)
         room = ServiceRoom(config, str(tmp_path), list)
         room.start(background)
-        yield Attachments(background, room, Outside())
+        yield Attachments(background, room, Outside(), switch or Switch())
         tasks.cancel_scope.cancel()
 
 
@@ -170,7 +174,7 @@ async def test_a_port_that_is_taken_inside_is_a_problem_and_no_failure(tmp_path:
         assert PROXY_PORT in box.ports
         box.taken.clear()
         assert await attachments.attach(box) == []
-        assert attachments.problems(box) == {}
+        assert attachments.problems(box) == []
 
 
 # ---- ports
@@ -310,11 +314,96 @@ def test_rules_are_added_replaced_and_taken_away() -> None:
     assert mode_of(sandbox) == "allow"
 
 
-def test_the_engines_own_network_is_fixed_when_a_sandbox_is_made() -> None:
-    for box, mode in ((Loopback(), "full"), (Loopback(network=Network.FULL), "none")):
-        with pytest.raises(Unsupported):
-            changed(box, mode=mode)
-    with pytest.raises(Unsupported):
-        changed(Loopback(network=Network.FULL), add_allow=["a.example"])
+def test_a_mode_replaces_the_rules_that_it_would_not_obey() -> None:
+    box = Loopback(egress=EgressRecord(allow=("a.example",)))
+    assert changed(box, mode="full") is None
+    with pytest.raises(InvalidArgument):
+        changed(Loopback(network=Network.FULL), mode="full", add_allow=["a.example"])
     assert changed(Loopback(network=Network.FULL)) is None
-    assert changed(Loopback(network=Network.FULL), mode="full") is None
+    assert changed(Loopback(network=Network.FULL), mode="allow") == EgressRecord()
+
+
+class Switch:
+    """Uplinks that do what they are told, or fail."""
+
+    def __init__(self, failure: Failure | None = None) -> None:
+        self.applied: list[Network] = []
+        self.failure = failure
+
+    def require_switchable(self, sandbox: Any, wanted: Network) -> None:
+        if isinstance(self.failure, Unsupported):
+            raise self.failure
+
+    async def apply(self, sandbox: Any) -> None:
+        self.applied.append(sandbox.record.network_wanted)
+        if self.failure is not None and len(self.applied) == 1:
+            raise self.failure
+
+
+def wanting(mode: str, **fields: Any) -> NetworkSetParams:
+    return NetworkSetParams(sandbox="box", mode=mode, **fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("made", "mode", "fields", "becomes"),
+    [
+        (Network.NONE, "full", {}, "full"),
+        (Network.FULL, "none", {}, "none"),
+        (Network.FULL, "allow", {}, "allow"),
+        (Network.FULL, None, {"add_allow": ["pypi"]}, "allow"),
+        (Network.FULL, None, {"services": []}, "full"),
+        (Network.NONE, "none", {}, "none"),
+    ],
+)
+async def test_every_mode_can_become_every_other(
+    tmp_path: Path, made: Network, mode: str, fields: dict[str, Any], becomes: str
+) -> None:
+    switch = Switch()
+    async with attaching(tmp_path, switch) as attachments:
+        box: Any = Loopback(network=made)
+        await attachments.change(box, wanting(mode, **fields))
+        assert mode_of(box) == becomes
+        assert switch.applied == [Network.FULL if becomes == "full" else Network.NONE]
+        assert box.record.network is made
+
+
+async def test_what_could_not_be_opened_is_as_it_was(tmp_path: Path) -> None:
+    async with attaching(tmp_path, Switch(Failure("no"))) as attachments:
+        box: Any = Loopback(egress=EgressRecord(allow=("pypi",)))
+        with pytest.raises(Failure):
+            await attachments.change(box, wanting("full"))
+        assert mode_of(box) == "allow"
+        assert box.record.egress == EgressRecord(allow=("pypi",))
+        assert PROXY_PORT in box.ports
+
+
+async def test_what_could_not_be_closed_is_to_be_closed_all_the_same(tmp_path: Path) -> None:
+    """Whoever asked for it must not find it open because something failed once: it is tried again at every look."""
+    switch = Switch(Failure("no"))
+    async with attaching(tmp_path, switch) as attachments:
+        box: Any = Loopback(network=Network.FULL)
+        with pytest.raises(Failure):
+            await attachments.change(box, wanting("none"))
+        assert mode_of(box) == "none"
+        assert switch.applied == [Network.NONE, Network.NONE]
+
+
+async def test_what_this_host_cannot_switch_is_refused_before_anything_is_changed(tmp_path: Path) -> None:
+    switch = Switch(Unsupported("no", hint="sudo apt-get install slirp4netns"))
+    async with attaching(tmp_path, switch) as attachments:
+        box: Any = Loopback(egress=EgressRecord())
+        with pytest.raises(Unsupported):
+            await attachments.change(box, wanting("full"))
+        assert (mode_of(box), switch.applied) == ("allow", [])
+
+
+async def test_a_network_that_is_not_what_it_should_be_is_told_of_where_the_sandbox_must_live(tmp_path: Path) -> None:
+    """A daemon that finds its sandboxes again does not let go of one for this."""
+    async with attaching(tmp_path, Switch(Failure("it is down"))) as attachments:
+        box: Any = Loopback(network=Network.FULL)
+        assert await attachments.attach(box) == ["it is down"]
+        assert attachments.problems(box) == ["it is down"]
+        assert await attachments.attach(box) == []
+        assert attachments.problems(box) == []
+        with pytest.raises(Failure):
+            await Attachments(None, None, None, Switch(Failure("no"))).attach(box, require_network=True)  # type: ignore[arg-type]

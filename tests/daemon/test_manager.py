@@ -13,6 +13,7 @@ import pytest
 from runtimes.errors import EngineRefused, EngineTimeout, EngineUnavailable, ImageNotFound, RuntimeFailure
 from runtimes.inotify import Inotify
 from runtimes.model import ContainerSpec, ContainerSummary, EngineInfo, Limits, User
+from runtimes.usernet import UserNetworks
 from sandboxd import reconcile, running
 from sandboxd.attaching import Attachments
 from sandboxd.background import Background
@@ -31,6 +32,7 @@ from sandboxd.secret_store import SecretStore
 from sandboxd.services.room import ServiceRoom
 from sandboxd.timings import Timings
 from sandboxd.translation import failure_from
+from sandboxd.uplinks import Uplinks
 from tests.fakes.fake_engine import FakeEngine
 from tests.unit.records import record
 
@@ -91,7 +93,8 @@ class World:
             settings = config or Config()
             host = Host(cpus_online=(0, 1), memory_bytes=2**33, swap_bytes=0, pid_max=2**22, nr_open=2**20)
             caller = Caller(user=User(uid=1000, gid=1000), home="/home/somebody")
-            attachments = Attachments(background, services, Outside())
+            uplinks = Uplinks(background, room, UserNetworks(self.journal.owner(), {}))
+            attachments = Attachments(background, services, Outside(), uplinks)
             self.manager = Manager(
                 background,
                 config=settings,

@@ -10,6 +10,7 @@ import json
 import os
 import pwd
 import shutil
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -19,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from sandboxd.client import RpcError
@@ -236,6 +238,23 @@ def test_a_way_out_and_a_secret_are_given_as_to_any_other(rootless: UsersDaemon)
         assert rootless.ctl("exec", box, "cat", "/run/secrets/token").stdout == b"canary"
         assert rootless.ctl("rm", "--wait", box).returncode == 0
         assert rootless.ctl("secret", "rm", "token").returncode == 0
+
+
+def test_the_full_network_is_opened_and_closed_while_it_runs(rootless: UsersDaemon) -> None:
+    """By slirp4netns, as Podman does it, whether it was made so or not; a page on an address of the host answers."""
+    address = next(entry.address for entry in psutil.net_if_addrs()["docker0"] if entry.family == socket.AF_INET)
+    with serving(address) as port:
+        fetch = f"timeout 5 busybox wget -q -O - http://{address}:{port}/"
+        for asked in ((), ("--network", "full")):
+            done = rootless.ctl("create", "--engine", "podman", "--degraded", "--json", *asked)
+            assert done.returncode == 0, done.stderr
+            box = json.loads(done.stdout)["id"]
+            for mode, answer in (("full", b"hello"), ("none", b""), ("full", b"hello")):
+                known = rootless.call("network/set", sandbox=box, mode=mode)
+                assert (known["mode"], known["verified"], known["problems"]) == (mode, True, [])
+                assert rootless.ctl("exec", box, "sh", "-c", fetch).stdout == answer
+            assert b"nameserver" in rootless.ctl("exec", box, "cat", "/etc/resolv.conf").stdout
+            assert rootless.ctl("rm", "--wait", box).returncode == 0
 
 
 @pytest.mark.parametrize(

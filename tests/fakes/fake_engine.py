@@ -28,6 +28,7 @@ from runtimes.model import (
     EngineName,
     ImageFacts,
     Limits,
+    Network,
 )
 from runtimes.process import run
 
@@ -56,6 +57,7 @@ class _Container:
         self.spec = spec
         self.image_id = image_id
         self.limits = spec.limits
+        self.network = spec.network
         self.state = ContainerState.CREATED
         self.exit_code: int | None = None
         self.process: subprocess.Popen[bytes] | None = None
@@ -140,6 +142,20 @@ class FakeEngine:
         self._containers[container_id] = _Container(spec, image_id)
         self._start(self._containers[container_id])
         return container_id
+
+    async def connect_network(self, container_id: str) -> None:
+        await self._enter("connect_network")
+        self._change_network(container_id, Network.FULL)
+
+    async def disconnect_network(self, container_id: str) -> None:
+        await self._enter("disconnect_network")
+        self._change_network(container_id, Network.NONE)
+
+    def _change_network(self, container_id: str, network: Network) -> None:
+        container = self._find(container_id)
+        if container.network is network:
+            raise EngineRefused("cannot change the network", detail=f"it is {network} already")
+        container.network = network
 
     async def start(self, container_id: str) -> None:
         await self._enter("start")

@@ -207,6 +207,15 @@ def test_what_podmans_update_can_do_depends_on_its_version(version: str, update:
     assert (capabilities.update_limits, capabilities.update_pids) == (update, pids)
 
 
+def test_podman_needs_a_program_to_give_a_network_late_and_says_which_package_has_it() -> None:
+    without = judge_podman(DESKTOP, podman()).capabilities
+    able = judge_podman(host(programs=DESKTOP.programs | {"slirp4netns"}), podman()).capabilities
+    assert without is not None
+    assert able is not None
+    assert (without.network_switch, able.network_switch) == ("", "user_mode")
+    assert (without.network_switch_fix, able.network_switch_fix) == ("sudo apt-get install slirp4netns", "")
+
+
 def test_a_rootless_podman_can_limit_with_what_is_delegated_wherever_it_is_asked() -> None:
     """In a service `podman info` tells of its own group: "memory pids", where cpu, memory and pids are delegated."""
     stock = host(user_controllers=("cpu", "memory", "pids"))

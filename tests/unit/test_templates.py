@@ -12,7 +12,7 @@ from sandboxd.config import load_config
 from sandboxd.failures import NotFound
 from sandboxd.journal import SandboxRecord, WorkspaceRecord
 from sandboxd.limits import Host
-from sandboxd.templates import SLOT_BYTES, Templates
+from sandboxd.templates import SLOT_BYTES, Templates, made_with, opened_late
 from tests.fakes.fake_engine import ALL_CAPABILITIES
 from tests.unit.records import record
 
@@ -190,3 +190,30 @@ def test_the_size_of_shared_memory_is_fixed_where_it_cannot_be_changed_late() ->
     for engine, unfit in ((ENGINE, ()), (rootless, ("shm",))):
         recipe = templates().recipe_of(other, engine, late=True)
         assert templates().unfit(recipe, engine) == unfit
+
+
+@pytest.mark.parametrize(
+    ("changes", "made", "claimable"),
+    [
+        ({}, Network.FULL, Network.NONE),
+        ({"network_switch": "engine"}, Network.FULL, Network.NONE),
+        ({"network_switch": ""}, Network.FULL, Network.FULL),
+        ({"rootless": True}, Network.NONE, Network.NONE),
+        ({"rootless": True, "network_switch": ""}, Network.FULL, Network.FULL),
+    ],
+)
+def test_a_network_that_can_be_given_late_does_not_keep_a_slot_from_being_claimed(
+    changes: dict[str, Any], made: Network, claimable: Network
+) -> None:
+    """And where the engine could not take away again what it gives, it is not asked for it."""
+    engine = msgspec.structs.replace(
+        ENGINE, capabilities=msgspec.structs.replace(ALL_CAPABILITIES, **{"network_switch": "user_mode", **changes})
+    )
+    assert made_with(engine, Network.FULL) is made
+    assert made_with(engine, Network.NONE) is Network.NONE
+    wanted = record_of("default", network=made, network_now=None if made is Network.FULL else Network.FULL)
+    slot = opened_late(wanted, engine, Network.NONE)
+    assert (slot.network, slot.network_wanted) == (claimable, Network.FULL)
+    assert opened_late(wanted, engine, made) is wanted
+    plain = record_of("default", network=Network.NONE)
+    assert opened_late(plain, engine, Network.FULL) is plain

@@ -16,6 +16,7 @@ from runtimes.errors import ContainerNotFound, Unsupported
 from runtimes.model import (
     CONTAINER_NAME_PREFIX,
     CPU_MILLIS_PER_CPU,
+    LABEL_NOTE,
     LABEL_OWNER,
     LABEL_SANDBOX,
     ContainerSpec,
@@ -258,6 +259,7 @@ def _identity_flags(spec: ContainerSpec) -> list[str]:
         f"--name={CONTAINER_NAME_PREFIX}{spec.sandbox_id}",
         f"--label={LABEL_SANDBOX}={spec.sandbox_id}",
         owner_label_argument(spec.owner),
+        *([f"--label={LABEL_NOTE}={spec.note}"] if spec.note else ()),
     ]
 
 
@@ -399,7 +401,7 @@ def _refuse_inexpressible(spec: ContainerSpec) -> None:
     _identity(spec.owner)
     if not spec.command or not spec.command[0].startswith("/"):
         raise Unsupported(f"cannot start {spec.command[:1]!r}", detail="the program must be an absolute path")
-    for word in (*spec.command, spec.hostname):
+    for word in (*spec.command, spec.hostname, spec.note):
         _words(word, "an argument")
     for path in (spec.seccomp_profile, spec.working_dir, *(tmpfs.target for tmpfs in spec.tmpfs)):
         host_path(path)

@@ -17,6 +17,9 @@ LABEL_SANDBOX = "io.sandboxd.sandbox"
 LABEL_OWNER = "io.sandboxd.owner"
 """Label that carries the id of the daemon's state directory: whose container it is."""
 
+LABEL_NOTE = "io.sandboxd.note"
+"""Label that carries what else its owner wants to know of a container that it finds again."""
+
 CONTAINER_NAME_PREFIX = "sandboxd-"
 """Before the sandbox id: what people read in ``docker ps``."""
 
@@ -132,6 +135,8 @@ class ContainerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """RLIMIT_NPROC, for engines whose own default is above the host's hard limit."""
     selinux_disable: bool = False
     """Run without SELinux separation, on hosts where bind mounts would otherwise be unreadable inside."""
+    note: str = ""
+    """What ``ContainerFacts.note`` says later. Everybody who may use the engine can read it."""
 
 
 class ContainerState(enum.StrEnum):
@@ -172,6 +177,12 @@ class ContainerFacts(msgspec.Struct, frozen=True, kw_only=True):
     image_id: str
     limits: Limits
     """Limits as the engine reports them."""
+    note: str = ""
+    """As it was given when the container was made; it cannot be changed."""
+    image: str = ""
+    """The image by the name that it was asked for with."""
+    user: User = User(uid=0, gid=0)
+    network: Network = Network.NONE
 
 
 class ImageFacts(msgspec.Struct, frozen=True, kw_only=True):

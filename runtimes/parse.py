@@ -16,6 +16,7 @@ from runtimes.errors import UnreadableAnswer
 from runtimes.model import (
     CONTAINER_NAME_PREFIX,
     CPU_MILLIS_PER_CPU,
+    LABEL_NOTE,
     LABEL_OWNER,
     LABEL_SANDBOX,
     ContainerFacts,
@@ -23,6 +24,8 @@ from runtimes.model import (
     ContainerSummary,
     EngineName,
     Limits,
+    Network,
+    User,
 )
 from runtimes.quantities import parse_cpu_list
 
@@ -87,10 +90,13 @@ class _HostConfig(msgspec.Struct, rename="pascal"):
     cpuset_cpus: Annotated[str, Meta(max_length=4096)] | None = None
     shm_size: _Count | None = None
     ulimits: list[_Ulimit] | None = None
+    network_mode: _Label = ""
 
 
 class _Config(msgspec.Struct, rename="pascal"):
     labels: dict[str, str] | None = None
+    image: _Label = ""
+    user: _Label = ""
 
 
 class _Inspect(msgspec.Struct, rename="pascal"):
@@ -219,7 +225,17 @@ def container_facts(answer: bytes) -> ContainerFacts:
         oom_killed=inspect.state.oom_killed,
         image_id=image_id(inspect.image),
         limits=_limits(inspect.host_config),
+        note=labels.get(LABEL_NOTE, ""),
+        image=inspect.config.image,
+        user=_user(inspect.config.user),
+        network=Network.NONE if inspect.host_config.network_mode == "none" else Network.FULL,
     )
+
+
+def _user(text: str) -> User:
+    """We always say both numbers; whatever else there is means root."""
+    match = re.fullmatch(r"([0-9]{1,10}):([0-9]{1,10})", text)
+    return User(uid=int(match[1]), gid=int(match[2])) if match else User(uid=0, gid=0)
 
 
 def image_id(text: str) -> str:

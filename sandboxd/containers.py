@@ -10,6 +10,7 @@ from runtimes.cgroup.fs import read_fixed_limits
 from runtimes.engine import Engine
 from runtimes.errors import CgroupUnreadable, ImageNotFound
 from runtimes.model import ContainerSpec, EngineInfo, Mount, Network, Tmpfs
+from sandboxd import note
 from sandboxd.journal import SandboxRecord
 from sandboxd.limits import passable
 from sandboxd.sandbox import INSIDE_BIN, INSIDE_RESOLVER, INSIDE_RUN, TMPFS_TARGETS, Sandbox, container_id_of
@@ -152,6 +153,7 @@ class Containers:
             seccomp_profile=self._seccomp_profile,
             nproc_max=info.nproc_hard_max,
             selinux_disable=info.selinux_enforcing,
+            note=note.written(record),
         )
 
 

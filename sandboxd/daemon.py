@@ -228,12 +228,14 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 maps_ids=ground.userns_fd is not None if os.geteuid() == 0 else None,
                 mounts_late=late_mounts_exist(),
                 audit=lambda: auditor.state,
+                journal=ground.journal,
             )
             daemon = DaemonHandlers(
                 manager=manager,
                 engines=ground.engines,
                 images=ImageBuilder(ground.engines, reference=config.defaults.image, scratch_dir=state),
                 examine=survey.examine,
+                repair=recovery.repair,
                 daemon=_daemon_info(listener, state),
                 config=lambda: DaemonConfig(entries=list(settings.entries)),
                 reload=settings.reload,
@@ -272,6 +274,7 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 tasks.start_soon(lifetimes.run)
                 tasks.start_soon(launcher.pools.run)
                 tasks.start_soon(manager.engine_records.run)
+                tasks.start_soon(ground.journal.keep_durable)
                 logger.info("listening on %s", listener.path)
                 supervision.ready(tasks)
                 if ready_fd is not None:
@@ -335,6 +338,7 @@ class _Ground:
     """What stands before any task runs: whatever is missing here is said plainly, and not from a task group."""
 
     owner: str
+    journal: Journal
     engines: EngineRoom
     events: EventLog
     host: Host
@@ -355,7 +359,14 @@ def _prepare(
             detail="it must be ours, and nobody else may write to it: programs in it are run in every sandbox",
             hint=f"ls -ld {state}, or set SANDBOXD_STATE_DIR",
         )
-    held.callback(os.close, _lock_state(state, listener.path))
+    try:
+        held.callback(os.close, _lock_state(state, listener.path))
+    except OSError as error:
+        raise Failure(
+            f"cannot use the state directory {state}",
+            detail=error.strerror or "",
+            hint=f"df -h {state}; ls -ld {state}; or set SANDBOXD_STATE_DIR",
+        ) from error
     journal = Journal.open(os.path.join(state, "journal.sqlite3"))
     held.callback(journal.close)
     # Per owner: another daemon with its socket in the same directory must not take our boxes for leftovers.
@@ -384,6 +395,7 @@ def _prepare(
     )
     return _Ground(
         owner=journal.owner(),
+        journal=journal,
         engines=engines,
         events=events,
         host=host,
@@ -493,8 +505,10 @@ def _lock_state(state: str, socket: str) -> int:
             detail=f"another daemon does, which listens on {holder}",
             hint=f"export SANDBOXD_SOCKET={holder}",
         ) from None
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, socket.encode(errors="surrogateescape")[:LOCK_BYTES_MAX], 0)
+    # For messages only: a full disk must not keep the daemon from those who want to free it.
+    with contextlib.suppress(OSError):
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, socket.encode(errors="surrogateescape")[:LOCK_BYTES_MAX], 0)
     return lock
 
 

@@ -50,6 +50,10 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """None where it is not needed: the daemon is not root."""
     mounts_late: bool
     """This kernel can mount into containers that run."""
+    journal_trouble: str = ""
+    """Why nothing new can be begun; empty: it can."""
+    journal_damaged: bool = False
+    """That will not pass by itself."""
     swap_bytes: int
     swap_counted: bool | None
     """By control group; None where that cannot be told."""
@@ -65,6 +69,7 @@ def judge(facts: Facts) -> list[Check]:
         _check("sandbox-init", not facts.init_error, facts.init_error or "built, static", facts.init_hint),
         _socket(facts),
         _disk(facts),
+        _journal(facts),
         _descriptors(facts),
         _swap(facts),
         _audit(facts),
@@ -171,6 +176,13 @@ def _disk(facts: Facts) -> Check:
         return Check(name="disk", status="warning", detail=f"cannot look at {facts.state_dir}", fix=fix)
     free = f"{facts.state_free_bytes // (1024 * 1024)} MiB free for {facts.state_dir}"
     return _check("disk", facts.state_free_bytes >= FREE_BYTES_MIN, free, fix)
+
+
+def _journal(facts: Facts) -> Check:
+    fix = "sandboxctl doctor --repair" if facts.journal_damaged else f"df -h {shlex.quote(facts.state_dir)}"
+    if not facts.journal_trouble:
+        return _check("journal", True, "whole, and written", "")
+    return _check("journal", False, f"{facts.journal_trouble}: nothing new can be begun, what runs goes on", fix)
 
 
 def _descriptors(facts: Facts) -> Check:

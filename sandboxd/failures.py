@@ -175,6 +175,13 @@ class AuditUnavailable(Failure):
     exit_code = Exit.PREREQUISITE_MISSING
 
 
+class JournalUnusable(Failure):
+    """What is to be begun cannot be written down: the journal is damaged, or the disk is full."""
+
+    type = "journal_unusable"
+    code = -32015
+
+
 class CommandNotStarted(Failure):
     """The sandbox is fine, the program could not be executed. ``detail`` begins with the name of the errno."""
 
@@ -202,6 +209,7 @@ FAILURES: tuple[type[Failure], ...] = (
     PrerequisiteMissing,
     AuditUnavailable,
     CommandNotStarted,
+    JournalUnusable,
 )
 
 PARSE_ERROR = -32700

@@ -144,8 +144,10 @@ class Launcher:
         Raises:
             InvalidArgument: something in ``params`` cannot be meant; nothing was made.
             LimitNotEnforceable: this host cannot enforce what was asked; nothing is left.
+            JournalUnusable: it could not be written down; nothing was made.
             Failure: anything else; nothing is left.
         """
+        self._journal.require_usable()
         defaults = self.templates.defaults(params.template)
         lifetime = self._lifetime(params)
         egress = egress_of(params.network, params.allow, params.deny)

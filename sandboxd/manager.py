@@ -11,7 +11,7 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import anyio
 import msgspec
@@ -225,11 +225,7 @@ class Manager:
             watcher(sandbox)
 
     def forget(self, sandbox: Sandbox) -> None:
-        """Have it no more: its container is known to be gone.
-
-        Raises:
-            Failure: the journal cannot be written; it is tried again at the next sweep.
-        """
+        """Have it no more: its container is known to be gone."""
         sandbox.disconnect(killed=True)
         sandbox.erase()
         self._attachments.forget(sandbox)
@@ -250,9 +246,9 @@ class Manager:
         """Have it told that a container of ours that nobody owned was removed."""
         self._tell("stray_removed", sandbox_id, None, data)
 
-    def sweep_layers_soon(self) -> None:
-        """Remove, in the background, what sandboxes wrote of which nobody knows any more."""
-        self._background.start(self.workspaces.erase_all, self.workspaces.unknown(self._sandboxes))
+    def sweep_layers_soon(self, spared: Collection[str]) -> None:
+        """Remove, in the background, what sandboxes wrote of which nobody knows any more, but for those spared."""
+        self._background.start(self.workspaces.erase_all, self.workspaces.unknown({*self._sandboxes, *spared}))
 
     # --- stop, start, remove --------------------------------------------------------------------------
 
@@ -385,11 +381,7 @@ class Manager:
         if sandbox.record.id not in self._sandboxes:
             return
         if sandbox.record.state is not State.REMOVING:
-            try:
-                sandbox.change(Event.REMOVE)
-            except Failure as error:
-                # The journal is full or damaged. The row is there; that it is being removed can be said later.
-                logger.warning("cannot write down that %s is being removed: %s", sandbox.record.id, error)
+            sandbox.change(Event.REMOVE)
         sandbox.unthrottle()
         sandbox.kill_everything()
         sandbox.disconnect(killed=True)
@@ -438,9 +430,8 @@ class Manager:
             self._removing.discard(sandbox.record.id)
 
     def _note_trouble(self, sandbox: Sandbox, reason: str) -> None:
-        with contextlib.suppress(Failure):
-            if sandbox.record.id in self._sandboxes:
-                sandbox.put(state_reason=reason)
+        if sandbox.record.id in self._sandboxes:
+            sandbox.put(state_reason=reason)
 
     async def finish_removals(self, *, deadline_s: float) -> None:
         """Wait for removals that go on without trouble; a daemon that starts later does the rest."""

@@ -1686,6 +1686,18 @@ class DoctorReport(Reply, frozen=True):
     checks: list[Check]
 
 
+class JournalRepaired(Reply, frozen=True):
+    """What was done about the journal."""
+
+    kept_aside: str
+    """Where the damaged file is now; empty: the journal was whole, and nothing was done."""
+    sandboxes: int
+    rebuilt: list[str]
+    """Ids of the sandboxes that only their containers were left of."""
+    unseen_engines: list[str]
+    """Engines that did not answer; what they have is taken in when they do."""
+
+
 class ConfigEntry(Reply, frozen=True):
     """One setting, as it is in force."""
 
@@ -1961,6 +1973,12 @@ METHODS: tuple[Method, ...] = (
     Method("daemon/info", NoParams, DaemonInfo, "The daemon and the engines that it drives.", reads=True),
     Method("daemon/doctor", NoParams, DoctorReport, "Check the host, and say what mends it.", reads=True),
     Method("daemon/config", NoParams, DaemonConfig, "Every setting in force, and where it comes from.", reads=True),
+    Method(
+        "daemon/repair",
+        NoParams,
+        JournalRepaired,
+        "Write a journal that was damaged anew, from what is left of it, the containers and their init.",
+    ),
     Method("daemon/reload", NoParams, DaemonReloaded, "Read the settings again; SIGHUP does the same."),
     Method("daemon/shutdown", NoParams, Acknowledged, "Stop the daemon; sandboxes stay."),
     Method("audit/query", AuditQueryParams, AuditEntries, "Who asked for what, and what came of it.", reads=True),
@@ -1988,7 +2006,7 @@ class ErrorData(Struct, frozen=True, kw_only=True):
     type: str
     """``invalid_argument not_found conflict timeout limit_not_enforceable capacity_exceeded not_enough_space
     pool_exhausted sandbox_gone engine_unavailable engine_refused unauthorized unsupported prerequisite_missing
-    audit_unavailable command_not_started internal``."""
+    audit_unavailable command_not_started journal_unusable internal``."""
     brief: str
     detail: str
     hint: str

@@ -8,8 +8,8 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Sequence
-from typing import assert_never
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple, assert_never
 
 import anyio
 import anyio.lowlevel
@@ -17,7 +17,7 @@ import anyio.lowlevel
 from runtimes.engine import Engine
 from runtimes.errors import RuntimeFailure
 from runtimes.model import ContainerSummary, EngineName
-from sandboxd import reconcile
+from sandboxd import rebuilding, reconcile
 from sandboxd.engines import EngineRoom
 from sandboxd.failures import Failure
 from sandboxd.journal import Journal
@@ -32,6 +32,17 @@ SWEEP_PERIOD_S = 60.0
 """How often containers that nobody owns are looked for."""
 SWEEP_AFTER_START_S = (1.0, 5.0, 20.0)
 """And after a start: an engine may still be finishing what a killed daemon had asked for."""
+
+
+class Repaired(NamedTuple):
+    """What a repair of the journal has done."""
+
+    aside: str
+    """Where the damaged file is now; empty: it was not damaged."""
+    rebuilt: list[str]
+    """Ids of the sandboxes that only their containers were left of."""
+    unseen: tuple[str, ...]
+    """Engines that could not be asked; what they have is taken in when they answer."""
 
 
 class Recovery:
@@ -53,29 +64,89 @@ class Recovery:
 
     async def recover(self) -> None:
         """Make the journal, the engines and this process agree again, after a start."""
-        records = self._journal.sandboxes()
-        for record in records:
-            self._manager.register(record)
+        torn = self._journal.damaged
+        for record in self._journal.sandboxes():
+            self._manager.register(record).commands_lost = torn
         listed = await self._listed()
-        decisions = reconcile.decide(records, listed, reachable=set(listed), went_down=self._went_down)
+        await self._rebuild(listed)
+        decisions = self._decide(listed, went_down=self._went_down)
         async with anyio.create_task_group() as tasks:
             for decision in decisions:
                 tasks.start_soon(self._carry_out, decision)
         for sandbox in self._manager.all():
             if sandbox.record.state in (State.STOPPED, State.LOST):
                 await sandbox.adopt_commands()
+        if torn or self._journal.unseen_engines:
+            logger.warning("the journal is damaged: outputs, layers and directories of nobody may be somebody's")
+            return
         known = {
             sandbox.record.id: [command.id for command in self._journal.commands(sandbox.record.id)]
             for sandbox in self._manager.all()
         }
-        for name in await sweep_spools(self._spools_dir, known):
+        await self._clear(known)
+
+    async def _clear(self, known: Mapping[str, Collection[int]]) -> None:
+        """Remove from the host what is of no sandbox."""
+        spared = self._journal.unreadable
+        for name in await sweep_spools(self._spools_dir, known, spared):
             logger.info("removed the output of a command that nobody knows: %s", name)
-        self._manager.sweep_layers_soon()
-        for name in set(os.listdir(self._boxes_dir)) - known.keys():
+        self._manager.sweep_layers_soon(spared)
+        for name in set(os.listdir(self._boxes_dir)) - known.keys() - spared:
             try:
                 erase_box(os.path.join(self._boxes_dir, name))
             except OSError as error:
                 logger.warning("cannot clear %s: %s", name, error)
+
+    def _decide(
+        self, listed: Mapping[str, Sequence[ContainerSummary]], *, went_down: bool = False
+    ) -> list[reconcile.Decision]:
+        """What to do; a container whose record may have been lost is nobody's to remove."""
+        records = [sandbox.record for sandbox in self._manager.all()]
+        unseen, unreadable = self._journal.unseen_engines, self._journal.unreadable
+        return [
+            decision
+            for decision in reconcile.decide(records, listed, reachable=set(listed), went_down=went_down)
+            if decision.action is not reconcile.Action.REMOVE_CONTAINER
+            or (decision.engine not in unseen and decision.sandbox_id not in unreadable)
+        ]
+
+    async def _rebuild(self, listed: Mapping[str, Sequence[ContainerSummary]]) -> list[str]:
+        """Make records for containers of ours whose records were lost; returns their ids."""
+        made, seen = [], set()
+        for name, containers in listed.items():
+            whole = True
+            for container in containers:
+                lost = name in self._journal.unseen_engines or container.sandbox_id in self._journal.unreadable
+                if not (lost and container.named_by_us) or self._manager.find(container.sandbox_id) is not None:
+                    continue
+                engine = self._engines.get(EngineName(name))
+                directory = os.path.join(self._boxes_dir, container.sandbox_id)
+                try:
+                    record = await rebuilding.rebuilt(container, engine, directory)
+                except RuntimeFailure as error:
+                    logger.warning("cannot rebuild the record of %s yet: %s", container.sandbox_id, error)
+                    whole = False
+                    continue
+                logger.warning("rebuilt the record of %s from its container", record.id)
+                self._journal.keep(record)
+                self._manager.register(record).commands_lost = True
+                made.append(record.id)
+            if whole:
+                seen.add(name)
+        self._journal.note_seen(seen)
+        return made
+
+    async def repair(self) -> Repaired:
+        """Have a journal that is whole: of what is known, and of what the engines have.
+
+        Raises:
+            JournalUnusable: the disk does not take it.
+        """
+        rebuilt = await self._rebuild(await self._listed())
+        aside = self._journal.repair()
+        if rebuilt:
+            await self.sweep()
+        return Repaired(aside=aside, rebuilt=rebuilt, unseen=self._journal.unseen_engines)
 
     async def _listed(self) -> dict[str, Sequence[ContainerSummary]]:
         """Our containers by engine; an engine that does not answer is not in it."""
@@ -158,8 +229,9 @@ class Recovery:
             await self._engines.refresh()
         before = {sandbox.record.id: sandbox.record.state for sandbox in self._manager.all()}
         listed = await self._listed()
-        records = [sandbox.record for sandbox in self._manager.all()]
-        for decision in reconcile.decide(records, listed, reachable=set(listed)):
+        await self._rebuild(listed)
+        self._journal.catch_up()
+        for decision in self._decide(listed):
             is_due = self._is_due(decision, before.get(decision.sandbox_id))
             if decision.action is reconcile.Action.REMOVE_CONTAINER or is_due:
                 await self._carry_out(decision)

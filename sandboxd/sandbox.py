@@ -3,6 +3,7 @@
 The host's side of a sandbox is one directory, private to the daemon:
 
     init.sock     where its init listens, once it was moved out of the sandbox's reach
+    claim         what it is, if it was a slot: see ``rebuilding``
     io/           what the container sees as /.sandboxd/run while it starts; gone afterwards
     stages/       where the project is staged while the container starts; gone afterwards
 
@@ -37,15 +38,16 @@ from runtimes.init.peer import is_container_init, is_namespace_init, kill_proces
 from runtimes.init.wire import CommandEntry, CommandState, Exited, Gone, InitError
 from runtimes.model import CPU_MILLIS_PER_CPU, Limits
 from runtimes.mountinfo import deviations
-from sandboxd import expiry
+from sandboxd import expiry, note
 from sandboxd.background import Background
 from sandboxd.commands import Command, CommandTable, format_command_id, remaining_s
 from sandboxd.events import kind_of
-from sandboxd.failures import Conflict, Failure, NotFound, SandboxGone
+from sandboxd.failures import Conflict, NotFound, SandboxGone
 from sandboxd.journal import CommandRecord, Journal, SandboxRecord
 from sandboxd.lifecycle import Event, State, next_state
 from sandboxd.outlet import Outlet, reopened
 from sandboxd.protocol import CommandEnd
+from sandboxd.rebuilding import CLAIM_NAME
 from sandboxd.spool import SpoolDirectory
 from sandboxd.spool_plan import Stream
 from sandboxd.timings import now_ms
@@ -66,6 +68,8 @@ STAGES = "stages"
 STAGE_NAME_CHARS = 16
 
 DEVIATIONS_SHOWN_MAX = 3
+
+UNKNOWN_COMMAND = "(a command whose record was lost)"
 
 INSIDE_BIN = "/.sandboxd/bin"
 """Where sandbox-init and sandbox-provoke are seen inside, read-only."""
@@ -128,6 +132,8 @@ class Sandbox:
         self._files_lock = anyio.Lock()
         self._cgroup: CgroupHandle | None = None
         self._pidfd: int | None = None
+        self.commands_lost = False
+        """What was written down of its commands may be lost: one that is not known is not one that nobody wants."""
         self._sample: tuple[float, int] | None = None
         self._unthrottled = 0
         self.forks_refused: int | None = None
@@ -180,6 +186,7 @@ class Sandbox:
 
         Raises:
             Conflict: it is no slot any more.
+            JournalUnusable: that cannot be written down.
         """
         slot = self.record
         record = msgspec.structs.replace(
@@ -193,11 +200,20 @@ class Sandbox:
         )
         self._journal.put(record)
         self.record = record
+        self._leave_note()
+
+    def _leave_note(self) -> None:
+        """Say beside its socket what it is now: its container says what the slot was, and that for good."""
+        try:
+            with open(os.path.join(self.directory, CLAIM_NAME), "w", encoding="utf-8") as file:
+                file.write(note.written(self.record))
+        except OSError as error:
+            logger.warning("cannot leave a note for %s: %s", self.record.id, error)
 
     def put(self, **changes: object) -> None:
-        """Change fields of the record, and write it down."""
+        """Change fields of the record, and write it down; as soon as that can be done."""
         record = msgspec.structs.replace(self.record, **changes)
-        self._journal.put(record)
+        self._journal.keep(record)
         self.record = record
         self.on_changed()
 
@@ -484,6 +500,8 @@ class Sandbox:
         known = {record.id: record for record in self._journal.commands(self.record.id)}
         for entry in [] if channel is None else await channel.list_commands():
             record = known.pop(entry.command_id, None)
+            if record is None and self.commands_lost and entry.state is not CommandState.GONE:
+                record = self._rebuild_command(entry.command_id)
             if record is not None and channel is not None:
                 self._adopt_command(record, entry, await self._kept_terminal(channel, record, entry))
             elif channel is not None and entry.state is CommandState.GONE:
@@ -492,6 +510,20 @@ class Sandbox:
                 await channel.kill(entry.command_id)
         for record in known.values():
             self._adopt_command(record, None, None)
+        self.commands_lost = self.commands_lost and channel is None
+
+    def _rebuild_command(self, command_id: int) -> CommandRecord:
+        """A record for a command that only init knows; its timeout and its words are gone."""
+        record = CommandRecord(
+            id=command_id,
+            argv=(UNKNOWN_COMMAND,),
+            started_at_ms=now_ms(),
+            deadline_at_ms=None,
+            grace_s=0.0,
+            streams=tuple(stream.value for number, stream in self.spools.list() if number == command_id),
+        )
+        self._journal.keep_command(self.record.id, record)
+        return record
 
     @staticmethod
     async def _kept_terminal(channel: InitChannel, record: CommandRecord, entry: CommandEntry) -> int | None:
@@ -542,7 +574,11 @@ class Sandbox:
             return outlet
 
     def note_command(self, record: CommandRecord) -> None:
-        """Write a background command down, before it is started."""
+        """Write a background command down, before it is started.
+
+        Raises:
+            JournalUnusable: that cannot be done.
+        """
         self._journal.put_command(self.record.id, record)
 
     def drop_command(self, command_id: int) -> None:
@@ -550,23 +586,13 @@ class Sandbox:
         self._forget_command(command_id)
 
     def _end_command(self, command_id: int, end: CommandEnd) -> None:
-        with self._journal_may_fail():
-            for record in self._journal.commands(self.record.id):
-                if record.id == command_id:
-                    self._journal.put_command(self.record.id, msgspec.structs.replace(record, end=end))
+        record = self._journal.command(self.record.id, command_id)
+        if record is not None:
+            self._journal.keep_command(self.record.id, msgspec.structs.replace(record, end=end))
 
     def _forget_command(self, command_id: int) -> None:
-        with self._journal_may_fail():
-            self._journal.delete_command(self.record.id, command_id)
+        self._journal.delete_command(self.record.id, command_id)
         self.background.start(self.spools.remove, command_id)
-
-    @contextlib.contextmanager
-    def _journal_may_fail(self) -> Iterator[None]:
-        """A row that is left behind is found at the next adoption; whoever waits for a command must not suffer."""
-        try:
-            yield
-        except Failure as error:
-            logger.warning("cannot write down what became of a command of %s: %s", self.record.id, error)
 
     # --- limits and usage -----------------------------------------------------------------------------
 
@@ -722,7 +748,7 @@ def erase_box(directory: str) -> None:
         OSError: something else is there.
     """
     clear_stages(directory)
-    for name in (SOCKET_NAME, RESOLVER_NAME):
+    for name in (SOCKET_NAME, RESOLVER_NAME, CLAIM_NAME):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(directory, name))
     with contextlib.suppress(FileNotFoundError):

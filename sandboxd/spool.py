@@ -230,17 +230,18 @@ class SpoolDirectory:
         self._can_punch = True
 
 
-async def sweep(root: str, known: Mapping[str, Collection[int]]) -> list[str]:
+async def sweep(root: str, known: Mapping[str, Collection[int]], spared: Collection[str] = ()) -> list[str]:
     """Remove, after a start, the spools that no record knows.
 
     Args:
         root: The directory that holds one directory per sandbox.
         known: Names of those directories, each with the ids of the commands whose spools stay.
+        spared: Names of those that stay as they are.
 
     Returns:
         What was removed, relative to ``root``.
     """
-    return await anyio.to_thread.run_sync(_sweep, root, known)
+    return await anyio.to_thread.run_sync(_sweep, root, known, spared)
 
 
 class Spool:
@@ -635,11 +636,11 @@ def _erase(path: str) -> None:
         shutil.rmtree(path)
 
 
-def _sweep(root: str, known: Mapping[str, Collection[int]]) -> list[str]:
+def _sweep(root: str, known: Mapping[str, Collection[int]], spared: Collection[str]) -> list[str]:
     removed: list[str] = []
     with contextlib.suppress(FileNotFoundError), os.scandir(root) as entries:
         for entry in entries:
-            if not entry.is_dir(follow_symlinks=False):
+            if not entry.is_dir(follow_symlinks=False) or entry.name in spared:
                 continue
             if entry.name not in known:
                 _erase(entry.path)

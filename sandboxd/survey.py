@@ -16,6 +16,7 @@ from sandboxd import doctor
 from sandboxd.audit.auditor import AuditState
 from sandboxd.engines import EngineRoom
 from sandboxd.image_builder import has_image
+from sandboxd.journal import Journal
 from sandboxd.paths import is_private
 
 
@@ -30,6 +31,7 @@ class Survey:
         maps_ids: Id-mapped mounts work; None where they are not needed.
         mounts_late: This kernel can mount into containers that run.
         audit: How the audit log fares.
+        journal: May be in trouble.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Survey:
         maps_ids: bool | None,
         mounts_late: bool,
         audit: Callable[[], AuditState],
+        journal: Journal,
     ) -> None:
         self._engines = engines
         self._image = image
@@ -50,6 +53,7 @@ class Survey:
         self._maps_ids = maps_ids
         self._mounts_late = mounts_late
         self._audit = audit
+        self._journal = journal
 
     async def examine(self) -> doctor.Facts:
         """Look at the host."""
@@ -82,6 +86,8 @@ class Survey:
             daemon_nofile_soft=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
             idmap_works=self._maps_ids,
             mounts_late=self._mounts_late,
+            journal_trouble=self._journal.trouble,
+            journal_damaged=self._journal.damaged,
             swap_bytes=psutil.swap_memory().total,
             swap_counted=_swap_counted(),
             audit=self._audit(),

@@ -243,8 +243,21 @@ def _lock_is_held(path: str) -> bool:
         return True
 
 
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--repair",
+        action="store_true",
+        help="write a damaged journal anew, from what is left of it, the containers and their init; then check",
+    )
+    verb.add_json(parser)
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
+    repaired = request("daemon/repair") if arguments.repair else None
     report = request("daemon/doctor")
+    if repaired is not None:
+        report["repair"] = repaired
+        say(render.repaired(repaired))
     if arguments.json:
         show_json(report)
     else:
@@ -279,7 +292,7 @@ VERBS = {
     "daemon": Verb(
         "start, stop or restart the daemon, see whether it runs, or hand it to systemd", _add_daemon, _daemon
     ),
-    "doctor": Verb("check the host, and say what mends it", verb.add_json, _doctor),
+    "doctor": Verb("check the host, and say what mends it; repair the journal", _add_doctor, _doctor),
     "config": Verb("show every setting in force, and where it comes from", verb.add_json, _config),
     "version": Verb("show the versions of this command and of the daemon", verb.add_json, _version),
 }

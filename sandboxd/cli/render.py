@@ -375,6 +375,18 @@ def doctor(report: dict[str, Any]) -> str:
     return text + "\nto mend it:\n" + "".join(dict.fromkeys(fixes)) if fixes else text
 
 
+def repaired(reply: dict[str, Any]) -> str:
+    """What became of the journal."""
+    if not reply["kept_aside"]:
+        return "the journal is whole: there is nothing to repair"
+    text = f"wrote the journal anew, with {reply['sandboxes']} sandboxes; the damaged one is {reply['kept_aside']}"
+    if reply["rebuilt"]:
+        text += f"; rebuilt from their containers: {' '.join(reply['rebuilt'])}"
+    if reply["unseen_engines"]:
+        text += f"; what {' and '.join(reply['unseen_engines'])} may have is taken in when it answers"
+    return text
+
+
 def config(entries: Sequence[dict[str, Any]]) -> str:
     """All settings in force."""
     return table(

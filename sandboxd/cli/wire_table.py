@@ -73,6 +73,7 @@ PARAMS: dict[str, str] = {
     "daemon/info": "NoParams",
     "daemon/doctor": "NoParams",
     "daemon/config": "NoParams",
+    "daemon/repair": "NoParams",
     "daemon/reload": "NoParams",
     "daemon/shutdown": "NoParams",
     "audit/query": "AuditQueryParams",
@@ -442,4 +443,5 @@ EXIT_CODES: dict[str, int] = {
     "prerequisite_missing": 4,
     "audit_unavailable": 4,
     "command_not_started": 1,
+    "journal_unusable": 1,
 }

@@ -13,6 +13,7 @@ from sandboxd.engines import EngineRoom
 from sandboxd.handlers.table import Handler
 from sandboxd.image_builder import ImageBuilder
 from sandboxd.manager import Manager
+from sandboxd.recovery import Repaired
 from sandboxd.server import Context
 
 
@@ -24,6 +25,7 @@ class DaemonHandlers:
         engines: The engines.
         images: Makes images.
         examine: Gathers what doctor judges.
+        repair: Makes a damaged journal whole.
         daemon: What ``daemon/info`` says of this process, engines and counts excepted.
         config: Says which settings are in force.
         reload: Reads them again.
@@ -37,6 +39,7 @@ class DaemonHandlers:
         engines: EngineRoom,
         images: ImageBuilder,
         examine: Callable[[], Awaitable[doctor.Facts]],
+        repair: Callable[[], Awaitable[Repaired]],
         daemon: protocol.DaemonInfo,
         config: Callable[[], protocol.DaemonConfig],
         reload: Callable[[], protocol.DaemonReloaded],
@@ -46,6 +49,7 @@ class DaemonHandlers:
         self._engines = engines
         self._images = images
         self._examine = examine
+        self._repair = repair
         self._daemon = daemon
         self._config = config
         self._reload = reload
@@ -58,6 +62,7 @@ class DaemonHandlers:
             "image/build": self.build_image,
             "daemon/info": self.info,
             "daemon/doctor": self.doctor,
+            "daemon/repair": self.repair,
             "daemon/config": self.config,
             "daemon/reload": self.reload,
             "daemon/shutdown": self.shutdown,
@@ -86,6 +91,16 @@ class DaemonHandlers:
         """Look at the host again, and judge it."""
         checks = doctor.judge(await self._examine())
         return protocol.DoctorReport(healthy=all(check.status != "failure" for check in checks), checks=checks)
+
+    async def repair(self, _: protocol.NoParams, __: Context) -> protocol.JournalRepaired:
+        """Have a journal that is whole."""
+        done = await self._repair()
+        return protocol.JournalRepaired(
+            kept_aside=done.aside,
+            sandboxes=len(self._manager.present()),
+            rebuilt=done.rebuilt,
+            unseen_engines=list(done.unseen),
+        )
 
     async def config(self, _: protocol.NoParams, __: Context) -> protocol.DaemonConfig:
         """The settings in force."""

@@ -140,6 +140,13 @@ async def remove_sandbox_takes_both_labels_exactly(bench: Bench) -> None:
     assert [row.container_id for row in await bench.engine.list_containers(owner=bench.owner)] == [kept]
 
 
+async def inspect_tells_what_it_was_told(bench: Bench) -> None:
+    """A daemon that has lost all else finds out what a container is."""
+    spec = bench.spec(note='{"name":"a b\\n","path":"/x=y,z"}')
+    facts = await bench.engine.inspect(await bench.engine.create(spec))
+    assert (facts.note, facts.image, facts.user, facts.network) == (spec.note, spec.image, spec.user, spec.network)
+
+
 async def inspect_reports_every_limit_that_was_asked_for(bench: Bench) -> None:
     limits = bench.held(LIMITS)
     spec = bench.spec(limits=limits)
@@ -276,6 +283,7 @@ CLAUSES = [
     what_is_paused_can_be_removed,
     remove_ends_a_running_container_and_is_idempotent,
     remove_sandbox_takes_both_labels_exactly,
+    inspect_tells_what_it_was_told,
     inspect_reports_every_limit_that_was_asked_for,
     update_says_which_limits_it_could_not_change,
     an_unknown_container_is_not_found_whatever_is_asked_of_it,

@@ -249,8 +249,8 @@ class Daemon:
 
     @property
     def owner(self) -> str:
-        """What its containers are labelled with, read from its journal."""
-        return str(self._query("SELECT value FROM meta WHERE key = 'owner'")[0][0])
+        """What its containers are labelled with."""
+        return (self.state / "owner").read_text().strip()
 
     def journal(self) -> list[dict[str, Any]]:
         """The sandboxes that are written down."""

@@ -232,6 +232,10 @@ class FakeEngine:
             oom_killed=False,
             image_id=container.image_id,
             limits=container.limits,
+            note=container.spec.note,
+            image=container.spec.image,
+            user=container.spec.user,
+            network=container.spec.network,
         )
 
     async def update(self, container_id: str, limits: Limits) -> Limits:

@@ -85,6 +85,13 @@ WRONG = [
         "warning",
         "sudo prlimit --pid $$ --nofile=1024:1024 && sandboxctl daemon stop",
     ),
+    ({"journal_trouble": "disk full"}, "journal", "failure", "df -h '/home/me/my state'"),
+    (
+        {"journal_trouble": "it is empty", "journal_damaged": True},
+        "journal",
+        "failure",
+        "sandboxctl doctor --repair",
+    ),
     ({"mounts_late": False}, "late mounts", "warning", "use Linux 5.12 or newer"),
     ({"idmap_works": False}, "id-mapped mounts", "warning", "sandboxctl create --ro"),
     ({"swap_bytes": 2**30, "swap_counted": False}, "swap", "warning", COUNT_SWAP_HINT),

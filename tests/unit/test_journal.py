@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import sqlite3
 import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import anyio
 import msgspec
 import pytest
 
-from sandboxd.failures import Failure
-from sandboxd.journal import SCHEMA_VERSION, CommandRecord, Journal, LifetimeRecord
+from sandboxd.failures import Failure, JournalUnusable, NotFound
+from sandboxd.journal import CommandRecord, Journal, LifetimeRecord
+from sandboxd.journal_file import SCHEMA_VERSION
 from sandboxd.lifecycle import State
 from tests.unit.records import record
 
+PAGE_BYTES = 4096
 COMMAND = CommandRecord(id=7, argv=("sleep", "9"), started_at_ms=5, deadline_at_ms=None, grace_s=2.0)
 
 
@@ -57,12 +65,200 @@ def test_a_newer_journal_is_not_touched(tmp_path: Path) -> None:
         Journal.open(path)
 
 
-def test_a_damaged_journal_is_a_clear_failure(tmp_path: Path) -> None:
-    """Garbage must not become an empty list of sandboxes."""
+def test_garbage_that_nothing_says_whose_it_is_is_a_clear_failure(tmp_path: Path) -> None:
+    """Garbage must not become an empty list of sandboxes, nor a new owner to whom none of the containers belong."""
     path = tmp_path / "journal"
     path.write_bytes(b"this is not a database" * 100)
-    with pytest.raises(Failure, match="cannot open the journal"):
+    with pytest.raises(JournalUnusable, match="cannot tell which containers are ours") as caught:
         Journal.open(str(path))
+    assert caught.value.hint == f"mv {path} {path}.damaged"
+
+
+def truncated(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def garbled(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(PAGE_BYTES)
+        file.write(b"\xa5" * (path.stat().st_size - PAGE_BYTES))
+
+
+def headless(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(bytes(PAGE_BYTES))
+
+
+def gone(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [truncated, cut, garbled, headless, gone])
+def test_a_damaged_journal_begins_nothing_new_and_forgets_nothing_that_it_is_told(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    """And when it is repaired it has all of that, and the damaged file is kept."""
+    path = tmp_path / "journal"
+    journal = Journal.open(str(path))
+    for number in range(40):
+        journal.put(record(id=f"sb-{number:010}"))
+    owner = journal.owner()
+    journal.close()
+    damage(path)
+    damaged = path.read_bytes() if path.exists() else b""
+
+    journal = Journal.open(str(path))
+    assert journal.owner() == owner, "or the containers would be nobody's"
+    assert journal.damaged
+    assert set(journal.unseen_engines) == {"docker", "podman"}
+    with pytest.raises(JournalUnusable, match="damaged") as caught:
+        journal.put(record(id="sb-new"))
+    assert caught.value.hint == "sandboxctl doctor --repair"
+    assert "sb-new" not in [box.id for box in journal.sandboxes()]
+    journal.keep(record(id="sb-found", state=State.STOPPED))
+    with pytest.raises(JournalUnusable):
+        journal.put_command("sb-found", COMMAND)
+    journal.keep_command("sb-found", COMMAND)
+    journal.keep(record(id="sb-removed"))
+    journal.delete("sb-removed")
+    numbers = journal.reserve_event_numbers(10)
+    journal.note_seen({"docker"})
+
+    aside = journal.repair()
+    assert aside == f"{path}.damaged"
+    if damaged:
+        assert Path(aside).read_bytes()[: PAGE_BYTES // 2] == damaged[: PAGE_BYTES // 2]
+    assert not journal.damaged
+    journal.put(record(id="sb-new"))
+    assert journal.repair() == "", "it is whole"
+    known = journal.sandboxes()
+    # Not closed: as after a kill.
+    again = Journal.open(str(path))
+    assert again.sandboxes() == known
+    assert [box.id for box in known][-2:] == ["sb-found", "sb-new"]
+    assert again.commands("sb-found") == [COMMAND]
+    assert again.owner() == owner
+    assert again.unseen_engines == ("podman",), "it may still have what nobody else knows of"
+    assert again.reserve_event_numbers(1) >= numbers + 10
+    again.close()
+    journal.close()
+
+
+def test_others_may_read_it_meanwhile(tmp_path: Path) -> None:
+    """The last one to close a database tidies it up. Who reads it is not the last while the daemon has it open."""
+    path = tmp_path / "journal"
+    journal = Journal.open(str(path))
+    reader = f"import sqlite3; sqlite3.connect({str(path)!r}).execute('SELECT * FROM sandboxes').fetchall()"
+    for number in range(2):
+        journal.put(record(id=f"sb-{number}"))
+        subprocess.run([sys.executable, "-c", reader], check=True)
+    again = Journal.open(str(path))
+    assert [box.id for box in again.sandboxes()] == ["sb-0", "sb-1"]
+    again.close()
+    journal.close()
+
+
+def test_what_was_damaged_before_is_never_overwritten(tmp_path: Path) -> None:
+    """Whoever wants to look at it later can."""
+    path = tmp_path / "journal"
+    Journal.open(str(path)).close()
+    for name in ("journal.damaged", "journal.damaged.1"):
+        truncated(path)
+        journal = Journal.open(str(path))
+        assert journal.repair() == str(tmp_path / name)
+        journal.close()
+
+
+def test_an_owner_of_an_older_daemon_is_kept(tmp_path: Path) -> None:
+    """It wrote its owner into the journal and nowhere else."""
+    path = tmp_path / "journal"
+    journal = Journal.open(str(path))
+    owner = journal.owner()
+    journal.close()
+    (tmp_path / "owner").unlink()
+    journal = Journal.open(str(path))
+    assert journal.owner() == owner
+    assert (tmp_path / "owner").read_text() == f"{owner}\n"
+    assert stat.S_IMODE((tmp_path / "owner").stat().st_mode) == 0o600
+    journal.close()
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """No file of this process can grow, or be written at all."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_begins_nothing_new_and_what_happened_meanwhile_is_written_later(tmp_path: Path) -> None:
+    """``rm`` is how a full disk gets better: it must not need the disk."""
+    path = str(tmp_path / "journal")
+    journal = Journal.open(path)
+    box, other = record(id="sb-box"), record(id="sb-other")
+    journal.put(box)
+    journal.put(other)
+    with full_disk():
+        with pytest.raises(JournalUnusable, match="cannot be written") as caught:
+            journal.put(record(id="sb-new"))
+        assert caught.value.hint.startswith("df -h ")
+        with pytest.raises(JournalUnusable):
+            journal.put(record(id="sb-box", name="other"))
+        with pytest.raises(JournalUnusable):
+            journal.put_command(box.id, COMMAND)
+        journal.keep(record(id="sb-box", state=State.STOPPED))
+        journal.keep_command(box.id, COMMAND)
+        journal.delete(other.id)
+        assert journal.trouble
+        assert not journal.damaged
+        with pytest.raises(JournalUnusable):
+            journal.require_usable()
+    journal.require_usable()
+    assert not journal.trouble
+    again = Journal.open(path)
+    assert again.sandboxes() == [record(id="sb-box", state=State.STOPPED)]
+    assert again.commands(box.id) == [COMMAND]
+    again.close()
+    journal.close()
+
+
+def test_a_command_that_ends_after_its_sandbox_troubles_nobody(tmp_path: Path) -> None:
+    """A row without its sandbox could not be written, now or ever."""
+    journal = Journal.open(str(tmp_path / "journal"))
+    journal.keep_command("sb-gone", COMMAND)
+    with pytest.raises(NotFound):
+        journal.put_command("sb-gone", COMMAND)
+    assert not journal.trouble
+    assert journal.commands("sb-gone") == []
+    journal.close()
+
+
+@pytest.mark.anyio
+async def test_what_is_written_reaches_the_disk_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And once for a burst: a power cut may cost a moment, and nobody waits for a disk."""
+    synced: list[str] = []
+    monkeypatch.setattr("sandboxd.journal.sync_path", synced.append)
+    monkeypatch.setattr("sandboxd.journal.SYNC_PAUSE_S", 0.0)
+    journal = Journal.open(str(tmp_path / "journal"))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(journal.keep_durable)
+        await anyio.wait_all_tasks_blocked()
+        before = len(synced)
+        for number in range(20):
+            journal.put(record(id=f"sb-{number}"))
+        with anyio.fail_after(10):
+            while len(synced) == before:
+                await anyio.wait_all_tasks_blocked()
+        assert synced[before:] == [str(tmp_path / "journal-wal")]
+        tasks.cancel_scope.cancel()
+    journal.close()
 
 
 def test_a_symlink_in_its_place_is_refused(tmp_path: Path) -> None:
@@ -90,6 +286,7 @@ def test_one_record_that_cannot_be_read_costs_no_other(tmp_path: Path) -> None:
     journal = Journal.open(path)
     assert journal.sandboxes() == [good]
     assert journal.commands(good.id) == [COMMAND]
+    assert journal.unreadable == {"sb-bad"}, "its container is not nobody's"
     journal.close()
     assert database.execute("SELECT id, record FROM unreadable").fetchall() == [("sb-bad", b"{}")]
     database.close()

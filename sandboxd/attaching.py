@@ -27,11 +27,13 @@ from sandboxd.background import Background
 from sandboxd.commands import format_command_id
 from sandboxd.egress_rules import Egress, parse_rules
 from sandboxd.failures import CapacityExceeded, Conflict, Failure, InvalidArgument, NotFound
+from sandboxd.injections import Injection, parse_injections, secrets_in
 from sandboxd.journal import EgressRecord, ForwardRecord, GrantRecord
 from sandboxd.lifecycle import State
 from sandboxd.network import culprit
 from sandboxd.network.egress import PROXY_PORT, EgressProxy, Ledger
 from sandboxd.network.forwards import listen_on_path, listen_on_port, remove_path, serve_forward
+from sandboxd.network.injecting import Injector, Reveal
 from sandboxd.network.outside import Outside
 from sandboxd.network.streams import Door
 from sandboxd.protocol import NetworkMode, NetworkSetParams
@@ -62,6 +64,7 @@ class _Attached:
         self.doors: dict[int, tuple[EgressRecord | GrantRecord, Door]] = {}
         self.problems: dict[int, str] = {}
         self.rules = Egress()
+        self.injections: tuple[Injection, ...] = ()
         self.forwards: dict[str, Door] = {}
         self.forward_problems: dict[str, str] = {}
         self.network_problem: str | None = None
@@ -70,11 +73,14 @@ class _Attached:
 class Attachments:
     """Of all sandboxes."""
 
-    def __init__(self, background: Background, services: ServiceRoom, outside: Outside, uplinks: Uplinks) -> None:
+    def __init__(
+        self, background: Background, services: ServiceRoom, outside: Outside, uplinks: Uplinks, reveal: Reveal
+    ) -> None:
         self._background = background
         self._services = services
         self._outside = outside
         self._uplinks = uplinks
+        self._reveal = reveal
         self._attached: dict[str, _Attached] = {}
         self._ledgers: dict[str, Ledger] = {}
 
@@ -105,6 +111,7 @@ class Attachments:
         attached.network_problem = trouble
         if record.egress is not None:
             attached.rules = rules_of(record.egress)
+            attached.injections = parse_injections(record.egress.inject)
         offers = self._offers(sandbox, attached)
         await self._withdraw(attached, offers)
         attached.problems = {}
@@ -142,6 +149,8 @@ class Attachments:
                     deny=params.deny,
                     add_allow=params.add_allow,
                     add_deny=params.add_deny,
+                    inject=params.inject,
+                    add_inject=params.add_inject,
                 )
                 services = sandbox.record.services
                 if params.services is not None:
@@ -192,6 +201,7 @@ class Attachments:
                 attached.ledger,
                 self._outside,
                 functools.partial(_culprit, sandbox),
+                Injector(lambda: attached.injections, self._reveal),
             )
             # The rules are asked for each time: a change of them needs no new door.
             offers[PROXY_PORT] = _Offer(EgressRecord(), proxy.serve)
@@ -362,21 +372,29 @@ def rules_of(record: EgressRecord) -> Egress:
     return Egress(parse_rules(record.allow), parse_rules(record.deny))
 
 
-def egress_of(mode: str | None, allow: Sequence[str], deny: Sequence[str]) -> EgressRecord | None:
+def egress_of(
+    mode: str | None, allow: Sequence[str], deny: Sequence[str], inject: Sequence[str] = ()
+) -> EgressRecord | None:
     """What a request for a network comes to, besides what the engine does; None: nothing.
 
     Raises:
         InvalidArgument: rules that are none, or that no mode obeys.
     """
-    if mode in ("none", "full") and (allow or deny):
+    if mode in ("none", "full") and (allow or deny or inject):
         raise InvalidArgument(
             f"cannot use rules with the network {mode!r}", detail="only 'allow' obeys them", hint="--network allow"
         )
-    if mode != "allow" and not allow and not deny:
+    if mode != "allow" and not allow and not deny and not inject:
         return None
-    record = EgressRecord(allow=tuple(allow), deny=tuple(deny))
+    record = EgressRecord(allow=tuple(allow), deny=tuple(deny), inject=tuple(inject))
     rules_of(record)
+    parse_injections(inject)
     return record
+
+
+def injected_secrets(record: EgressRecord) -> tuple[str, ...]:
+    """The names of the secrets that are added to requests."""
+    return secrets_in(parse_injections(record.inject))
 
 
 def mode_of(sandbox: Sandbox) -> NetworkMode:
@@ -406,13 +424,16 @@ def changed_egress(
     deny: Sequence[str] | None,
     add_allow: Sequence[str],
     add_deny: Sequence[str],
+    inject: Sequence[str] | None = None,
+    add_inject: Sequence[str] = (),
 ) -> EgressRecord | None:
     """What a sandbox's rules become; the parameters are those of ``network/set``.
 
     Raises:
         InvalidArgument: rules that are none, or that no mode obeys.
     """
-    rules = allow is not None or deny is not None or bool(add_allow or add_deny)
+    lists = (allow, deny, inject)
+    rules = any(each is not None for each in lists) or bool(add_allow or add_deny or add_inject)
     before = sandbox.record.egress or EgressRecord()
     if mode is None and not rules:
         return sandbox.record.egress
@@ -420,7 +441,8 @@ def changed_egress(
         return None
     allow = [*(before.allow if allow is None else allow), *add_allow]
     deny = [*(before.deny if deny is None else deny), *add_deny]
-    return egress_of(mode or "allow", list(dict.fromkeys(allow)), list(dict.fromkeys(deny)))
+    inject = [*(before.inject if inject is None else inject), *add_inject]
+    return egress_of(mode or "allow", *(list(dict.fromkeys(each)) for each in (allow, deny, inject)))
 
 
 def _close_forward(sandbox: Sandbox, forward_id: str, door: Door) -> None:

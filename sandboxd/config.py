@@ -27,8 +27,9 @@ from runtimes.quantities import (
     parse_memory,
     parse_optional_duration_ms,
 )
-from sandboxd.egress_rules import address_of, authority
+from sandboxd.egress_rules import address_of, authority, parse_rules
 from sandboxd.failures import InvalidArgument, NotFound
+from sandboxd.injections import parse_injections
 from sandboxd.protocol import ConfigEntry, EngineChoice, LimitsPolicy, OnTimeout, ServiceName, TemplateName
 
 DEFAULT_TEMPLATE = "default"
@@ -210,6 +211,10 @@ class Template(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     tmp: str | None = None
     nofile: Annotated[int, Meta(ge=NOFILE_MIN, le=COUNT_MAX)] | None = None
     network: Literal["none", "full"] | None = None
+    allow: list[str] = []
+    """Rules of its network, which is then ``allow``, unless a sandbox asks for another one; likewise the next two."""
+    deny: list[str] = []
+    inject: list[str] = []
     env: dict[str, str] = {}
     pool_min: Annotated[int, Meta(ge=0, le=SLOTS_MAX)] | None = None
     pool_max: Annotated[int, Meta(ge=0, le=SLOTS_MAX)] | None = None
@@ -405,11 +410,30 @@ def _templates(tables: object, origin: str) -> dict[str, Template]:
         raise InvalidArgument(
             f"cannot use the templates in {origin}", detail=str(error), hint=_edit(origin)
         ) from None
-    for template in templates.values():
+    for name, template in templates.items():
+        _check_rules(name, template, origin)
         for key, value in msgspec.structs.asdict(template).items():
             if value is not None and ("defaults", key) in _SETTINGS:
                 _checked(f"defaults.{key}", _SETTINGS["defaults", key], _Given(value, origin, _edit(origin)))
     return templates
+
+
+def _check_rules(name: str, template: Template, origin: str) -> None:
+    lists = (template.allow, template.deny, template.inject)
+    if template.network == "full" and any(lists):
+        raise InvalidArgument(
+            f"cannot use the template {name} in {origin}",
+            detail="the engine's own network, which is what full means, obeys no rules",
+            hint=_edit(origin),
+        )
+    try:
+        parse_rules(template.allow)
+        parse_rules(template.deny)
+        parse_injections(template.inject)
+    except InvalidArgument as error:
+        raise InvalidArgument(
+            f"cannot use the template {name} in {origin}", detail=str(error), hint=error.hint
+        ) from None
 
 
 def template_defaults(config: Config, name: str) -> tuple[Template, Defaults]:
@@ -466,13 +490,13 @@ def _template_entries(templates: Mapping[str, Template], origin: str) -> list[Co
     return [
         ConfigEntry(
             key=f"templates.{name}.{key}",
-            value=" ".join(value) if isinstance(value, dict) else str(value),
+            value=", ".join(value) if isinstance(value, dict | list) else str(value),
             origin=origin,
             description="Of a template; of its variables only the names are shown.",
         )
         for name, template in templates.items()
         for key, value in msgspec.structs.asdict(template).items()
-        if value not in (None, "", {})
+        if value not in (None, "", {}, [])
     ]
 
 

@@ -200,8 +200,8 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 lambda: [sandbox.record.id for sandbox in manager.all()],
             )
             uplinks = Uplinks(background, ground.engines, UserNetworks(ground.owner, env))
-            attachments = Attachments(background, services, Outside(), uplinks)
             secrets = SecretStore(os.path.join(state, "secrets"), env.get("CREDENTIALS_DIRECTORY"), env)
+            attachments = Attachments(background, services, Outside(), uplinks, secrets.reveal)
             manager = ground.manager(background, attachments=attachments, secrets=secrets)
             launcher = ground.launcher(
                 manager, background, services=services, attachments=attachments, secrets=secrets
@@ -247,7 +247,7 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 CommandHandlers(manager, ground.engines),
                 FileHandlers(manager),
                 ShellHandlers(manager),
-                NetworkHandlers(manager, services, attachments),
+                NetworkHandlers(manager, services, attachments, secrets),
                 ServiceHandlers(manager, services),
                 WorkspaceHandlers(manager),
                 PoolHandlers(launcher),

@@ -97,6 +97,8 @@ class EgressRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     allow: tuple[str, ...] = ()
     deny: tuple[str, ...] = ()
+    inject: tuple[str, ...] = ()
+    """What is added to its requests; of secrets, their names."""
 
 
 class GrantRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,13 +19,13 @@ from runtimes.errors import EngineUnavailable, RuntimeFailure
 from runtimes.model import EngineInfo, EngineName, Limits, Network
 from runtimes.quantities import parse_duration_ms
 from sandboxd import expiry
-from sandboxd.attaching import Attachments, egress_of
+from sandboxd.attaching import Attachments, egress_of, injected_secrets
 from sandboxd.background import Background
 from sandboxd.config import Config
 from sandboxd.enforcing import check_enforceable, require_proof
 from sandboxd.engines import EngineRoom, require_pausable
 from sandboxd.failures import CapacityExceeded, Conflict, Failure, InvalidArgument, LimitNotEnforceable, PoolExhausted
-from sandboxd.journal import Journal, LifetimeRecord, SandboxRecord
+from sandboxd.journal import EgressRecord, Journal, LifetimeRecord, SandboxRecord
 from sandboxd.lifecycle import Event, State
 from sandboxd.limits import Host, resolve
 from sandboxd.manager import ID_PREFIX, Caller, Manager
@@ -150,8 +150,8 @@ class Launcher:
         self._journal.require_usable()
         defaults = self.templates.defaults(params.template)
         lifetime = self._lifetime(params)
-        egress = egress_of(params.network, params.allow, params.deny)
-        self._secrets.check(params.secrets)
+        egress = self._egress(params)
+        self._secrets.check([*params.secrets, *(injected_secrets(egress) if egress is not None else ())])
         env = {**self.templates.env(params.template), **params.env}
         self._secrets.refuse_in(env)
         self._check_room(params.name)
@@ -550,6 +550,17 @@ class Launcher:
             with anyio.CancelScope(shield=True):
                 await self._manager.remove(sandbox, Timings())
             raise
+
+    def _egress(self, params: SandboxCreateParams) -> EgressRecord | None:
+        """The rules of a new sandbox: its request's on top of its template's, unless it wants a mode without rules.
+
+        Raises:
+            InvalidArgument: rules that are none, or that no mode obeys.
+        """
+        allow, deny, inject = self.templates.rules(params.template)
+        if params.network in ("none", "full"):
+            return egress_of(params.network, params.allow, params.deny, params.inject)
+        return egress_of(params.network, [*allow, *params.allow], [*deny, *params.deny], [*inject, *params.inject])
 
     def _lifetime(self, params: SandboxCreateParams) -> LifetimeRecord:
         """How long a new sandbox may last: as the request says, or else the configuration.

@@ -60,6 +60,13 @@ Rules = Annotated[
     list[Annotated[str, Meta(max_length=512), AUDITED]],
     Meta(max_length=256, description="``[METHOD ]HOST[:PORT]``, such as ``*.example.org:443``, or a preset."),
 ]
+Injections = Annotated[
+    list[Annotated[str, Meta(max_length=1024)]],
+    Meta(
+        max_length=64,
+        description="``[http://]HOST[:PORT] HEADER: VALUE``, such as ``x.example Authorization: Bearer {NAME}``.",
+    ),
+]
 SecretName = Annotated[
     str,
     Meta(
@@ -188,6 +195,8 @@ class SandboxCreateParams(Params, frozen=True):
     allow: Rules = []
     deny: Rules = []
     """What they match is refused, whatever allows it."""
+    inject: Injections = []
+    """What the proxy adds to requests. It grants nothing: ``allow`` must let them go where they are to go."""
     services: ServiceGrants | None = None
     """What appears on the loopback inside. Default: the daemon's."""
     secrets: Annotated[list[SecretName], Meta(max_length=64)] = []
@@ -1145,13 +1154,16 @@ class NetworkSetParams(Params, frozen=True):
 
     sandbox: SandboxRef
     mode: NetworkMode | None = None
-    """Default: ``allow`` where ``allow``, ``deny``, ``add_allow`` or ``add_deny`` says something, else as it was."""
+    """Default: ``allow`` where there is a word of rules, else as it was."""
     allow: Rules | None = None
     """All of them; absent: as they were."""
     deny: Rules | None = None
     add_allow: Rules = []
     """On top of those."""
     add_deny: Rules = []
+    inject: Injections | None = None
+    """All of them; absent: as they were."""
+    add_inject: Injections = []
     services: ServiceGrants | None = None
     """All of them; absent: as they were."""
 
@@ -1195,6 +1207,8 @@ class NetworkInfo(Reply, frozen=True):
     mode: NetworkMode
     allow: list[str]
     deny: list[str]
+    inject: list[str]
+    """What is added to its requests; of secrets, their names."""
     proxy: str | None
     """URL of the proxy inside."""
     services: list[ServiceGranted]
@@ -1768,6 +1782,9 @@ class TemplateInfo(Reply, frozen=True):
     tmp: str
     nofile: int
     network: str
+    allow: list[str]
+    deny: list[str]
+    inject: list[str]
     env: dict[str, str]
     pool_min: int
     pool_max: int

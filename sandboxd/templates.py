@@ -54,6 +54,15 @@ class Templates:
         """
         return template_defaults(self._config, name)[0].env
 
+    def rules(self, name: str) -> tuple[list[str], list[str], list[str]]:
+        """What its sandboxes are allowed, are denied, and have added to their requests.
+
+        Raises:
+            NotFound: there is no such template.
+        """
+        template = template_defaults(self._config, name)[0]
+        return template.allow, template.deny, template.inject
+
     def limits(self, name: str, engine: EngineInfo) -> ResolvedLimits:
         """The limits of a sandbox whose request says nothing of limits.
 
@@ -156,8 +165,11 @@ class Templates:
             shm=defaults.shm,
             tmp=defaults.tmp,
             nofile=defaults.nofile,
-            network=defaults.network,
+            network="allow" if template.allow or template.deny or template.inject else defaults.network,
             env=template.env,
+            allow=template.allow,
+            deny=template.deny,
+            inject=template.inject,
             pool_min=low,
             pool_max=high,
         )

@@ -27,6 +27,14 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
         "--deny", action="append", default=[], metavar="RULE", type=verb.not_empty, help="whatever allows it"
     )
     parser.add_argument(
+        "--inject",
+        action="append",
+        default=[],
+        metavar="RULE",
+        type=verb.not_empty,
+        help="what its proxy adds to requests: 'HOST[:PORT] HEADER: VALUE', with secrets as {NAME}",
+    )
+    parser.add_argument(
         "--service",
         dest="services",
         action="append",
@@ -51,7 +59,8 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
 
 def _network(arguments: argparse.Namespace) -> int:
     services = [] if arguments.no_services else arguments.services
-    changes = bool(arguments.mode or arguments.allow or arguments.deny or arguments.reset or services is not None)
+    rules = bool(arguments.allow or arguments.deny or arguments.inject or arguments.reset)
+    changes = rules or arguments.mode is not None or services is not None
     if changes:
         kept: list[str] | None = [] if arguments.reset else None
         reply = request(
@@ -62,6 +71,8 @@ def _network(arguments: argparse.Namespace) -> int:
             deny=kept,
             add_allow=arguments.allow,
             add_deny=arguments.deny,
+            inject=kept,
+            add_inject=arguments.inject,
             services=services,
         )
     else:

@@ -18,6 +18,7 @@ def network(info: dict[str, Any], now_ms: int) -> str:
         ("mode", _mode(info)),
         ("allow", "   ".join(info["allow"]) or UNKNOWN),
         ("deny", "   ".join(info["deny"]) or UNKNOWN),
+        *(("inject", text) for text in info["inject"]),
         ("proxy", info["proxy"] or UNKNOWN),
         ("requests", f"{info['requests']} ({info['denied']} denied, {info['connections']} connections open)"),
         ("sent", size(info["sent_bytes"])),

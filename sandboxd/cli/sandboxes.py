@@ -144,6 +144,7 @@ def create(connection: Connection, arguments: argparse.Namespace, *, ephemeral: 
             network=arguments.network,
             allow=arguments.allow,
             deny=arguments.deny,
+            inject=arguments.inject,
             services=arguments.services,
             secrets=arguments.secrets,
             metadata=dict(arguments.metadata),

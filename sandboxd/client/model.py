@@ -72,6 +72,9 @@ class CreateOptions(LimitOptions, total=False):
     allow: Sequence[str]
     """Rules of what it may reach through its proxy, such as ``"pypi"`` or ``"*.example.org:443"``."""
     deny: Sequence[str]
+    inject: Sequence[str]
+    """What its proxy adds to requests, such as ``"api.example.com Authorization: Bearer {NAME}"``: secrets that the
+    sandbox does not know."""
     services: Sequence[str]
     """What it finds on its loopback, such as ``"chroma"`` or ``"chroma=private"``."""
     secrets: Sequence[str]
@@ -320,7 +323,7 @@ def given(**fields: object) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-_NAMES = ("allow", "deny", "services", "secrets")
+_NAMES = ("allow", "deny", "inject", "services", "secrets")
 _LIMITS = ("memory", "cpus", "pids", "cpuset", "shm", "tmp", "nofile")
 
 

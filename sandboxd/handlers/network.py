@@ -7,10 +7,12 @@ from sandboxd import protocol, running
 from sandboxd.attaching import Attachments, is_as_wanted, listening_inside, mode_of
 from sandboxd.failures import NotFound
 from sandboxd.handlers.table import Handler
+from sandboxd.injections import parse_injections, secrets_in
 from sandboxd.journal import ForwardRecord, GrantRecord
 from sandboxd.manager import Manager
 from sandboxd.network.egress import PROXY_URL
 from sandboxd.sandbox import Sandbox
+from sandboxd.secret_store import SecretStore
 from sandboxd.server import Context
 from sandboxd.services.room import ServiceRoom
 
@@ -18,8 +20,11 @@ from sandboxd.services.room import ServiceRoom
 class NetworkHandlers:
     """What sandboxes may reach."""
 
-    def __init__(self, manager: Manager, services: ServiceRoom, attachments: Attachments) -> None:
+    def __init__(
+        self, manager: Manager, services: ServiceRoom, attachments: Attachments, secrets: SecretStore
+    ) -> None:
         self._manager = manager
+        self._secrets = secrets
         self._services = services
         self._attachments = attachments
 
@@ -40,6 +45,7 @@ class NetworkHandlers:
     async def set(self, params: protocol.NetworkSetParams, _: Context) -> protocol.NetworkInfo:
         """Change that."""
         sandbox = self._manager.get(params.sandbox)
+        self._secrets.check(secrets_in(parse_injections([*(params.inject or ()), *params.add_inject])))
         await self._attachments.change(sandbox, params)
         return await self._info(sandbox)
 
@@ -81,6 +87,7 @@ class NetworkHandlers:
             mode=mode_of(sandbox),
             allow=[] if egress is None else list(egress.allow),
             deny=[] if egress is None else list(egress.deny),
+            inject=[] if egress is None else list(egress.inject),
             proxy=None if egress is None else PROXY_URL,
             services=[self._granted(grant, problems) for grant in sandbox.record.services],
             requests=ledger.requests,

@@ -26,6 +26,7 @@ from sandboxd.network.http import (
     passed_on,
     refuse_quietly,
 )
+from sandboxd.network.injecting import REFLECTING, CannotInject, Injector, without_replaced
 from sandboxd.network.outside import NoWayOut, Outside
 from sandboxd.network.streams import Traffic, relay, send
 from sandboxd.timings import now_ms
@@ -87,6 +88,7 @@ class EgressProxy:
         ledger: Where it is counted.
         outside: The way out.
         culprit: Which command of the sandbox has this port of its loopback; for the log.
+        injector: What is added to its requests.
     """
 
     def __init__(
@@ -96,12 +98,14 @@ class EgressProxy:
         ledger: Ledger,
         outside: Outside,
         culprit: Callable[[int], Awaitable[str | None]],
+        injector: Injector,
     ) -> None:
         self._name = name
         self._rules = rules
         self._ledger = ledger
         self._outside = outside
         self._culprit = culprit
+        self._injector = injector
 
     async def serve(self, accepted: socket.socket) -> None:
         """Serve one connection to its end."""
@@ -142,15 +146,34 @@ class EgressProxy:
         if target is None:
             raise BadMessage("this is a proxy: it takes http://HOST/PATH, and CONNECT for everything else")
         host, port, path = target
-        connected = await self._open(peer, host, port, request.method.decode("ascii"))
+        injected = self._injector.fitting(host, port)
+        method = request.method.decode("ascii")
+        if injected:
+            port = injected[0].port
+            if request.method in REFLECTING:
+                await self._refuse(peer, host, port, method, f"{method} would be answered with what is added to it")
+                return
+        connected = await self._open(peer, host, port, method)
         if connected is None:
             return
         with connected:
-            upstream = Peer(connected, h11.CLIENT)
+            try:
+                added = await self._injector.added(injected)
+                secure = bool(injected) and injected[0].secure
+                upstream = await self._outside.secured(connected, host) if secure else Peer(connected, h11.CLIENT)
+            except CannotInject as error:
+                # Which secret, and why, is for those outside.
+                await self._note_denial(peer.socket, host, port, method, str(error))
+                await peer.answer(502, _said(f"cannot send this to {host}", "what is to be added cannot be had"))
+                return
+            except NoWayOut as error:
+                await peer.answer(502, _said(f"cannot connect to {host}:{port}", error.reason))
+                return
             shown = f"[{host}]" if ":" in host else host
             head = [
-                (b"host", (shown if port == 80 else f"{shown}:{port}").encode()),
-                *passed_on(request.headers, without=frozenset({b"host"})),
+                (b"host", (shown if port == (443 if secure else 80) else f"{shown}:{port}").encode()),
+                *without_replaced(passed_on(request.headers, without=frozenset({b"host"})), injected),
+                *added,
                 *body_framing(request),
                 (b"connection", b"close"),
             ]
@@ -159,6 +182,10 @@ class EgressProxy:
                 await exchange(peer, upstream, rewritten, self._ledger.traffic)
             except UpstreamFailed as error:
                 await peer.answer(502, _said(f"cannot get an answer from {host}", str(error)))
+
+    async def _refuse(self, peer: Peer, host: str, port: int, method: str, reason: str) -> None:
+        await self._note_denial(peer.socket, host, port, method, reason)
+        await peer.answer(403, _said(f"cannot connect to {host}:{port}", reason))
 
     async def _open(self, peer: Peer, host: str, port: int, method: str) -> socket.socket | None:
         """A connection to where the rules let it go; None: the peer was told that there is none."""

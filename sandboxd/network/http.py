@@ -86,7 +86,7 @@ class Peer:
                 if self.wire.they_are_waiting_for_100_continue:
                     await self.say(h11.InformationalResponse(status_code=100, headers=[]))
                 async with asyncio.timeout(IDLE_S):
-                    self.wire.receive_data(await receive(self.socket, CHUNK_BYTES))
+                    self.wire.receive_data(await self.hear())
             except h11.RemoteProtocolError as error:
                 raise BadMessage(str(error)) from None
 
@@ -103,7 +103,23 @@ class Peer:
             raise BadMessage(str(error)) from None
         if data:
             async with asyncio.timeout(IDLE_S):
-                await send(self.socket, data)
+                await self.utter(data)
+
+    async def hear(self) -> bytes:
+        """Some bytes from the other side, or none at the end.
+
+        Raises:
+            OSError: the connection broke.
+        """
+        return await receive(self.socket, CHUNK_BYTES)
+
+    async def utter(self, data: bytes) -> None:
+        """Send all of it.
+
+        Raises:
+            OSError: the connection broke.
+        """
+        await send(self.socket, data)
 
     async def answer(self, status: int, content: object, headers: Headers = ()) -> None:
         """Answer a request with JSON, if it can still be answered, and end the connection after it."""

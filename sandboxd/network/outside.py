@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import ipaddress
 import socket
+import ssl
 from collections.abc import Sequence
 
 import anyio
@@ -13,6 +14,7 @@ import psutil
 
 from sandboxd.egress_rules import Address, address_of, forbidden
 from sandboxd.network.streams import connect
+from sandboxd.network.tls import TlsPeer
 
 LOOKUP_DEADLINE_S = 10.0
 CONNECT_DEADLINE_S = 10.0
@@ -35,6 +37,7 @@ class Outside:
 
     def __init__(self) -> None:
         self._lookups = anyio.CapacityLimiter(LOOKUPS_AT_ONCE_MAX)
+        self._trust: ssl.SSLContext | None = None
 
     async def connect(self, host: str, port: int, *, by_address: bool) -> socket.socket:
         """A connection to a host that the rules grant.
@@ -62,6 +65,29 @@ class Outside:
             if reason:
                 raise NoWayOut(f"{host} leads to a place that no name may lead to: {reason}", denied=True)
         return await self._connect_to(addresses, port)
+
+    async def secured(self, connected: socket.socket, host: str) -> TlsPeer:
+        """The peer at the other end, spoken to over TLS, once it has proven to be ``host``.
+
+        Raises:
+            NoWayOut: it has not.
+        """
+        if self._trust is None:
+            self._trust = await anyio.to_thread.run_sync(self.trust)
+        try:
+            return await TlsPeer.introduced(connected, host, self._trust)
+        except ssl.SSLCertVerificationError as error:
+            raise NoWayOut(f"{host} does not prove who it is: {error.verify_message}", denied=False) from None
+        except TimeoutError:
+            raise NoWayOut(f"{host} does not speak TLS, or not in time", denied=False) from None
+        except OSError as error:
+            raise NoWayOut(f"cannot speak TLS to {host}: {error.strerror or error}", denied=False) from None
+
+    def trust(self) -> ssl.SSLContext:
+        """Whom to believe: the authorities of this system, or of SSL_CERT_FILE."""
+        made = ssl.create_default_context()
+        made.options |= ssl.OP_NO_RENEGOTIATION
+        return made
 
     async def look_up(self, host: str) -> Sequence[Address]:
         """The addresses of a name.

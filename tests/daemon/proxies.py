@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import os
 import socket
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Self
 
 import anyio
 
 from sandboxd.egress_rules import Address, Egress, parse_rules
+from sandboxd.failures import NotFound
+from sandboxd.injections import Injection, parse_injections
 from sandboxd.network.egress import EgressProxy, Ledger
+from sandboxd.network.injecting import Injector
 from sandboxd.network.outside import Outside
 from sandboxd.network.streams import Door
 
@@ -20,6 +25,10 @@ PATIENCE_S = 20.0
 """A bound for what must happen; nothing takes that long unless it is broken."""
 
 LOOPBACK = ipaddress.ip_address("127.0.0.1")
+
+AUTHORITY = os.path.join(os.path.dirname(__file__), "tls", "authority.pem")
+SERVER = os.path.join(os.path.dirname(__file__), "tls", "server.pem")
+"""Of ``good.example`` and ``127.0.0.1``."""
 
 Serve = Callable[[socket.socket], Awaitable[None]]
 
@@ -98,6 +107,9 @@ class FakeOutside(Outside):
         self.looked_up: list[str] = []
         self.connected_to: list[Address] = []
 
+    def trust(self) -> ssl.SSLContext:
+        return ssl.create_default_context(cafile=AUTHORITY)
+
     async def look_up(self, host: str) -> Sequence[Address]:
         self.looked_up.append(host)
         answers = self.names[host]
@@ -117,14 +129,22 @@ class Egressing:
         self.ledger = Ledger()
         self.outside = outside
         self.asked_for: list[int] = []
+        self.injections: Sequence[Injection] = ()
+        self.secrets: dict[str, bytes] = {}
         self.port = port
+
+    async def reveal(self, name: str) -> bytes:
+        if name not in self.secrets:
+            raise NotFound(f"cannot find the secret {name!r}")
+        return self.secrets[name]
 
     async def culprit(self, port: int) -> str | None:
         self.asked_for.append(port)
         return "0123456789ab curl"
 
     def proxy(self) -> EgressProxy:
-        return EgressProxy("box", lambda: self.rules, self.ledger, self.outside, self.culprit)
+        injector = Injector(lambda: self.injections, self.reveal)
+        return EgressProxy("box", lambda: self.rules, self.ledger, self.outside, self.culprit, injector)
 
 
 PUBLIC = "151.101.0.223"
@@ -146,3 +166,55 @@ async def egressing(
         async with door(made.proxy().serve, connections_max=connections_max) as (port, _):
             made.port = port
             yield made
+
+
+class TlsServer:
+    """A server that speaks TLS, answers each connection's request with ``answer``, and keeps what it heard."""
+
+    def __init__(self, answer: bytes, *, cuts_off: bool) -> None:
+        self.answer = answer
+        self.heard: list[bytes] = []
+        self.port = 0
+        self._cuts_off = cuts_off
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = next((line for line in head.split(b"\r\n") if line.startswith(b"content-length: ")), b": 0")
+            self.heard.append(head + await reader.readexactly(int(length.split(b": ")[1])))
+            writer.write(self.answer)
+            await writer.drain()
+        if self._cuts_off:
+            writer.transport.abort()
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+@contextlib.asynccontextmanager
+async def tls_server(answer: bytes, *, cuts_off: bool = False) -> AsyncIterator[TlsServer]:
+    """A server on the loopback that proves to be ``good.example``; ``cuts_off``: it ends without saying so."""
+    made = TlsServer(answer, cuts_off=cuts_off)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(SERVER)
+    server = await asyncio.start_server(made.serve, "127.0.0.1", 0, ssl=context)
+    async with server:
+        made.port = port_of(server.sockets[0])
+        yield made
+
+
+@contextlib.asynccontextmanager
+async def injecting(
+    server_port: int,
+    *inject: str,
+    secrets: Mapping[str, bytes],
+    names: Sequence[str] = ("good.example",),
+    allow: Sequence[str] = ("good.example",),
+) -> AsyncIterator[Egressing]:
+    """A proxy that adds to requests, and whose names all lead to one server."""
+    made = Egressing(0, FakeOutside({name: [[PUBLIC]] for name in names}, server_port), allow, ())
+    made.injections = parse_injections(inject)
+    made.secrets = dict(secrets)
+    async with door(made.proxy().serve) as (port, _):
+        made.port = port
+        yield made

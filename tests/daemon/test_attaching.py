@@ -75,6 +75,10 @@ class Loopback:
         return await streams.connect(socket.AF_INET, ("127.0.0.1", port), deadline_s=PATIENCE_S)
 
 
+async def no_secrets(name: str) -> bytes:
+    raise NotFound(f"cannot find the secret {name!r}")
+
+
 async def echo(accepted: socket.socket) -> None:
     await streams.send(accepted, await streams.receive(accepted))
 
@@ -87,7 +91,7 @@ async def attaching(tmp_path: Path, switch: Any = None) -> AsyncIterator[Any]:
         background = Background(tasks)
         room = ServiceRoom(config, str(tmp_path), list)
         room.start(background)
-        yield Attachments(background, room, Outside(), switch or Switch())
+        yield Attachments(background, room, Outside(), switch or Switch(), no_secrets)
         tasks.cancel_scope.cancel()
 
 
@@ -406,4 +410,19 @@ async def test_a_network_that_is_not_what_it_should_be_is_told_of_where_the_sand
         assert await attachments.attach(box) == []
         assert attachments.problems(box) == []
         with pytest.raises(Failure):
-            await Attachments(None, None, None, Switch(Failure("no"))).attach(box, require_network=True)  # type: ignore[arg-type]
+            await Attachments(None, None, None, Switch(Failure("no")), no_secrets).attach(box, require_network=True)  # type: ignore[arg-type]
+
+
+def test_what_is_added_is_a_rule_like_the_others_of_the_mode_that_obeys_them() -> None:
+    rule = "api.example.com X: {token}"
+    assert egress_of(None, [], [], [rule]) == EgressRecord(inject=(rule,))
+    with pytest.raises(InvalidArgument):
+        egress_of("none", [], [], [rule])
+    with pytest.raises(InvalidArgument):
+        egress_of("allow", [], [], ["api.example.com X: no secret"])
+    before: Any = Loopback(egress=EgressRecord(allow=("a.example",), inject=(rule,)))
+    no_change: dict[str, Any] = {"mode": None, "allow": None, "deny": None, "add_allow": (), "add_deny": ()}
+    more = changed_egress(before, **no_change, add_inject=["b.example Y: {other}", rule])
+    assert more == EgressRecord(allow=("a.example",), inject=(rule, "b.example Y: {other}"))
+    assert changed_egress(before, **no_change, inject=[]) == EgressRecord(allow=("a.example",))
+    assert changed_egress(before, **{**no_change, "mode": "none"}) is None

@@ -20,7 +20,7 @@ from sandboxd.background import Background
 from sandboxd.config import Capacity, Config, Daemon, Template
 from sandboxd.engines import EngineRoom
 from sandboxd.failures import CapacityExceeded, Conflict, InvalidArgument, NotFound, SandboxGone
-from sandboxd.journal import Journal, SandboxRecord
+from sandboxd.journal import EgressRecord, Journal, SandboxRecord
 from sandboxd.launching import Launcher
 from sandboxd.lifecycle import State
 from sandboxd.limits import Host
@@ -94,7 +94,7 @@ class World:
             host = Host(cpus_online=(0, 1), memory_bytes=2**33, swap_bytes=0, pid_max=2**22, nr_open=2**20)
             caller = Caller(user=User(uid=1000, gid=1000), home="/home/somebody")
             uplinks = Uplinks(background, room, UserNetworks(self.journal.owner(), {}))
-            attachments = Attachments(background, services, Outside(), uplinks)
+            attachments = Attachments(background, services, Outside(), uplinks, self.secrets.reveal)
             self.manager = Manager(
                 background,
                 config=settings,
@@ -597,3 +597,15 @@ async def test_a_secret_in_a_templates_variables_is_refused_before_anything_is_m
             await world.launcher.create(SandboxCreateParams(template="keyed"), Timings())
     assert "'AUTH'" in refused.value.brief
     assert world.journal.sandboxes() == []
+
+
+async def test_a_templates_rules_come_first_and_a_mode_without_rules_does_without_them(world: World) -> None:
+    await world.secrets.put("token", b"value")
+    rule = "api.example.com X: {token}"
+    config = Config(templates={"online": Template(allow=["pypi"], deny=["a.example"], inject=[rule])})
+    async with world.managed(config):
+        egress = world.launcher._egress
+        with_both = egress(SandboxCreateParams(template="online", allow=["npm"]))
+        assert with_both == EgressRecord(allow=("pypi", "npm"), deny=("a.example",), inject=(rule,))
+        assert egress(SandboxCreateParams(template="online", network="none")) is None
+        assert egress(SandboxCreateParams()) is None

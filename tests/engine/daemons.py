@@ -8,6 +8,7 @@ import os
 import select
 import signal
 import sqlite3
+import ssl
 import subprocess
 import sys
 import threading
@@ -374,6 +375,37 @@ def serving(address: str = "127.0.0.1") -> Iterator[int]:
         thread.start()
         try:
             yield server.server_address[1]
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class TlsPage:
+    """A server on the host's loopback that says ``hello`` over TLS, and what it was told in ``X-Token``."""
+
+    def __init__(self, port: int, heard: list[str | None]) -> None:
+        self.port = port
+        self.heard = heard
+
+
+@contextlib.contextmanager
+def serving_tls() -> Iterator[TlsPage]:
+    """For the length of a ``with``; its authority is that of ``tests.daemon.proxies``."""
+    heard: list[str | None] = []
+
+    class Handler(_Page):
+        def do_GET(self) -> None:
+            heard.append(self.headers["X-Token"])
+            super().do_GET()
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(CHECKOUT / "tests/daemon/tls/server.pem")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield TlsPage(server.server_address[1], heard)
         finally:
             server.shutdown()
             thread.join()

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from tests.engine.daemons import Daemon
+from tests.daemon.proxies import AUTHORITY
+from tests.engine.daemons import Daemon, running, serving_tls
 
 pytestmark = pytest.mark.engine
 
 CANARY = "canary-9c41e77a02"
 
+
+SEEN_INSIDE = f"busybox grep -rl '{CANARY[:-1]}[{CANARY[-1]}]' /etc /home /run /tmp /var /workspace 2>&1; env"
+"""What of a sandbox's files and variables holds it; the pattern itself does not."""
 
 # Halves, so that no place where the command itself is written down holds it.
 SOURCES = {"file": [], "command": ["--shell", "--command", f"printf %s {CANARY[:9]}; printf %s {CANARY[9:]}"]}
@@ -53,6 +59,24 @@ def processes_with_the_canary() -> list[str]:
     return found
 
 
+def said_of(daemon: Daemon, engine: str, box: dict[str, Any]) -> str:
+    """All that the daemon and the engine say of a sandbox to those who ask."""
+    of_one = ("sandbox/get", "network/get", "commands/list", "ports/list")
+    replies = [
+        *(daemon.call(method, sandbox=box["id"]) for method in of_one),
+        *(daemon.call(method) for method in ("sandbox/list", "secret/list", "service/list")),
+    ]
+    events = daemon.ctl("events", "--json").stdout.decode()
+    return json.dumps(replies) + events + daemon.client(engine, "inspect", box["container_id"])
+
+
+def assert_nowhere(daemon: Daemon, engine: str, box: dict[str, Any]) -> None:
+    assert box["id"] in (said := said_of(daemon, engine, box))
+    assert CANARY not in said
+    assert processes_with_the_canary() == []
+    assert places_with_the_canary(daemon) == []
+
+
 def test_a_secret_is_inside_and_nowhere_else(daemon: Daemon, engine: str, token: str) -> None:
     with daemon.box(engine, secrets=[token]) as box:
         assert daemon.sh(box, "cat /run/secrets/token") == CANARY
@@ -60,15 +84,48 @@ def test_a_secret_is_inside_and_nowhere_else(daemon: Daemon, engine: str, token:
         assert daemon.sh(box, "stat -f -c %T /run/secrets/token").strip() == "tmpfs"
         assert CANARY not in daemon.sh(box, "env")
         background = daemon.call("commands/start", sandbox=box["id"], argv=["sleep", "100"])
-        known = (
-            *(daemon.ctl(*words, "--json").stdout for words in (("inspect", box["id"]), ("ls",), ("secret", "list"))),
-            daemon.client(engine, "inspect", box["container_id"]).encode(),
-        )
         assert box["secrets"] == ["token"]
-        assert all(CANARY.encode() not in shown for shown in known)
-        assert processes_with_the_canary() == []
-        assert places_with_the_canary(daemon) == []
+        assert daemon.sh(box, SEEN_INSIDE).splitlines()[0] == "/run/secrets/token"
+        assert_nowhere(daemon, engine, box)
         daemon.call("commands/kill", sandbox=box["id"], command_id=background["command_id"])
+
+
+@pytest.fixture(scope="module")
+def trusting(daemon: Daemon, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """A daemon that trusts the authority of the tests' server; the shared one has made the image."""
+    with running(Daemon(tmp_path_factory.mktemp("trusting"), env={"SSL_CERT_FILE": AUTHORITY})) as made:
+        yield made
+
+
+@pytest.mark.parametrize("source", list(SOURCES))
+def test_what_is_added_to_requests_arrives_there_and_the_sandbox_never_sees_it(
+    trusting: Daemon, engine: str, source: str
+) -> None:
+    assert trusting.ctl("secret", "set", "token", *SOURCES[source], stdin=CANARY.encode()).returncode == 0
+    with serving_tls() as server:
+        rule = f"127.0.0.1:{server.port} X-Token: Bearer {{token}}"
+        done = trusting.ctl(
+            "create", "--engine", engine, "--allow", f"127.0.0.1:{server.port}", "--inject", rule, "--json"
+        )
+        assert done.returncode == 0, done.stderr
+        box = json.loads(done.stdout)
+        # Not by no_proxy: the server is on the host's loopback, not on the sandbox's.
+        fetch = f"no_proxy= busybox wget -q -O - --header 'X-Token: mine' http://127.0.0.1:{server.port}/"
+        assert trusting.sh(box, fetch) == "hello"
+        assert server.heard == [f"Bearer {CANARY}"]
+        known = trusting.call("network/get", sandbox=box["id"])
+        assert (known["inject"], known["requests"], known["denied"]) == ([rule], 1, 0)
+        assert CANARY not in trusting.sh(box, SEEN_INSIDE)
+        assert_nowhere(trusting, engine, box)
+        trusting.remove(box)
+    assert trusting.ctl("secret", "rm", "token").returncode == 0
+
+
+def test_what_is_to_be_added_must_be_there_before_anything_is_made(daemon: Daemon, engine: str) -> None:
+    before = daemon.containers(engine)
+    rule = "api.example.com Authorization: Bearer {missing}"
+    assert daemon.refusal("sandbox/create", engine=engine, inject=[rule]).type == "not_found"
+    assert daemon.containers(engine) == before
 
 
 def test_a_secret_in_a_variable_is_refused_wherever_variables_are_taken(

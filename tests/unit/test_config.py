@@ -38,6 +38,9 @@ def test_the_environment_comes_before_the_file() -> None:
         "[defaults]\nnetwork = 'some'\n",
         "= 3",
         "[daemon]\nsandboxes_max = 0\n",
+        "[templates.t]\nallow = ['not a host!']\n",
+        "[templates.t]\ninject = ['api.example.com X: no secret']\n",
+        "[templates.t]\nnetwork = 'full'\nallow = ['pypi']\n",
     ],
 )
 def test_nonsense_is_refused_with_the_place(text: str) -> None:

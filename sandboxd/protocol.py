@@ -61,7 +61,7 @@ Rules = Annotated[
     Meta(max_length=256, description="``[METHOD ]HOST[:PORT]``, such as ``*.example.org:443``, or a preset."),
 ]
 Injections = Annotated[
-    list[Annotated[str, Meta(max_length=1024)]],
+    list[Annotated[str, Meta(max_length=1024), AUDITED]],
     Meta(
         max_length=64,
         description="``[http://]HOST[:PORT] HEADER: VALUE``, such as ``x.example Authorization: Bearer {NAME}``.",

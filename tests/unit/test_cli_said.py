@@ -80,7 +80,15 @@ def commands_in(text: str) -> Iterator[str]:
         for found in COMMAND.finditer(line):
             rest = found["words"]
             # A sentence may name two.
-            yield END.split(OPTIONAL.sub("", rest.partition(" sandboxctl ")[0]))[0].strip(" .")
+            yield up_to_its_end(OPTIONAL.sub("", rest.partition(" sandboxctl ")[0])).strip(" .")
+
+
+def up_to_its_end(text: str) -> str:
+    """A command without what follows it; within quotes nothing ends it."""
+    for found in re.finditer(rf"'[^'\n]*'|\"[^\"\n]*\"|(?P<end>{END.pattern})", text):
+        if found["end"] is not None:
+            return text[: found.start()]
+    return text
 
 
 def shown_in(document: str) -> Iterator[str]:

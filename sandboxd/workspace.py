@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import posixpath
 import stat
@@ -21,6 +22,8 @@ from runtimes.errors import Unsupported
 from runtimes.model import EngineInfo, OverlayDirs, User
 from runtimes.mountinfo import is_below
 from sandboxd.failures import InvalidArgument
+
+logger = logging.getLogger(__name__)
 
 TARGET = "/workspace"
 
@@ -384,24 +387,32 @@ class Stage:
 
 
 def idmap_works(probe_dir: str, userns_fd: int) -> bool:
-    """Try an id-mapped mount of ``probe_dir`` onto itself, and take it off again."""
-    descriptor = open_directory(probe_dir)
+    """Try an id-mapped mount on the file system of ``probe_dir``, and take it off again.
+
+    Of a new directory, for a mount is mapped with all that is mounted below: there may be stages that a killed daemon
+    left, which cannot be mapped again.
+    """
+    source_dir = os.path.join(probe_dir, "idmap-source")
+    os.makedirs(source_dir, mode=0o700, exist_ok=True)
+    descriptor = open_directory(source_dir)
     stage = Stage(os.path.join(probe_dir, "idmap-probe"))
     try:
         status = os.fstat(descriptor)
         source = MountSource(
             target=TARGET,
-            path=probe_dir,
+            path=source_dir,
             descriptor=descriptor,
             device=status.st_dev,
             inode=status.st_ino,
             read_only=True,
         )
         stage.put(source, userns_fd=userns_fd)
-    except (Unsupported, OSError):
+    except (Unsupported, OSError) as error:
+        logger.warning("cannot map the ids of a mount here: %s", error)
         return False
     else:
         return True
     finally:
         stage.clear()
         os.close(descriptor)
+        os.rmdir(source_dir)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtimes.model import Capabilities, EngineInfo, EngineName, User
+from runtimes.userns import open_swapped_userns
 from sandboxd.failures import InvalidArgument
-from sandboxd.workspace import SANDBOX_USER, Rules, identify, open_mount, open_workspace, refusal, target_refusal
+from sandboxd.workspace import (
+    SANDBOX_USER,
+    Rules,
+    identify,
+    idmap_works,
+    open_mount,
+    open_workspace,
+    refusal,
+    target_refusal,
+)
 
 HOME = "/home/me"
 
@@ -175,3 +186,22 @@ def test_the_project_belongs_to_whoever_runs_inside(
     assert identity.user.uid != 0
     assert identity.mounted == mounted
     assert (identity.warning != "") == (mounted == "as-is")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount to try it")
+def test_mounts_that_a_killed_daemon_left_do_not_hide_that_ids_can_be_mapped(tmp_path: Path) -> None:
+    """The next daemon would take the host for one that cannot, and every project of root's would be read-only."""
+    userns_fd = open_swapped_userns(outside=0, inside=SANDBOX_USER.uid)
+    left = tmp_path / "sb-left" / "stages" / "workspace"
+    left.mkdir(parents=True)
+    try:
+        assert idmap_works(str(tmp_path), userns_fd)
+        # Of a kind that cannot be mapped.
+        subprocess.run(["mount", "-t", "proc", "proc", left], check=True)
+        try:
+            assert idmap_works(str(tmp_path), userns_fd)
+        finally:
+            subprocess.run(["umount", left], check=True)
+        assert sorted(os.listdir(tmp_path)) == ["sb-left"]
+    finally:
+        os.close(userns_fd)

@@ -229,9 +229,9 @@ class Manager:
         sandbox.disconnect(killed=True)
         sandbox.erase()
         self._attachments.forget(sandbox)
-        self._background.start(sandbox.spools.erase)
+        self._background.persist(sandbox.spools.erase)
         if sandbox.record.workspace is not None and sandbox.record.workspace.layer:
-            self._background.start(self.workspaces.erase, sandbox.record.id)
+            self._background.persist(self.workspaces.erase, sandbox.record.id)
         self._journal.delete(sandbox.record.id)
         self._sandboxes.pop(sandbox.record.id, None)
         sandbox.gone.set()
@@ -248,7 +248,7 @@ class Manager:
 
     def sweep_layers_soon(self, spared: Collection[str]) -> None:
         """Remove, in the background, what sandboxes wrote of which nobody knows any more, but for those spared."""
-        self._background.start(self.workspaces.erase_all, self.workspaces.unknown({*self._sandboxes, *spared}))
+        self._background.persist(self.workspaces.erase_all, self.workspaces.unknown({*self._sandboxes, *spared}))
 
     # --- stop, start, remove --------------------------------------------------------------------------
 
@@ -474,7 +474,12 @@ class Manager:
                 return
             if sandbox.record.container_id is None:
                 return
-            await self._look(sandbox, self.engine_of(sandbox), sandbox.record.container_id)
+            try:
+                await self._look(sandbox, self.engine_of(sandbox), sandbox.record.container_id)
+            except Conflict:
+                # Condemned while the engine was asked: what became of it matters to nobody any more.
+                if sandbox.record.state is not State.REMOVING:
+                    raise
 
     async def _look(self, sandbox: Sandbox, engine: Engine, container_id: str) -> None:
         """Ask the engine what became of a container, and write it down. Connects again if it runs."""

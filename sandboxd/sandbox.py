@@ -592,7 +592,7 @@ class Sandbox:
 
     def _forget_command(self, command_id: int) -> None:
         self._journal.delete_command(self.record.id, command_id)
-        self.background.start(self.spools.remove, command_id)
+        self.background.persist(self.spools.remove, command_id)
 
     # --- limits and usage -----------------------------------------------------------------------------
 

@@ -22,7 +22,6 @@ import anyio.to_thread
 import msgspec
 
 from runtimes import beneath
-from runtimes.errors import RuntimeFailure
 from runtimes.model import EngineInfo, OverlayDirs, User
 from runtimes.quantities import parse_memory
 from sandboxd import gitworktree
@@ -339,19 +338,20 @@ class Workspaces:
             self.layers(sandbox.record.id).note_kind("fuse")
 
     async def erase(self, sandbox_id: str) -> None:
-        """Remove what a sandbox wrote. Idempotent."""
+        """Remove what a sandbox wrote. Idempotent.
+
+        Raises:
+            OSError, RuntimeFailure, Failure: it cannot be removed now.
+        """
         layers = self.layers(sandbox_id)
         if not os.path.lexists(layers.directory):
             return
         try:
-            try:
-                await anyio.to_thread.run_sync(layers.erase, limiter=self._workers)
-            except PermissionError:
-                # What an engine's overlay leaves beside its layer belongs to a user that the engine made up.
-                await self._remove_foreign(layers.work)
-                await anyio.to_thread.run_sync(layers.erase, limiter=self._workers)
-        except (OSError, RuntimeFailure, Failure) as error:
-            logger.warning("cannot remove %s yet: %s", layers.directory, error)
+            await anyio.to_thread.run_sync(layers.erase, limiter=self._workers)
+        except PermissionError:
+            # What an engine's overlay leaves beside its layer belongs to a user that the engine made up.
+            await self._remove_foreign(layers.work)
+            await anyio.to_thread.run_sync(layers.erase, limiter=self._workers)
 
     def unknown(self, known: Collection[str]) -> list[str]:
         """Ids of sandboxes that wrote something and are not among these."""

@@ -372,6 +372,25 @@ async def test_a_kill_waits_for_nothing_that_is_under_way(world: World) -> None:
         await world.assert_empty()
 
 
+async def test_what_becomes_of_a_sandbox_that_is_removed_while_the_engine_is_asked_is_no_defect(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its init was silent, so the engine is asked; meanwhile its user has it removed."""
+    async with world.managed() as manager:
+        await world.container_of(record(state=State.BROKEN))
+        await world.recovery.recover()
+        (box,) = manager.all()
+        world.engine.hang("inspect")
+        manager._on_init_lost(box)
+        while "inspect" not in world.engine.calls:
+            await anyio.lowlevel.checkpoint()
+        manager.remove_soon(box)
+        world.engine.release("inspect")
+        await box.gone.wait()
+        assert "a background task failed" not in caplog.text
+        await world.assert_empty()
+
+
 async def test_a_kill_that_the_engine_refuses_is_tried_again_and_says_so(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,3 +49,37 @@ async def test_cancelling_the_daemon_cancels_its_tasks() -> None:
             Background(tasks).start(last)
             await started.wait()
             tasks.cancel_scope.cancel()
+
+
+async def test_what_must_be_done_is_tried_again_until_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A daemon that was out of descriptors for a moment must not leave files for ever."""
+    monkeypatch.setattr("sandboxd.background.AGAIN_S_MIN", 0.0)
+    tries = []
+
+    async def remove(name: str) -> None:
+        tries.append(name)
+        if len(tries) < 3:
+            raise OSError("too many open files")
+
+    with caplog.at_level(logging.WARNING):
+        async with anyio.create_task_group() as tasks:
+            Background(tasks).persist(remove, "spool")
+    assert tries == ["spool"] * 3
+    assert caplog.text.count("too many open files") == 2
+
+
+async def test_what_cannot_be_done_is_given_up_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next start sweeps what is left; until then nobody tries for ever."""
+    monkeypatch.setattr("sandboxd.background.AGAIN_S_MIN", 0.0)
+    monkeypatch.setattr("sandboxd.background.TRIES_MAX", 4)
+    tries = []
+
+    async def remove() -> None:
+        tries.append(1)
+        raise PermissionError("not ours")
+
+    async with anyio.create_task_group() as tasks:
+        Background(tasks).persist(remove)
+    assert len(tries) == 4

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from runtimes.argv import Client
+from runtimes.cgroup import fs
 from runtimes.cli_engine import CliEngine
-from runtimes.model import EngineInfo, EngineName
+from runtimes.errors import EngineRefused
+from runtimes.model import ContainerState, EngineInfo, EngineName
 
 
 class PodmanEngine(CliEngine):
@@ -31,3 +33,18 @@ class PodmanEngine(CliEngine):
             pids_uncounted=able is not None and able.pids_uncounted,
             update_flags=("--no-healthcheck",) if able is not None and able.update_says_no_healthcheck else (),
         )
+
+    async def resume(self, container_id: str) -> None:
+        """See ``Engine.resume``.
+
+        A client that was killed in the middle leaves a container that is paused for Podman and runs for the kernel.
+        Podman never looks, and its runtime thaws only what is frozen; so it is frozen again, and then thawed by both.
+        """
+        try:
+            await super().resume(container_id)
+        except EngineRefused:
+            facts = await self.inspect(container_id)
+            stuck = facts.state is ContainerState.PAUSED and facts.pid is not None
+            if not stuck or not fs.freeze(facts.pid or 0, container_id):
+                raise
+            await super().resume(container_id)

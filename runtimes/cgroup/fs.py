@@ -111,6 +111,36 @@ def read_fixed_limits(pid: int, *, proc: str = "/proc") -> EffectiveLimits:
     )
 
 
+def freeze(pid: int, container_id: str, *, proc: str = "/proc") -> bool:
+    """Freeze a container past its engine, so that one which takes it for frozen already can thaw it.
+
+    Args:
+        pid: Its PID 1.
+        container_id: Must be in the name of the group.
+        proc: Where the process table is.
+
+    Returns:
+        Whether the kernel took it; False where it has no group of its own, or that is another user's.
+    """
+    try:
+        mountinfo = _read_path(f"{proc}/self/mountinfo", bytes_max=TABLE_BYTES_MAX)
+        paths = readings.cgroup_paths(_read_path(f"{proc}/{pid}/cgroup"), mountinfo, wanted=("freezer",))
+        path = paths.controllers.get("freezer", paths.unified)
+        if path is None or not any(container_id in part for part in path.names):
+            return False
+        group = _Group.open(path, top=0)
+        try:
+            if path is paths.unified:
+                group.write(0, "cgroup.freeze", "1")
+            else:
+                group.write(0, "freezer.state", "FROZEN")
+        finally:
+            os.close(group.fd)
+    except (OSError, CgroupUnreadable):
+        return False
+    return True
+
+
 class CgroupHandle:
     """The groups of one running container, kept open.
 

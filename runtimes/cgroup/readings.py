@@ -294,12 +294,13 @@ def added(memory: int | None, swap: int | None) -> int | None:
     return UNLIMITED if UNLIMITED in {memory, swap} else memory + swap
 
 
-def cgroup_paths(cgroup: bytes, mountinfo: bytes) -> CgroupPaths:
+def cgroup_paths(cgroup: bytes, mountinfo: bytes, *, wanted: Sequence[str] = CONTROLLERS) -> CgroupPaths:
     """Where a process is.
 
     Args:
         cgroup: Its ``/proc/PID/cgroup``, as the reader sees it.
         mountinfo: The **reader's** ``/proc/self/mountinfo``: both are told relative to the reader's cgroup namespace.
+        wanted: Which v1 controllers matter.
 
     Raises:
         CgroupUnreadable: malformed, or no mount of the reader's shows that group (it lies outside of the reader's
@@ -309,7 +310,7 @@ def cgroup_paths(cgroup: bytes, mountinfo: bytes) -> CgroupPaths:
     mounts = _mounts(mountinfo)
     unified = groups.pop("", None)
     controllers: dict[str, CgroupPath] = {}
-    for controller in CONTROLLERS:
+    for controller in wanted:
         # The kernel names what is not mounted here too: in a container that sees only v2, the v1 of a hybrid host.
         shown = [m for m in mounts if m.filesystem == "cgroup" and controller in m.options.split(",")]
         if controller in groups and shown:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,3 +83,16 @@ def test_a_paused_sandbox_outlives_the_daemon_and_so_do_its_commands(mortal: Dae
         (row,) = mortal.call("commands/list", **ref)["commands"]
         assert (row["command_id"], row["state"]) == (command, "running")
         assert len(kernel.processes(box["pid"])) > 1
+
+
+def test_what_podman_takes_for_paused_and_runs_goes_on_all_the_same(daemon: Daemon) -> None:
+    """A client of Podman's that is killed in the middle of an unpause leaves it so, and Podman never finds out."""
+    with daemon.box("podman") as box:
+        daemon.call("sandbox/pause", sandbox=box["id"])
+        runtime = daemon.client("podman", "inspect", "--format={{.OCIRuntime}}", box["container_id"]).strip()
+        subprocess.run([runtime, "resume", box["container_id"]], check=True)
+        assert status_of(daemon, "podman", box["container_id"]) == "paused"
+        resumed = daemon.call("sandbox/resume", sandbox=box["id"])
+        assert (resumed["state"], resumed["pid"]) == ("running", box["pid"])
+        assert status_of(daemon, "podman", box["container_id"]) == "running"
+        assert daemon.sh(box, "echo up") == "up\n"

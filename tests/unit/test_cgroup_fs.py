@@ -436,3 +436,16 @@ def test_a_group_that_cannot_be_killed_says_so(host: Host) -> None:
         file.unlink()
     with host.open() as group:
         assert group.kill() is False
+
+
+def test_a_container_is_frozen_only_in_a_group_of_its_own(tmp_path: Path) -> None:
+    """By the group that its first process is in, and never the one that it shares with others."""
+    host = Host("v2_docker", tmp_path / "host")
+    membership = Path(host.proc, str(PID), "cgroup").read_text().strip().rpartition(":")[2]
+    frozen = next(path for path in host.directory.rglob("*") if str(path).endswith(membership)) / "cgroup.freeze"
+    frozen.write_text("0")
+    assert not fs.freeze(PID, "f" * 64, proc=host.proc)
+    assert frozen.read_text() == "0"
+    assert fs.freeze(PID, CONTAINER_ID, proc=host.proc)
+    assert frozen.read_text() == "1"
+    assert not fs.freeze(PID + 1, CONTAINER_ID, proc=host.proc), "there is no such process"

@@ -68,7 +68,7 @@ def open_listener(path: str, listening: socket.socket | None = None) -> Listener
 
     Raises:
         AlreadyRunning: Another daemon listens there, or is about to.
-        Unauthorized: Somebody else could tamper with the directory or owns what stands at ``path``.
+        Unauthorized: Somebody else could tamper with the directory, or owns what stands at ``path``, or may connect.
         InvalidArgument: ``path`` cannot be a socket.
     """
     parent, name = os.path.split(os.path.abspath(path))
@@ -81,7 +81,10 @@ def open_listener(path: str, listening: socket.socket | None = None) -> Listener
         if listening is None:
             _check_replaceable(directory, name, path)
             listening = _listen(directory, name, path)
-        undo.callback(listening.close)
+            undo.callback(listening.close)
+        else:
+            undo.callback(listening.close)
+            _check_passed(directory, name, path)
         listener = Listener(os.path.join(parent, name), listening, directory, lock, made=made)
         undo.pop_all()
         return listener
@@ -142,6 +145,23 @@ def _check_replaceable(directory: int, name: str, path: str) -> None:
         raise InvalidArgument(f"cannot listen on {path!r}", detail="there is something else than a socket")
     if status.st_uid != os.geteuid():
         raise Unauthorized(f"cannot listen on {path!r}", detail=f"there is a socket of uid {status.st_uid}")
+
+
+def _check_passed(directory: int, name: str, path: str) -> None:
+    """A socket that somebody else made must be as ours would be."""
+    try:
+        status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except OSError as error:
+        raise InvalidArgument(f"cannot listen on {path!r}", detail=error.strerror or "") from error
+    if not stat.S_ISSOCK(status.st_mode):
+        raise InvalidArgument(f"cannot listen on {path!r}", detail="there is something else than a socket")
+    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise Unauthorized(
+            f"cannot listen on {path!r}",
+            detail=f"the socket belongs to uid {status.st_uid} and has mode {stat.S_IMODE(status.st_mode):04o}; "
+            f"it must be uid {os.geteuid()}'s alone",
+            hint="SocketMode=0600 in the unit: sandboxctl daemon install",
+        )
 
 
 def _listen(directory: int, name: str, path: str) -> socket.socket:

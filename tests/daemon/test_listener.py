@@ -155,6 +155,7 @@ def test_a_socket_that_was_passed_is_used_and_left_where_it_is(path: str) -> Non
     """The service manager goes on listening on it: whoever connects next starts the next daemon."""
     os.mkdir(os.path.dirname(path), 0o700)
     with socket.socket(socket.AF_UNIX) as passed:
+        os.fchmod(passed.fileno(), 0o600)
         passed.bind(path)
         passed.listen()
         with open_listener(path, socket.socket(fileno=os.dup(passed.fileno()))) as listener:
@@ -164,3 +165,29 @@ def test_a_socket_that_was_passed_is_used_and_left_where_it_is(path: str) -> Non
                 open_listener(path)
         assert os.path.exists(path)
         Connection.connect(path).close()
+
+
+@pytest.mark.parametrize("mode", [0o666, 0o660, 0o620])
+def test_a_socket_that_was_passed_and_lets_others_in_is_refused(path: str, mode: int) -> None:
+    """A unit that somebody edited: the kernel would let in who is then to be turned away."""
+    os.mkdir(os.path.dirname(path), 0o700)
+    with socket.socket(socket.AF_UNIX) as passed:
+        passed.bind(path)
+        os.chmod(path, mode)
+        passed.listen()
+        with pytest.raises(Unauthorized, match="it must be uid"):
+            open_listener(path, socket.socket(fileno=os.dup(passed.fileno())))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a socket away to try it")
+def test_a_socket_of_another_user_is_refused_whoever_made_it(path: str) -> None:
+    os.mkdir(os.path.dirname(path), 0o700)
+    with socket.socket(socket.AF_UNIX) as passed:
+        os.fchmod(passed.fileno(), 0o600)
+        passed.bind(path)
+        passed.listen()
+        os.chown(path, 65534, 65534)
+        with pytest.raises(Unauthorized, match="65534"):
+            open_listener(path)
+        with pytest.raises(Unauthorized, match="65534"):
+            open_listener(path, socket.socket(fileno=os.dup(passed.fileno())))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+import json
 
-from sandboxd.config import Config, load_config
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sandboxd.config import _SETTINGS, Config, load_config
 from sandboxd.failures import InvalidArgument
 
 
@@ -132,3 +136,81 @@ def test_numbers_and_lists_come_out_of_variables() -> None:
     )
     assert config.defaults.pids == 77
     assert config.paths.allow == ["/srv/a", "/srv/b"]
+
+
+WORDS = st.sampled_from(
+    [
+        "64m",
+        "0",
+        "-1",
+        "none",
+        "auto",
+        "docker",
+        "banana",
+        "10m",
+        "1e9",
+        "0-1",
+        "",
+        "/",
+        "~",
+        "x" * 300,
+        "127.0.0.1:80",
+    ]
+)
+VALUES = st.one_of(
+    WORDS.map(json.dumps),
+    st.text(max_size=10).map(json.dumps),
+    st.sampled_from(
+        ["0", "1", "-5", "99999999999999999999", "1.5", "nan", "true", "[]", '["a", 1]', "{}", "1979-05-27", "'"]
+    ),
+)
+SECTIONS = st.sampled_from(
+    [
+        *dict.fromkeys(section for section, _ in _SETTINGS),
+        "templates.mine",
+        "services.mine",
+        "templates",
+        "services",
+        "x",
+    ]
+)
+KEYS = st.sampled_from(
+    [
+        *dict.fromkeys(key for _, key in _SETTINGS),
+        "pool_min",
+        "pool_max",
+        "env",
+        "command",
+        "address",
+        "port",
+        "health",
+        "x",
+    ]
+)
+FILES = st.one_of(
+    st.text(max_size=60),
+    st.dictionaries(SECTIONS, st.dictionaries(KEYS, VALUES, max_size=3), max_size=3).map(
+        lambda sections: "\n".join(
+            line
+            for section, entries in sections.items()
+            for line in (f"[{section}]", *(f"{key} = {value}" for key, value in entries.items()))
+        )
+    ),
+)
+VARIABLES = st.dictionaries(
+    st.sampled_from([f"SANDBOXD_{section}_{key}".upper() for section, key in _SETTINGS]),
+    WORDS | st.text(max_size=10),
+    max_size=2,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=FILES, env=VARIABLES)
+def test_no_text_and_no_variable_raises_anything_but_a_refusal(text: str, env: dict[str, str]) -> None:
+    """A daemon that does not start must say why, in words; and what was accepted must be fit for use."""
+    try:
+        config, entries = load_config(text, origin="config.toml", env=env)
+    except InvalidArgument:
+        return
+    assert isinstance(config, Config)
+    assert entries

@@ -151,6 +151,11 @@ class Daemon:
     def running(self) -> bool:
         return self._process is not None
 
+    @property
+    def alive(self) -> bool:
+        """By the kernel's word: it has not ended by itself."""
+        return self._process is not None and self._process.poll() is None
+
     # --- speaking to it -------------------------------------------------------------------------------
 
     def connect(self) -> Connection:

@@ -1,0 +1,1 @@
+"""What hack/chaos is made of."""

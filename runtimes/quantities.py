@@ -148,6 +148,7 @@ def parse_cpuset(text: str, *, cpus_online: Sequence[int], option: str = "--cpus
     return cpus
 
 
+@functools.lru_cache(maxsize=256)
 def parse_cpu_list(text: str) -> tuple[int, ...] | None:
     """Ascending CPU numbers in the kernel's own list form (``0-2,4``), or None where it is not one."""
     if len(text) > _CPUSET_CHARS_MAX:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 
 from runtimes.cgroup.fs import read_fixed_limits
 from runtimes.engine import Engine
@@ -80,16 +80,25 @@ class Containers:
             timings.mark("engine")
             await self._connect(sandbox, container_id, engine, staged, mounts, timings)
             if record.changed_late:
-                await self.change(sandbox, None, sources)
+                async with self.changing(sandbox, None, sources):
+                    pass
 
-    async def change(self, sandbox: Sandbox, made: SandboxRecord | None, sources: Sequence[MountSource]) -> None:
+    @contextlib.asynccontextmanager
+    async def changing(
+        self, sandbox: Sandbox, made: SandboxRecord | None, sources: Sequence[MountSource] | None
+    ) -> AsyncIterator[None]:
         """Make a container what its record says, in all that its engine fixed when it was made.
+
+        It is asked for before the body, and seen to be done after it: what the body does goes on meanwhile.
 
         Args:
             sandbox: Whose.
             made: What its container is now; None: not known.
-            sources: Its project, or nothing.
+            sources: Its project, or nothing; None: there is nothing to be changed.
         """
+        if sources is None:
+            yield
+            return
         record = sandbox.record
         tmpfs_bytes = {}
         if made is None or record.tmp_bytes_max != made.tmp_bytes_max:
@@ -100,7 +109,8 @@ class Containers:
         if shm is not None and shm != shm_made:
             tmpfs_bytes["/dev/shm"] = shm  # noqa: S108  (inside the sandbox)
         source = next(iter(sources), None)
-        await self._staging.change(sandbox, source, tmpfs_bytes=tmpfs_bytes, hostname=record.name)
+        async with self._staging.changing(sandbox, source, tmpfs_bytes=tmpfs_bytes, hostname=record.name):
+            yield
 
     async def _connect(
         self,

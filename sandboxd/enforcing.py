@@ -73,6 +73,8 @@ class Enforcer:
         at_rest = sandbox.connected and not sandbox.lock.locked() and not sandbox.is_unthrottled
         if sandbox.record.state not in (State.RUNNING, State.WARM) or not at_rest:
             return
+        if sandbox.record.state is State.RUNNING:
+            sandbox.let_limits_go()
         before = {proof.name for proof in sandbox.proofs if proof.verified}
         changed = [proof for proof in self.prove(sandbox) if proof.name in before and not proof.verified]
         if not changed:

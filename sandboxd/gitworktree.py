@@ -15,9 +15,16 @@ from runtimes import beneath
 TEXT_BYTES_MAX = 8192
 """Of the files that name a directory: a path, and some words."""
 
+_POINTER = "gitdir: "
+
 
 class Untrusted(Exception):
     """It looks like a worktree, and its repository does not know it."""
+
+
+def says_worktree(project_fd: int) -> bool:
+    """Whether a project has the file that a git worktree has instead of a repository."""
+    return _pointer(project_fd) is not None
 
 
 def common_directory(project_fd: int, project: str) -> str | None:
@@ -30,10 +37,10 @@ def common_directory(project_fd: int, project: str) -> str | None:
     Raises:
         Untrusted: it says that it is one, and is none.
     """
-    pointer = _read_at(project_fd, b".git")
-    if pointer is None or not pointer.startswith("gitdir: "):
+    pointer = _pointer(project_fd)
+    if pointer is None:
         return None
-    administrative = os.path.realpath(os.path.join(project, pointer.removeprefix("gitdir: ")))
+    administrative = os.path.realpath(os.path.join(project, pointer))
     common = _read(os.path.join(administrative, "commondir"))
     if common is None:
         # A submodule: its repository stands alone, and says nothing of who uses it.
@@ -45,6 +52,11 @@ def common_directory(project_fd: int, project: str) -> str | None:
     if os.path.realpath(os.path.join(administrative, back)) != os.path.join(project, ".git"):
         raise Untrusted(f"{directory} knows this worktree at another place")
     return directory
+
+
+def _pointer(project_fd: int) -> str | None:
+    line = _read_at(project_fd, b".git")
+    return line.removeprefix(_POINTER) if line is not None and line.startswith(_POINTER) else None
 
 
 def _read(path: str) -> str | None:

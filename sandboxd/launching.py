@@ -340,7 +340,7 @@ class Launcher:
             async with slot.lock:
                 await self._workspaces.fill(slot, places, progress)
                 async with self._turns:
-                    with anyio.CancelScope(shield=True):
+                    with anyio.CancelScope(shield=True), self.pools.claiming():
                         await self._change_to_claimed(slot, before, engine, places, secrets, timings)
         except (RuntimeFailure, LimitNotEnforceable) as error:
             # What has died cannot be proven, either; else it is the caller's limits that cannot.
@@ -365,12 +365,14 @@ class Launcher:
         secrets: Mapping[str, bytes],
         timings: Timings,
     ) -> None:
-        if slot.record.changed_late:
-            with contextlib.ExitStack() as opened:
-                await self._containers.change(slot, before, self._workspaces.sources(slot, places, opened))
-        timings.mark("workspace")
-        await self._enforcer.write_changes(slot, engine, before.limits)
-        timings.mark("limits")
+        with contextlib.ExitStack() as opened:
+            sources = self._workspaces.sources(slot, places, opened) if slot.record.changed_late else None
+            # While the helper mounts, the limits are written.
+            async with self._containers.changing(slot, before, sources):
+                timings.mark("workspace")
+                await self._enforcer.write_changes(slot, engine, before.limits)
+                timings.mark("limits")
+            timings.mark("workspace")
         self._enforcer.prove(slot)
         require_proof(slot)
         timings.mark("verify")
@@ -443,6 +445,7 @@ class Launcher:
             if slot.record.state is State.WARM:
                 recipe = self._recipe_if_fit(slot)
                 if recipe is not None:
+                    slot.keep_limits_open()
                     self.pools.adopt(recipe, slot, age_s=(now_ms() - slot.record.created_at_ms) / 1000)
                 else:
                     self._manager.remove_soon(slot)
@@ -500,6 +503,8 @@ class Launcher:
         try:
             container_id = await self._containers.run(sandbox, engine, places, timings)
             sandbox.change(made, container_id=container_id)
+            if made is Event.FILLED:
+                sandbox.keep_limits_open()
             self._enforcer.prove(sandbox)
             require_proof(sandbox)
             timings.mark("verify")

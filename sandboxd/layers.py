@@ -114,7 +114,8 @@ class Layers:
         with contextlib.suppress(PermissionError):
             os.chown(self.upper, status.st_uid, status.st_gid)
         os.chmod(self.upper, status.st_mode & PERMISSIONS)
-        self._put_base(Base(kind=kind, project_inode=status.st_ino, made_at_ns=self._now_ns()))
+        made_at_ns = os.stat(self.upper).st_ctime_ns
+        self._put_base(Base(kind=kind, project_inode=status.st_ino, made_at_ns=made_at_ns))
 
     def make_copy(self, project_fd: int, budget: Budget, progress: Progress) -> CopyReport:
         """Copy a project.

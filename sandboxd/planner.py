@@ -19,7 +19,8 @@ WINDOW_REFILLS = 2.0
 
 YIELD_S = 0.1
 """While claims come this close together and there are slots left, no new ones are made: to make one takes all that
-the host has, and whoever claims would feel it."""
+the host has, and whoever claims would feel it. Nor while claims are carried out, the last ones of a pool included;
+but where that goes on and on, no longer than this."""
 
 BACK_OFF_S_MIN = 1.0
 BACK_OFF_S_MAX = 60.0
@@ -78,6 +79,8 @@ class Room(msgspec.Struct, frozen=True, kw_only=True):
     """How many more may be made at once."""
     slots: int
     """How many more slots the memory budget allows."""
+    claiming_since_s: float | None = None
+    """Since when claims have been carried out, one or several at any time; None: there are none now."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,7 +100,7 @@ def plan(view: PoolView, room: Room, now_s: float) -> Plan:
     old = [slot for slot in view.warm if slot.current and now_s - slot.made_s > view.settings.age_s_max]
     fresh = len(view.warm) - len(stale) - len(old)
     wanted = target + view.waiting - fresh - view.filling
-    resumes_s = max(resumes_at(view), _yields_until(view))
+    resumes_s = max(resumes_at(view), _yields_until(view, room))
     may_start = now_s >= resumes_s and not view.drained
     start = max(0, min(wanted, room.fills, room.slots, view.settings.slots_max - view.filling)) if may_start else 0
     # One of an old image must not be given to anybody. An old one serves until a fresh one is there.
@@ -113,8 +116,9 @@ def plan(view: PoolView, room: Room, now_s: float) -> Plan:
     )
 
 
-def _yields_until(view: PoolView) -> float:
-    return view.asked_s[-1] + YIELD_S if view.asked_s and view.warm and not view.waiting else 0.0
+def _yields_until(view: PoolView, room: Room) -> float:
+    last_s = view.asked_s[-1] if view.asked_s and view.warm and not view.waiting else None
+    return max((began_s + YIELD_S for began_s in (last_s, room.claiming_since_s) if began_s is not None), default=0.0)
 
 
 def target_of(view: PoolView, now_s: float) -> int:

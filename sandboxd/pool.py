@@ -136,7 +136,12 @@ class Pools:
         self._clock = clock
         self._buckets: dict[Recipe, Slots] = {}
         self._changed = anyio.Event()
+        self._urgent = anyio.Event()
         self._closed = False
+        self._claims = 0
+        self._claiming_since_s: float | None = None
+        self._held_back = False
+        """A round was made while claims were carried out: one more, when they are done."""
 
     # --- claiming -------------------------------------------------------------------------------------
 
@@ -144,9 +149,26 @@ class Pools:
         """A warm slot, which is the caller's from now on; None when there is none. Counted as demand."""
         bucket = self._asked(recipe)
         slot = self._pop(bucket) if bucket is not None else None
-        if bucket is not None and slot is None:
-            bucket.misses["empty"] += 1
+        if bucket is not None:
+            if slot is None:
+                bucket.misses["empty"] += 1
+            self._wake(urgent=not bucket.warm)
         return slot
+
+    @contextlib.contextmanager
+    def claiming(self) -> Iterator[None]:
+        """For as long as it is entered, a slot that was taken is made a caller's: no slots are made beside that."""
+        self._claims += 1
+        if self._claims == 1:
+            self._claiming_since_s = self._clock()
+        try:
+            yield
+        finally:
+            self._claims -= 1
+            if self._claims == 0:
+                self._claiming_since_s = None
+                if self._held_back:
+                    self._wake()
 
     async def wait(self, recipe: Recipe, *, deadline_s: float) -> Sandbox:
         """A warm slot, as soon as it is this caller's turn: first come, first served.
@@ -159,6 +181,7 @@ class Pools:
             raise _exhausted(recipe, "its template keeps no slots")
         if not bucket.waiters:
             slot = self._pop(bucket)
+            self._wake(urgent=not bucket.warm)
             if slot is not None:
                 return slot
         ends_s = self._clock() + deadline_s
@@ -211,7 +234,6 @@ class Pools:
         bucket = self._bucket(recipe)
         if bucket is not None:
             bucket.asked_s.append(self._clock())
-            self._wake()
         return bucket
 
     def _bucket(self, recipe: Recipe) -> Slots | None:
@@ -353,25 +375,30 @@ class Pools:
     async def run(self) -> None:
         """Carry out the plan whenever something has changed, or when it is time to look again."""
         while True:
-            self._changed = anyio.Event()
+            self._changed, self._urgent = anyio.Event(), anyio.Event()
             wait_s = self._settle()
             for bucket in list(self._buckets.values()):
                 await self._look_at_image(bucket)
             with anyio.move_on_after(wait_s):
                 await self._changed.wait()
-                # Claims come in bursts: one round for all of them.
-                await anyio.sleep(SETTLE_S)
+                # Claims come in bursts: one round for all of them, and none before it could do anything.
+                with anyio.move_on_after(planner.YIELD_S):
+                    await self._urgent.wait()
+                    await anyio.sleep(SETTLE_S)
 
     def close(self) -> None:
         """Make no more slots. Those that are warm go on, and are adopted by the next daemon."""
         self._closed = True
 
-    def _wake(self) -> None:
+    def _wake(self, *, urgent: bool = True) -> None:
         self._changed.set()
+        if urgent:
+            self._urgent.set()
 
     def _settle(self) -> float:
         """One round over all buckets; returns how long nothing has to be done if nothing happens."""
         now_s = self._clock()
+        self._held_back = self._claims > 0
         wait_s = min(ROUND_S_MAX, self._image_look_s)
         spare: int | None = None
         for recipe, bucket in list(self._buckets.items()):
@@ -384,6 +411,7 @@ class Pools:
             room = Room(
                 fills=0 if self._closed else max(0, self._fills_max - filling),
                 slots=max(0, bucket.settings.slots_max - others - len(bucket.warm) - bucket.filling),
+                claiming_since_s=self._claiming_since_s,
             )
             view = bucket.view()
             # Memory, and the place of another's slot, are asked for only by who would make one of it.

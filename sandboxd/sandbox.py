@@ -632,6 +632,16 @@ class Sandbox:
         """
         self._readable_cgroup().write_limits(limits)
 
+    def keep_limits_open(self) -> None:
+        """Have what limits are read from at hand: whoever claims this slot must not wait for it to be found."""
+        if self._cgroup is not None:
+            self._cgroup.keep_open()
+
+    def let_limits_go(self) -> None:
+        """Close that again: a sandbox has it for a long time, and is looked at now and then."""
+        if self._cgroup is not None:
+            self._cgroup.let_go()
+
     @contextlib.contextmanager
     def unthrottled(self) -> Iterator[None]:
         """Give it all CPUs while something in it is to end: a storm under a tiny quota would take for ever to die."""

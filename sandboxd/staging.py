@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -57,21 +57,25 @@ class Staging:
         able = engine.capabilities
         return self._mounter is not None and (self._may_mount or (able is not None and able.late_for_callers))
 
-    async def change(
+    @contextlib.asynccontextmanager
+    async def changing(
         self,
         sandbox: Sandbox,
         source: MountSource | None,
         *,
         tmpfs_bytes: Mapping[str, int],
         hostname: str | None,
-    ) -> None:
-        """Change a container that runs, and see that it was done: a mount, sizes of tmpfs, the host name.
+    ) -> AsyncIterator[None]:
+        """Change a container that runs: a mount, sizes of tmpfs, the host name.
+
+        It is asked for before the body, and seen to be done after it.
 
         Raises:
             Unsupported: the kernel or the file system cannot.
             UnreadableAnswer: anything else; what the container sees now is not known.
         """
         if source is None and not tmpfs_bytes and hostname is None:
+            yield
             return
         if self._mounter is None or sandbox.pid is None:
             raise Unsupported("cannot change a running container here", detail="there is no helper for it")
@@ -88,7 +92,8 @@ class Staging:
                     target=source.target,
                     read_only=source.read_only,
                 )
-            await self._mounter.change(sandbox.pid, mount=mount, tmpfs_bytes=tmpfs_bytes, hostname=hostname)
+            async with self._mounter.changing(sandbox.pid, mount=mount, tmpfs_bytes=tmpfs_bytes, hostname=hostname):
+                yield
 
     @contextlib.contextmanager
     def staged(self, sandbox: Sandbox, sources: Sequence[MountSource]) -> Iterator[list[Mount]]:

@@ -81,6 +81,8 @@ class OpenedPath(msgspec.Struct, frozen=True, kw_only=True):
     inode: int
     owner: User
     is_directory: bool
+    says_worktree: bool = False
+    """It has the file of a git worktree, which is not to be believed yet."""
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
@@ -299,16 +301,20 @@ class MountSource(msgspec.Struct, frozen=True, kw_only=True):
         if self.overlay is None:
             return mounts.detached_bind(self.descriptor, read_only=self.read_only, userns_fd=userns_fd)
         with contextlib.ExitStack() as opened:
-            lower_fd = self.descriptor
             layers_fd = open_directory(self.overlay.directory)
             opened.callback(os.close, layers_fd)
-            if userns_fd is not None:
-                # An overlay cannot be mapped, its layers can: both, so that on the disk ids are as in the project.
+            if userns_fd is None:
+                return mounts.detached_overlay(self.descriptor, layers_fd)
+            # An overlay cannot be mapped, its layers can: both, so that on the disk ids are as in the project.
+            lower_fd = opened.enter_context(_mapped(self.descriptor, userns_fd))
+            layers_fd = opened.enter_context(_mapped(layers_fd, userns_fd))
+            try:
+                return mounts.detached_overlay(lower_fd, layers_fd)
+            except Unsupported:
                 # Kernels before 6.15 take only layers that are attached; they stay so no longer than this.
-                scratch = self.overlay.scratch
-                lower_fd = opened.enter_context(_attached(self.descriptor, f"{scratch}-lower", userns_fd))
-                layers_fd = opened.enter_context(_attached(layers_fd, f"{scratch}-layers", userns_fd))
-            return mounts.detached_overlay(lower_fd, layers_fd)
+                opened.enter_context(_attached(lower_fd, f"{self.overlay.scratch}-lower"))
+                opened.enter_context(_attached(layers_fd, f"{self.overlay.scratch}-layers"))
+                return mounts.detached_overlay(lower_fd, layers_fd)
 
 
 def open_directory(path: str) -> int:
@@ -317,15 +323,23 @@ def open_directory(path: str) -> int:
 
 
 @contextlib.contextmanager
-def _attached(source_fd: int, directory: str, userns_fd: int) -> Iterator[int]:
-    """A descriptor of an id-mapped mount, while it is attached."""
-    stage = Stage(directory)
+def _mapped(source_fd: int, userns_fd: int) -> Iterator[int]:
+    """A descriptor of an id-mapped mount that is nowhere yet."""
     tree_fd = mounts.detached_bind(source_fd, read_only=False, userns_fd=userns_fd)
     try:
-        stage.attach(tree_fd)
         yield tree_fd
     finally:
         os.close(tree_fd)
+
+
+@contextlib.contextmanager
+def _attached(tree_fd: int, directory: str) -> Iterator[None]:
+    """A mount that was nowhere, attached for so long."""
+    stage = Stage(directory)
+    stage.attach(tree_fd)
+    try:
+        yield
+    finally:
         stage.clear()
 
 

@@ -168,8 +168,8 @@ class Workspaces:
             opened.append(OpenedMount(target=mount.target, read_only=mount.mode == "ro", opened=source))
         _refuse_nested(opened)
         if workspace is not None:
-            project = await self._look(open_workspace, _given_path(workspace.path, workspace.path_bytes), held)
-            if workspace.git_common != "none":
+            project = await self._look(_open_project, _given_path(workspace.path, workspace.path_bytes), held)
+            if project.says_worktree and workspace.git_common != "none":
                 common, warning = await self._git_common(project, workspace.git_common == "ro", opened, held)
                 opened += common
                 warnings += warning
@@ -303,7 +303,10 @@ class Workspaces:
         project = opened.project
         if record.layer == "overlay":
             kind: LayerKind = "overlay" if record.backend == "overlay" else "userxattr"
-            await self._work(lambda: layers.make_overlay(project.descriptor, kind))
+            # To its end: it is a handful of names, and a claim waits for it.
+            with anyio.CancelScope(shield=True):
+                make = functools.partial(layers.make_overlay, project.descriptor, kind)
+                await anyio.to_thread.run_sync(make, limiter=self._workers)
             return
 
         def copy() -> Layers:
@@ -728,6 +731,16 @@ def _readable(descriptor: int) -> Iterator[int]:
 
 
 # --- paths ----------------------------------------------------------------------------------------------
+
+
+def _open_project(path: str, rules: Rules) -> OpenedPath:
+    """As ``open_workspace``, with the look for a git worktree on the way: a claim feels every trip to a thread."""
+    opened = open_workspace(path, rules)
+    try:
+        return msgspec.structs.replace(opened, says_worktree=gitworktree.says_worktree(opened.descriptor))
+    except BaseException:
+        os.close(opened.descriptor)
+        raise
 
 
 def path_of(record: WorkspaceRecord | MountRecord) -> str:

@@ -8,6 +8,7 @@ not hold what the kernel documents raises ``CgroupUnreadable``: a limit or a cou
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
@@ -40,6 +41,8 @@ CONTROLLERS: Final = ("memory", "cpu", "cpuacct", "cpuset", "pids")
 SHM_TARGET: Final = "/dev/shm"  # noqa: S108 - a mount point inside the container
 
 _NUMBER_CHARS_MAX: Final = 20
+_LINES_KEPT_MAX: Final = 2048
+"""Of mountinfo, taken apart: a container has about ten that are looked at."""
 _TMPFS_UNITS: Final = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3}
 _PRESSURE: Final = re.compile(
     rb"some avg10=([0-9]{1,3}\.[0-9]{2}) [^\n]{0,64}total=([0-9]{1,20})\n"
@@ -257,9 +260,9 @@ def parse_tmpfs_sizes(raw: bytes | None) -> dict[str, int] | None:
 
 def _at_tmpfs(raw: bytes) -> bytes:
     """The lines of a mountinfo that say something of a place where a tmpfs is; there are many others."""
-    lines = [line.split(b" ", 5) for line in raw.splitlines()]
-    places = {fields[4] for fields in lines if len(fields) > 5 and b" - tmpfs " in fields[5]}
-    return b"\n".join(b" ".join(fields) for fields in lines if len(fields) <= 5 or fields[4] in places)
+    lines = [(line, line.split(b" ", 5)) for line in raw.splitlines()]
+    places = {fields[4] for _, fields in lines if len(fields) > 5 and b" - tmpfs " in fields[5]}
+    return b"\n".join(line for line, fields in lines if len(fields) <= 5 or fields[4] in places)
 
 
 def tightest(levels: Iterable[int | None]) -> int | None:
@@ -547,20 +550,22 @@ def _memberships(raw: bytes) -> dict[str, str]:
 
 def _mounts(raw: bytes) -> list[_Mount]:
     """The lines of a mountinfo."""
-    mounts: list[_Mount] = []
-    for line in _lines(raw, "mountinfo"):
-        before, dash, after = line.partition(" - ")
-        fields, tail = before.split(" "), after.split(" ")
-        if not dash or len(fields) < 6 or len(tail) < 3:
-            raise _unreadable("mountinfo", raw)
-        major, _, minor = fields[2].partition(":")
-        if not (major and minor and fields[0] and fields[1] and _is_number(fields[0] + fields[1] + major + minor)):
-            raise _unreadable("mountinfo", raw)
-        device = (int(major), int(minor))
-        mounts.append(
-            _Mount(int(fields[0]), int(fields[1]), device, unescape(fields[3]), unescape(fields[4]), tail[0], tail[2])
-        )
-    return mounts
+    return [_mount(line) for line in _lines(raw, "mountinfo")]
+
+
+@functools.lru_cache(maxsize=_LINES_KEPT_MAX)
+def _mount(line: str) -> _Mount:
+    """One line. They are the same from reading to reading, and a claim waits for the last."""
+    before, dash, after = line.partition(" - ")
+    fields, tail = before.split(" "), after.split(" ")
+    if not dash or len(fields) < 6 or len(tail) < 3:
+        raise _unreadable("mountinfo", line.encode("utf-8", "surrogateescape"))
+    major, _, minor = fields[2].partition(":")
+    if not (major and minor and fields[0] and fields[1] and _is_number(fields[0] + fields[1] + major + minor)):
+        raise _unreadable("mountinfo", line.encode("utf-8", "surrogateescape"))
+    device = (int(major), int(minor))
+    root, point = unescape(fields[3]), unescape(fields[4])
+    return _Mount(int(fields[0]), int(fields[1]), device, root, point, tail[0], tail[2])
 
 
 def _directory(path: str, mounts: Sequence[_Mount], controller: str) -> CgroupPath:

@@ -3,10 +3,11 @@
  * other sizes, and it another host name.
  *
  * The daemon starts one and keeps it. Requests arrive on the socket that is its stdin (SOCK_SEQPACKET), each with
- * a pipe to answer on and with the namespaces to enter, as descriptors. Every request is carried out by a child of
- * its own, for there is no honest way back from another mount namespace, and a file system that does not answer
- * must hold up nobody else. The child answers and ends; no answer means that it died. The mounter ends when the
- * daemon's end of the socket is closed.
+ * a pipe to answer on and with the namespaces to enter, as descriptors. Every request is taken and carried out by a
+ * child of its own, for there is no honest way back from another mount namespace, and a file system that does not
+ * answer must hold up nobody else. The child is there before the request is, for a claim waits for it: it tells the
+ * mounter that it has taken one, and the mounter has the next child ready. The child answers and ends; no answer
+ * means that it died. All end when the daemon's end of the socket is closed.
  *
  * A daemon that is root sends a mount that is ready and nowhere yet. One of an ordinary user cannot make any: its
  * directory is cloned here, inside the container's user namespace. A descriptor from outside cannot be cloned
@@ -241,17 +242,6 @@ static void carry_out(void)
     answer(DONE, 0);
 }
 
-/* Where there is no child to be had, the closed pipe says so. */
-static void carry_out_in_child(void)
-{
-    if (fork() == 0) {
-        /* Else requests could be sent to a mounter that is gone, for as long as this lasts. */
-        close(STDIN_FILENO);
-        carry_out();
-        _exit(0);
-    }
-}
-
 static bool is_text(const char *text, size_t size)
 {
     return memchr(text, 0, size) != NULL;
@@ -310,18 +300,62 @@ static bool receive(ssize_t *length)
     return true;
 }
 
-int main(void)
+/* What a child tells the mounter, by one byte; by none that it died before there was a request. */
+enum word {
+    TAKEN = 't',
+    DAEMON_GONE = 'g',
+};
+
+/* A child whose mounter was killed has nobody to tell, and serves its request all the same. */
+static void say(int fd, char word)
+{
+    if (write(fd, &word, 1) == 1)
+        close(fd);
+}
+
+/* One request, whenever it comes. */
+static void serve_one(int word_fd)
 {
     ssize_t length;
-
-    /* Children are reaped by the kernel; none of us leaves a core with the daemon's descriptors in it. */
-    if (signal(SIGCHLD, SIG_IGN) == SIG_ERR || prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) != 0 || chdir("/") != 0)
-        return 1;
-    while (receive(&length)) {
-        if (is_well_formed(length))
-            carry_out_in_child();
-        for (size_t i = 0; i < descriptor_count; i++)
-            close(descriptors[i]);
+    if (!receive(&length)) {
+        say(word_fd, DAEMON_GONE);
+        return;
     }
+    say(word_fd, TAKEN);
+    /* Else requests could be sent to a mounter that is gone, for as long as this lasts. */
+    close(STDIN_FILENO);
+    if (is_well_formed(length))
+        carry_out();
+}
+
+/* Has a child serve one request; what it said when it had it. Where there is no child to be had the mounter ends, and
+ * the closed socket says so. */
+static char have_one_served(void)
+{
+    char word = 0;
+    int pipe_fds[2];
+    if (pipe2(pipe_fds, O_CLOEXEC) != 0)
+        return DAEMON_GONE;
+    pid_t child = fork();
+    if (child == 0) {
+        close(pipe_fds[0]);
+        serve_one(pipe_fds[1]);
+        _exit(0);
+    }
+    close(pipe_fds[1]);
+    while (read(pipe_fds[0], &word, 1) < 0 && errno == EINTR)
+        ;
+    close(pipe_fds[0]);
+    return child < 0 ? DAEMON_GONE : word;
+}
+
+int main(void)
+{
+    /* Children are reaped by the kernel; none of us leaves a core with the daemon's descriptors in it. */
+    if (signal(SIGCHLD, SIG_IGN) == SIG_ERR || signal(SIGPIPE, SIG_IGN) == SIG_ERR ||
+        prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) != 0 || chdir("/") != 0)
+        return 1;
+    while (have_one_served() != DAEMON_GONE)
+        ;
     return 0;
 }

@@ -17,7 +17,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 
 import anyio
 import msgspec
@@ -55,6 +55,8 @@ _STAGES = (
     "cannot set the host name",
 )
 """As in ``enum stage`` of mounter.c."""
+
+_WHAT = "cannot change a running container"
 
 _KERNEL_STAGES = frozenset({4, 5, 7, 9})
 _CANNOT = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP})
@@ -109,7 +111,22 @@ class Mounter:
         tmpfs_bytes: Mapping[str, int] | None = None,
         hostname: str | None = None,
     ) -> None:
-        """Change a container, and see that it was done.
+        """Change a container, and see that it was done; see ``changing``."""
+        async with self.changing(pid, mount=mount, tmpfs_bytes=tmpfs_bytes, hostname=hostname):
+            pass
+
+    @contextlib.asynccontextmanager
+    async def changing(
+        self,
+        pid: int,
+        *,
+        mount: LateMount | None = None,
+        tmpfs_bytes: Mapping[str, int] | None = None,
+        hostname: str | None = None,
+    ) -> AsyncIterator[None]:
+        """Change a container: asked for before the body, which need not wait for it, and seen to be done after it.
+
+        Where the body fails, nobody knows whether it was done.
 
         Args:
             pid: The container's PID 1, known to be it; its namespaces are entered.
@@ -121,32 +138,37 @@ class Mounter:
             Unsupported: this kernel or file system cannot.
             UnreadableAnswer: anything else; what the container sees now is not known.
         """
+        try:
+            reply_fd = self._begin(pid, mount, tmpfs_bytes or {}, hostname)
+        except OSError as error:
+            raise UnreadableAnswer(_WHAT, detail=error.strerror or str(error)) from error
+        try:
+            yield
+            answer = await _answer(reply_fd)
+        finally:
+            os.close(reply_fd)
+        if len(answer) != _REPLY.size:
+            raise UnreadableAnswer(_WHAT, detail="the helper ended without an answer")
+        _judge(*_REPLY.unpack(answer))
+
+    def _begin(self, pid: int, mount: LateMount | None, tmpfs_bytes: Mapping[str, int], hostname: str | None) -> int:
+        """Ask; returns the pipe that the answer comes on."""
         flags, descriptors, fields = 0, [], (0, 0, b"", b"")
         if mount is not None:
             flags |= _MOUNT_SOURCE | (_READ_ONLY if mount.read_only else 0)
             descriptors.append(mount.source_fd)
             status = os.fstat(mount.source_fd)
             fields = (status.st_dev, status.st_ino, os.fsencode(mount.source_path), os.fsencode(mount.target))
-        request = _packed(flags | (_SET_HOSTNAME if hostname is not None else 0), fields, hostname, tmpfs_bytes or {})
-        what = "cannot change a running container"
+        request = _packed(flags | (_SET_HOSTNAME if hostname is not None else 0), fields, hostname, tmpfs_bytes)
         read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            try:
-                self._ask(pid, request, write_fd, descriptors, uts=hostname is not None)
-            finally:
-                os.close(write_fd)
-            with anyio.fail_after(DEADLINE_S):
-                await anyio.wait_readable(read_fd)
-            answer = os.read(read_fd, _REPLY.size)
-        except TimeoutError:
-            raise UnreadableAnswer(what, detail="its file system does not answer") from None
-        except OSError as error:
-            raise UnreadableAnswer(what, detail=error.strerror or str(error)) from error
-        finally:
+            self._ask(pid, request, write_fd, descriptors, uts=hostname is not None)
+        except BaseException:
             os.close(read_fd)
-        if len(answer) != _REPLY.size:
-            raise UnreadableAnswer(what, detail="the helper ended without an answer")
-        _judge(what, *_REPLY.unpack(answer))
+            raise
+        finally:
+            os.close(write_fd)
+        return read_fd
 
     def _ask(self, pid: int, request: bytes, reply_fd: int, descriptors: list[int], *, uts: bool) -> None:
         with contextlib.ExitStack() as opened:
@@ -201,15 +223,29 @@ def _packed(
         and all(len(path) < _SIZE_PATH_BYTES for path, _ in sizes)
     )
     if not fits:
-        raise Unsupported("cannot change a running container", detail="a path or a name is too long")
+        raise Unsupported(_WHAT, detail="a path or a name is too long")
     padded = [*sizes, *[(b"", b"")] * (_SIZES_MAX - len(sizes))]
     return _REQUEST.pack(flags, *fields, name) + b"".join(_SIZE.pack(*size) for size in padded)
 
 
-def _judge(what: str, stage: int, code: int) -> None:
+async def _answer(reply_fd: int) -> bytes:
+    """What the helper says; empty where it ended. Often it has said so by now."""
+    with contextlib.suppress(BlockingIOError):
+        return os.read(reply_fd, _REPLY.size)
+    try:
+        with anyio.fail_after(DEADLINE_S):
+            await anyio.wait_readable(reply_fd)
+        return os.read(reply_fd, _REPLY.size)
+    except TimeoutError:
+        raise UnreadableAnswer(_WHAT, detail="its file system does not answer") from None
+    except OSError as error:
+        raise UnreadableAnswer(_WHAT, detail=error.strerror or str(error)) from error
+
+
+def _judge(stage: int, code: int) -> None:
     if stage == 0:
         return
     said = f"{_STAGES[stage] if stage < len(_STAGES) else f'stage {stage}'}: {os.strerror(code)}"
     if stage in _KERNEL_STAGES and code in _CANNOT:
         raise Unsupported("cannot change a running container here", detail=said)
-    raise UnreadableAnswer(what, detail=said)
+    raise UnreadableAnswer(_WHAT, detail=said)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from runtimes import mounts
+from runtimes.errors import Unsupported
 from runtimes.mounts import mounts_below
 from runtimes.userns import open_swapped_userns
 from sandboxd.layers import Layers
@@ -27,10 +30,25 @@ def userns_fd(request: pytest.FixtureRequest) -> Iterator[int | None]:
     os.close(descriptor)
 
 
+def _of_attached_layers(make: Callable[[int, int], int], lower_fd: int, layers_fd: int) -> int:
+    """As a kernel does before 6.15."""
+    attached = {entry.number for entry in mounts.mounts_of("self")}
+    for descriptor in (lower_fd, layers_fd):
+        shown = Path(f"/proc/self/fdinfo/{descriptor}").read_text().split("mnt_id:\t")[1].split("\n")[0]
+        if int(shown) not in attached:
+            raise Unsupported("cannot mount by descriptor on this host")
+    return make(lower_fd, layers_fd)
+
+
+@pytest.mark.parametrize("takes_detached", [True, False], ids=["6.15", "5.19"])
 def test_an_overlay_is_mounted_nowhere_and_its_layer_belongs_to_whom_the_project_does(
-    tmp_path: Path, userns_fd: int | None
+    tmp_path: Path, userns_fd: int | None, takes_detached: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Id-mapped it can be none itself: its layers are."""
+    """Id-mapped it can be none itself: its layers are, and older kernels want those attached meanwhile."""
+    if not takes_detached:
+        monkeypatch.setattr(
+            mounts, "detached_overlay", functools.partial(_of_attached_layers, mounts.detached_overlay)
+        )
     project = tmp_path / "low:er,dir\\x"
     project.mkdir()
     (project / "file").write_text("old")

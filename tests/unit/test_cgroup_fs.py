@@ -204,6 +204,36 @@ def test_a_reading_sees_what_changed_since_the_last(host: Host) -> None:
         assert handle.read_usage().pids == 7
 
 
+@every_host
+def test_files_that_are_kept_open_are_read_anew_each_time(host: Host) -> None:
+    """A claim reads its limits back through them: what was written since must be seen, and nothing else but that."""
+    with host.open() as handle:
+        before = handle.read_limits()
+        handle.keep_open()
+        assert handle.read_limits() == before
+        host.find("pids.max").write_text("7\n")
+        assert handle.read_limits().pids_max == 7
+        shutil.rmtree(host.directory / "fs")
+        with pytest.raises(CgroupUnreadable, match="the container is gone"):
+            handle.read_limits()
+
+
+@every_host
+def test_files_are_kept_open_until_they_are_let_go(host: Host) -> None:
+    with host.open() as handle:
+        handle.read_limits()
+        before = os.listdir("/proc/self/fd")
+        handle.keep_open()
+        handle.read_limits()
+        kept = os.listdir("/proc/self/fd")
+        assert len(kept) > len(before)
+        handle.read_limits()
+        assert os.listdir("/proc/self/fd") == kept
+        handle.let_go()
+        handle.let_go()
+        assert os.listdir("/proc/self/fd") == before
+
+
 @on("hybrid")
 def test_v1_raises_the_sum_before_the_memory(host: Host, written: list[tuple[str, str]]) -> None:
     with host.open() as handle:
@@ -363,6 +393,7 @@ def test_every_descriptor_is_closed_and_none_is_inherited(host: Host) -> None:
     before = descriptors()
     handle = host.open()
     handle.read_usage()
+    handle.keep_open()
     handle.read_limits()
     for name in descriptors() - before:
         if os.path.exists(f"/proc/self/fd/{name}"):

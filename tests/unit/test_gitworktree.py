@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sandboxd.gitworktree import Untrusted, common_directory
+from sandboxd.gitworktree import Untrusted, common_directory, says_worktree
 
 GIT = ["git", "-c", "user.name=t", "-c", "user.email=t@t", "-c", "init.defaultBranch=main"]
 
@@ -36,6 +36,14 @@ def found(project: Path) -> str | None:
 
 def test_a_worktree_leads_to_its_repository(worktree: Path) -> None:
     assert found(worktree) == str(worktree.parent / "repository" / ".git")
+
+
+def test_only_what_says_that_it_is_a_worktree_is_looked_into(worktree: Path, tmp_path: Path) -> None:
+    """Every claim asks; what comes after costs it more."""
+    for directory, says in ((worktree, True), (worktree.parent / "repository", False), (tmp_path, False)):
+        descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY)
+        assert says_worktree(descriptor) is says
+        os.close(descriptor)
 
 
 def test_a_relative_pointer_is_followed_from_the_project(worktree: Path) -> None:

@@ -154,6 +154,25 @@ async def test_a_tmpfs_gets_another_size(inside: subprocess.Popen[bytes], late: 
         await late.change(inside.pid, tmpfs_bytes={str(box / "link"): 1 << 20})
 
 
+async def test_what_is_asked_for_is_done_while_its_caller_does_something_else(
+    inside: subprocess.Popen[bytes], late: Mounter, project: Path, source_fd: int
+) -> None:
+    """Limits are written meanwhile. It counts as done only after the helper has said so."""
+    target = project.parent / "box" / "workspace"
+    async with late.changing(inside.pid, mount=wanted(inside, project, source_fd, "workspace")):
+        deadline = time.monotonic() + PATIENCE_S
+        while seen(inside, target) is None:
+            assert time.monotonic() < deadline
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(UnreadableAnswer, match="cannot open the place"):
+        async with late.changing(inside.pid, mount=wanted(inside, project, source_fd, "missing")):
+            pass
+    with pytest.raises(LookupError):
+        async with late.changing(inside.pid, hostname="renamed"):
+            raise LookupError
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 @pytest.mark.parametrize("target", ["link", "missing", "link/../workspace"])
 async def test_no_symlink_and_no_missing_place_is_mounted_on(
     inside: subprocess.Popen[bytes], late: Mounter, project: Path, source_fd: int, target: str
@@ -175,6 +194,7 @@ async def test_a_process_that_is_gone_is_an_error_and_the_next_mount_works(
 async def test_a_helper_that_was_killed_is_started_again(
     inside: subprocess.Popen[bytes], late: Mounter, project: Path, source_fd: int
 ) -> None:
+    """The child that was ready serves one more request, and then there is nobody."""
     with pytest.raises(UnreadableAnswer):
         await late.change(inside.pid, mount=wanted(inside, project, source_fd, "missing"))
     assert late.helper_pid is not None
@@ -184,6 +204,7 @@ async def test_a_helper_that_was_killed_is_started_again(
     while Path(f"/proc/{before}/stat").read_text().split(") ")[1][0] != "Z":
         assert time.monotonic() < deadline
     await late.change(inside.pid, mount=wanted(inside, project, source_fd, "workspace"))
+    await late.change(inside.pid, hostname="renamed")
     assert late.helper_pid != before
 
 

@@ -78,6 +78,17 @@ def test_no_slot_is_made_while_claims_come_and_slots_are_left() -> None:
     assert plan(view(asked_s=asked(0.05), warm=slots(1), waiting=1), AMPLE, NOW).start == 2, "somebody waits"
 
 
+def test_no_slot_is_made_while_claims_are_carried_out_but_not_without_end() -> None:
+    """The last slots of a pool are claimed beside nothing else; a crowd that never stops must starve no pool."""
+    emptied = view(asked_s=asked(0.01), waiting=3)
+    held = plan(emptied, msgspec.structs.replace(AMPLE, claiming_since_s=NOW - 0.05), NOW)
+    assert held.start == 0
+    assert held.look_again_s is not None
+    assert held.look_again_s <= NOW + 0.1
+    assert plan(emptied, AMPLE, NOW).start == 5
+    assert plan(emptied, msgspec.structs.replace(AMPLE, claiming_since_s=NOW - 0.11), NOW).start == 5
+
+
 def test_callers_who_wait_are_made_slots_beyond_the_target() -> None:
     assert plan(view(waiting=3, warm=slots(0)), AMPLE, NOW).start == 4
 
@@ -136,7 +147,12 @@ def test_a_drained_pool_makes_nothing_whoever_asks() -> None:
         failed_s=st.floats(0, NOW),
         drained=st.booleans(),
     ),
-    st.builds(Room, fills=st.integers(0, 10), slots=st.integers(0, 10)),
+    st.builds(
+        Room,
+        fills=st.integers(0, 10),
+        slots=st.integers(0, 10),
+        claiming_since_s=st.none() | st.floats(NOW - 1, NOW),
+    ),
 )
 def test_no_plan_goes_beyond_its_bounds(pool: PoolView, room: Room) -> None:
     decided = plan(pool, room, NOW)

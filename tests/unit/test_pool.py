@@ -133,6 +133,24 @@ async def test_the_first_claim_misses_and_later_ones_hit() -> None:
         assert world.bucket().misses == {"empty": 1}
 
 
+async def test_slots_are_made_once_the_claims_that_emptied_the_pool_are_done() -> None:
+    """To make one takes all that the host has, and the last in the line of claims would feel it."""
+    world = World()
+    world.settings = msgspec.structs.replace(world.settings, slots_min=1)
+    async with world.running() as pools:
+        pools.keep(RECIPE)
+        await world.until(lambda: len(world.bucket().warm) == 1)
+        world.now_s += 10.0
+        clock_s = pools._clock()
+        pools._clock = lambda: clock_s  # its time stands still: nothing is made because it had waited long enough
+        with pools.claiming():
+            assert pools.take(RECIPE) is world.made[0]
+            await world.until(lambda: pools._held_back)
+            assert not world.at_once
+            assert len(world.made) == 1
+        await world.until(lambda: len(world.made) > 1)
+
+
 async def test_no_slot_is_given_to_two_of_many_racing_callers() -> None:
     world = World()
     got: list[Any] = []

@@ -151,8 +151,10 @@ def test_claims_one_after_the_other_leave_nothing(
         own.call("pool/drain", template="default")
         wait_until(lambda: not any(row["filling"] for row in own.call("pool/list")["pools"]), "no slot is made")
         wait_until(lambda: not own.containers(engine) and not own.boxes_left(), "all slots are gone")
-        helper = 1
-        wait_until(lambda: len(psutil.Process(own.pid).children()) <= helper, "no client of the engine runs")
+        helper = 2
+        wait_until(
+            lambda: len(psutil.Process(own.pid).children(recursive=True)) <= helper, "no client of the engine runs"
+        )
         return left(own, engine)
 
     cycle()

@@ -7,8 +7,10 @@ image, does it know the container. Those questions are answered by exit status a
 from __future__ import annotations
 
 import logging
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import anyio
 import msgspec
@@ -72,16 +74,31 @@ mixed run, and none of 26 later, so one more try is worth it."""
 log = logging.getLogger(__name__)
 
 
+class OnCall(Protocol):
+    """Told of a client of an engine that has ended, or was ended."""
+
+    def __call__(self, engine: str, verb: str, took_s: float, *, succeeded: bool) -> None:
+        """Of one that was never started, ``took_s`` is how long it waited for its turn."""
+
+
 class CliEngine(ABC):
     """The engine contract (``runtimes.engine.Engine``), by one client process per call."""
 
-    def __init__(self, info: EngineInfo, *, env: Mapping[str, str], limiter: anyio.Semaphore | None = None) -> None:
+    def __init__(
+        self,
+        info: EngineInfo,
+        *,
+        env: Mapping[str, str],
+        limiter: anyio.Semaphore | None = None,
+        on_call: OnCall | None = None,
+    ) -> None:
         """Drive the engine that was detected as ``info``.
 
         Args:
             info: What ``runtimes.detect`` found.
             env: The environment for the client, usually the daemon's own.
             limiter: How many clients may run at once; by default ``CLIENTS_AT_ONCE_MAX`` of this engine.
+            on_call: Told of each client that has ended, or was ended.
         """
         if not info.usable or info.capabilities is None or info.client_path is None:
             raise EngineUnavailable(f"cannot use {info.name.value}", detail=info.reason, hint=info.hint)
@@ -89,6 +106,7 @@ class CliEngine(ABC):
         self._capabilities: Capabilities = info.capabilities
         self._env = client_environment(env)
         self._limiter = anyio.Semaphore(CLIENTS_AT_ONCE_MAX) if limiter is None else limiter
+        self._on_call = on_call
         self._client = self.client_of(info)
         self._whales = Whales(self._client)
 
@@ -300,14 +318,23 @@ class CliEngine(ABC):
         on_cancel: OnCancel = "kill",
         env: Mapping[str, str] | None = None,
     ) -> Finished:
-        return await run(
-            words,
-            what=self._what(verb),
-            deadline_s=deadline_s,
-            env=self._env if env is None else env,
-            limiter=self._limiter,
-            on_cancel=on_cancel,
-        )
+        started_s = time.monotonic()
+        finished: Finished | None = None
+        try:
+            finished = await run(
+                words,
+                what=self._what(verb),
+                deadline_s=deadline_s,
+                env=self._env if env is None else env,
+                limiter=self._limiter,
+                on_cancel=on_cancel,
+            )
+        finally:
+            if self._on_call is not None:
+                took_s = time.monotonic() - started_s if finished is None else finished.wall_ms / 1000
+                succeeded = finished is not None and finished.returncode == 0
+                self._on_call(self.name.value, verb, took_s, succeeded=succeeded)
+        return finished
 
     async def _is_there(self, container_id: str) -> bool:
         finished = await self._ask(find_argv(self._client, container_id), "ps")

@@ -61,11 +61,16 @@ class Capacity:
 
     def reconfigure(self, config: Config) -> None:
         """Go by these settings from now on; who waits may have room now."""
-        self._budget: Budget = admission.budget_of(
+        self.budget: Budget = admission.budget_of(
             self._host, config.capacity, sandboxes_max=config.daemon.sandboxes_max
         )
         self._reserve_bytes = parse_memory(config.capacity.memory_reserve, bytes_max=SIZE_BYTES_MAX, bytes_min=1)
         self._wake()
+
+    @property
+    def available_bytes(self) -> int:
+        """How much memory this host has to give."""
+        return self._available_bytes()
 
     @property
     def waiting(self) -> int:
@@ -127,7 +132,7 @@ class Capacity:
         raise _exceeded(shortage, waited_s=wait_s)
 
     def _shortage(self, asked: Share) -> Shortage | None:
-        found = admission.shortage(self._budget, self._promised(), asked)
+        found = admission.shortage(self.budget, self.promised, asked)
         if found is not None or asked.sandboxes == 0:
             return found
         available = self._available_bytes()
@@ -140,7 +145,9 @@ class Capacity:
             for_ever=False,
         )
 
-    def _promised(self) -> Share:
+    @property
+    def promised(self) -> Share:
+        """What sandboxes have, and those that are being made will."""
         given = [
             admission.share_of(sandbox.record.limits)
             for sandbox in self._manager.present()

@@ -157,6 +157,14 @@ class Audit(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     files: Annotated[int, Meta(ge=2, le=10_000, description="So many files are kept.")] = 8
 
 
+class Metrics(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Figures for a monitoring system."""
+
+    listen: Annotated[
+        str, Meta(description="Where they are served over HTTP: unix:/PATH, or ADDRESS:PORT; empty: nowhere.")
+    ] = ""
+
+
 class Chroma(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The ChromaDB that sandboxes share."""
 
@@ -230,6 +238,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     daemon: Daemon = Daemon()
     capacity: Capacity = Capacity()
     audit: Audit = Audit()
+    metrics: Metrics = Metrics()
     chroma: Chroma = Chroma()
     services: dict[str, Service] = {}
     templates: dict[str, Template] = {}
@@ -332,6 +341,22 @@ def loopback_address(text: str) -> tuple[str, int] | str:
     address = None if where is None else address_of(where[0])
     if where is None or address is None or address.version == 6 or not address.is_loopback:
         raise msgspec.ValidationError(f"{text!r} is neither 127.0.0.1:PORT nor the path of a Unix socket")
+    return where
+
+
+def metrics_address(text: str) -> tuple[str, int] | str | None:
+    """An IP address of this host and a port, or the path of a Unix socket; None: metrics are served nowhere.
+
+    Raises:
+        ValidationError: it is neither.
+    """
+    if not text:
+        return None
+    if text.startswith("unix:/"):
+        return text.removeprefix("unix:")
+    where = authority(text)
+    if where is None or address_of(where[0]) is None:
+        raise msgspec.ValidationError("give unix:/PATH, or an address and a port such as 127.0.0.1:9464")
     return where
 
 
@@ -477,6 +502,7 @@ _CHECKS: Mapping[str, Callable[[Any], object]] = {
     "chroma.memory": partial(parse_memory, bytes_max=SIZE_BYTES_MAX),
     "paths.deny": _refuse_relative,
     "workspaces.copy_bytes": partial(parse_memory, bytes_max=SIZE_BYTES_MAX),
+    "metrics.listen": metrics_address,
     "audit.size": partial(parse_memory, bytes_max=SIZE_BYTES_MAX, bytes_min=AUDIT_BYTES_MIN),
     "pool.idle": partial(parse_duration_ms, option="pool.idle"),
     "pool.age_max": partial(parse_duration_ms, option="pool.age_max"),

@@ -27,6 +27,7 @@ import psutil
 
 from runtimes import clients, detect, seccomp
 from runtimes.argv import owner_label_argument
+from runtimes.cli_engine import OnCall
 from runtimes.docker import DockerEngine
 from runtimes.engine import Engine
 from runtimes.errors import RuntimeFailure
@@ -48,7 +49,7 @@ from sandboxd.audit.files import AuditFiles
 from sandboxd.audit.trail import Trail
 from sandboxd.background import Background
 from sandboxd.capacity import Capacity
-from sandboxd.config import SIZE_BYTES_MAX, Config, load_config
+from sandboxd.config import SIZE_BYTES_MAX, Config, load_config, metrics_address
 from sandboxd.engines import EngineRoom
 from sandboxd.events import EventLog
 from sandboxd.failures import Conflict, Exit, Failure, Unauthorized
@@ -58,6 +59,7 @@ from sandboxd.handlers.daemon import DaemonHandlers
 from sandboxd.handlers.dispatch import Dispatcher
 from sandboxd.handlers.events import EventHandlers
 from sandboxd.handlers.files import FileHandlers
+from sandboxd.handlers.metrics import MetricsHandlers
 from sandboxd.handlers.network import NetworkHandlers
 from sandboxd.handlers.pools import PoolHandlers
 from sandboxd.handlers.sandboxes import SandboxHandlers
@@ -73,11 +75,15 @@ from sandboxd.lifetimes import Lifetimes
 from sandboxd.limits import Host
 from sandboxd.listener import AlreadyRunning, Listener, open_listener
 from sandboxd.manager import Caller, Manager, Places
+from sandboxd.measuring import Measures, Metrics
+from sandboxd.network.metrics_door import MetricsDoor
 from sandboxd.network.outside import Outside
+from sandboxd.openmetrics import CONTENT_TYPE
 from sandboxd.paths import is_private, socket_path, state_dir
 from sandboxd.programs import install_programs
 from sandboxd.protocol import PROTOCOL_VERSION, ConfigEntry, DaemonConfig, DaemonInfo, DaemonReloaded
 from sandboxd.recovery import Recovery
+from sandboxd.sandbox import Tell
 from sandboxd.secret_store import SecretStore
 from sandboxd.server import serve
 from sandboxd.services.room import ServiceRoom
@@ -220,6 +226,16 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
             auditor = Auditor(
                 ground.trail, reads=config.audit.reads, required=config.audit.required, id_of=manager.id_of
             )
+            launcher.pools.on_ready = ground.measures.slot_ready
+            metrics = Metrics(
+                ground.measures,
+                manager=manager,
+                pools=launcher.pools,
+                capacity=capacity,
+                events=ground.events,
+                audit=lambda: auditor.state,
+            )
+            door = _metrics_door(config, metrics)
             survey = Survey(
                 engines=ground.engines,
                 image=config.defaults.image,
@@ -229,6 +245,7 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 mounts_late=late_mounts_exist(),
                 audit=lambda: auditor.state,
                 journal=ground.journal,
+                metrics_problem=lambda: "" if door is None else door.problem,
             )
             daemon = DaemonHandlers(
                 manager=manager,
@@ -253,13 +270,14 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 PoolHandlers(launcher),
                 SecretHandlers(manager, secrets),
                 AuditHandlers(ground.trail, manager),
+                MetricsHandlers(metrics),
                 daemon,
             )
             dispatcher = Dispatcher(
                 (family.table() for family in families),
                 lifetimes.used_by,
                 secrets.refuse_in,
-                observers=(auditor.observe,),
+                observers=(auditor.observe, ground.measures.observe),
             )
             auditor.tell("begun", pid=os.getpid(), version=__version__)
             tasks.start_soon(_watch_signals, stop, settings)
@@ -275,6 +293,8 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 tasks.start_soon(launcher.pools.run)
                 tasks.start_soon(manager.engine_records.run)
                 tasks.start_soon(ground.journal.keep_durable)
+                if door is not None:
+                    tasks.start_soon(door.run)
                 logger.info("listening on %s", listener.path)
                 supervision.ready(tasks)
                 if ready_fd is not None:
@@ -341,6 +361,7 @@ class _Ground:
     journal: Journal
     engines: EngineRoom
     events: EventLog
+    measures: Measures
     host: Host
     userns_fd: int | None
     trail: Trail | None
@@ -377,9 +398,10 @@ def _prepare(
     userns_fd = _open_userns(boxes_dir)
     if userns_fd is not None:
         held.callback(os.close, userns_fd)
+    measures = Measures()
     engines = EngineRoom(
         functools.partial(detect.detect_all, env),
-        functools.partial(_build_engine, env=env),
+        functools.partial(_build_engine, env=env, on_call=measures.engine_called),
         config.daemon.engine_calls_max,
     )
     host = _host()
@@ -398,6 +420,7 @@ def _prepare(
         journal=journal,
         engines=engines,
         events=events,
+        measures=measures,
         host=host,
         userns_fd=userns_fd,
         trail=_trail(config, state, held),
@@ -411,7 +434,7 @@ def _prepare(
             engines=engines,
             userns_fd=userns_fd,
             inotify=held.enter_context(Inotify()),
-            tell=events.publish,
+            tell=_both(events.publish, measures.tell),
             mounter=held.enter_context(contextlib.closing(Mounter(mounter_binary_path())))
             if late_mounts_exist()
             else None,
@@ -554,12 +577,25 @@ def _open_userns(boxes_dir: str) -> int | None:
     return userns_fd
 
 
-def _build_engine(info: EngineInfo, limiter: anyio.Semaphore, *, env: Mapping[str, str]) -> Engine:
+def _both(first: Tell, second: Tell) -> Tell:
+    def tell(kind: str, sandbox: str, name: str | None, data: dict[str, str | int | None]) -> None:
+        first(kind, sandbox, name, data)
+        second(kind, sandbox, name, data)
+
+    return tell
+
+
+def _metrics_door(config: Config, metrics: Metrics) -> MetricsDoor | None:
+    where = metrics_address(config.metrics.listen)
+    return None if where is None else MetricsDoor(where, metrics.text, content_type=CONTENT_TYPE)
+
+
+def _build_engine(info: EngineInfo, limiter: anyio.Semaphore, *, env: Mapping[str, str], on_call: OnCall) -> Engine:
     match info.name:
         case EngineName.DOCKER:
-            return DockerEngine(info, env=env, limiter=limiter)
+            return DockerEngine(info, env=env, limiter=limiter, on_call=on_call)
         case EngineName.PODMAN:
-            return PodmanEngine(info, env=env, limiter=limiter)
+            return PodmanEngine(info, env=env, limiter=limiter, on_call=on_call)
 
 
 if __name__ == "__main__":

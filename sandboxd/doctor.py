@@ -58,6 +58,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     swap_counted: bool | None
     """By control group; None where that cannot be told."""
     audit: AuditState
+    metrics_problem: str
+    """Why metrics are not served where they should be; empty: they are."""
 
 
 def judge(facts: Facts) -> list[Check]:
@@ -74,6 +76,15 @@ def judge(facts: Facts) -> list[Check]:
         _swap(facts),
         _audit(facts),
     ]
+    if facts.metrics_problem:
+        checks.append(
+            Check(
+                name="metrics",
+                status="warning",
+                detail=facts.metrics_problem,
+                fix="ss -ltnp",
+            )
+        )
     checks.append(
         _check(
             "late mounts",

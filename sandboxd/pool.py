@@ -134,6 +134,8 @@ class Pools:
         self._fills_max = fills_max
         self._image_look_s = image_look_s
         self._clock = clock
+        self.on_ready: Callable[[Recipe, float], None] = _nobody_listens
+        """Called with how many seconds it took until a slot was warm."""
         self._buckets: dict[Recipe, Slots] = {}
         self._changed = anyio.Event()
         self._urgent = anyio.Event()
@@ -485,7 +487,9 @@ class Pools:
             bucket.failures = 0
             bucket.failure = ""
             bucket.made += 1
-            bucket.refill_s = planner.next_refill_s(bucket.refill_s, self._clock() - started_s)
+            took_s = self._clock() - started_s
+            bucket.refill_s = planner.next_refill_s(bucket.refill_s, took_s)
+            self.on_ready(bucket.recipe, took_s)
             bucket.current_image = slot.record.image_id or bucket.current_image
             bucket.image_seen_s = self._clock()
             if self._closed or bucket.drained:
@@ -512,6 +516,10 @@ class Pools:
             if current is not None and current != bucket.current_image:
                 bucket.current_image = current
                 self._wake()
+
+
+def _nobody_listens(recipe: Recipe, took_s: float) -> None:
+    """Nobody wants to know."""
 
 
 def _last_asked_s(bucket: Slots) -> float:

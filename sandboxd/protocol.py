@@ -1712,6 +1712,14 @@ class JournalRepaired(Reply, frozen=True):
     """Engines that did not answer; what they have is taken in when they do."""
 
 
+class DaemonMetrics(Reply, frozen=True):
+    """Figures for a monitoring system."""
+
+    content_type: str
+    text: str
+    """OpenMetrics text."""
+
+
 class ConfigEntry(Reply, frozen=True):
     """One setting, as it is in force."""
 
@@ -1997,6 +2005,7 @@ METHODS: tuple[Method, ...] = (
         "Write a journal that was damaged anew, from what is left of it, the containers and their init.",
     ),
     Method("daemon/reload", NoParams, DaemonReloaded, "Read the settings again; SIGHUP does the same."),
+    Method("daemon/metrics", NoParams, DaemonMetrics, "Figures of the daemon, as OpenMetrics text.", reads=True),
     Method("daemon/shutdown", NoParams, Acknowledged, "Stop the daemon; sandboxes stay."),
     Method("audit/query", AuditQueryParams, AuditEntries, "Who asked for what, and what came of it.", reads=True),
     Method("audit/verify", NoParams, AuditVerified, "Whether the audit log is as it was written.", reads=True),

@@ -32,6 +32,7 @@ class Survey:
         mounts_late: This kernel can mount into containers that run.
         audit: How the audit log fares.
         journal: May be in trouble.
+        metrics_problem: Why metrics are not served where they should be.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Survey:
         mounts_late: bool,
         audit: Callable[[], AuditState],
         journal: Journal,
+        metrics_problem: Callable[[], str],
     ) -> None:
         self._engines = engines
         self._image = image
@@ -54,6 +56,7 @@ class Survey:
         self._mounts_late = mounts_late
         self._audit = audit
         self._journal = journal
+        self._metrics_problem = metrics_problem
 
     async def examine(self) -> doctor.Facts:
         """Look at the host."""
@@ -91,6 +94,7 @@ class Survey:
             swap_bytes=psutil.swap_memory().total,
             swap_counted=_swap_counted(),
             audit=self._audit(),
+            metrics_problem=self._metrics_problem(),
         )
 
 

@@ -35,6 +35,7 @@ FAMILIES = {
     "ls": "sandboxes",
     "inspect": "sandboxes",
     "stats": "usage",
+    "metrics": "usage",
     "update": "sandboxes",
     "workspace": "workspaces",
     "verify": "sandboxes",

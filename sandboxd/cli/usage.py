@@ -1,4 +1,4 @@
-"""``stats``: what sandboxes use."""
+"""``stats`` and ``metrics``: what sandboxes use, and how the daemon fares."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import time
 
 from sandboxd.cli import render, verb
-from sandboxd.cli.session import call, columns, connect, show, show_json
+from sandboxd.cli.session import call, columns, connect, request, show, show_json
 from sandboxd.cli.verb import Verb
 
 WATCH_INTERVAL_S = 1.0
@@ -36,4 +36,16 @@ def _stats(arguments: argparse.Namespace) -> int:
             time.sleep(WATCH_INTERVAL_S)
 
 
-VERBS = {"stats": Verb("show what sandboxes use, against their limits", _add_stats, _stats)}
+def _metrics(arguments: argparse.Namespace) -> int:
+    reply = request("daemon/metrics")
+    if arguments.json:
+        show_json(reply)
+    else:
+        show(reply["text"])
+    return 0
+
+
+VERBS = {
+    "stats": Verb("show what sandboxes use, against their limits", _add_stats, _stats),
+    "metrics": Verb("print figures of the daemon, as OpenMetrics text", verb.add_json, _metrics),
+}

@@ -75,6 +75,7 @@ PARAMS: dict[str, str] = {
     "daemon/config": "NoParams",
     "daemon/repair": "NoParams",
     "daemon/reload": "NoParams",
+    "daemon/metrics": "NoParams",
     "daemon/shutdown": "NoParams",
     "audit/query": "AuditQueryParams",
     "audit/verify": "NoParams",

@@ -230,6 +230,9 @@ class Stub:
         begun = p.AuditEntry(seq=8, at_ms=0, kind="begun", data={name: str(value) for name, value in asked.items()})
         return p.AuditEntries(entries=[hostile, begun], more=params.limit == 2)
 
+    async def daemon_metrics(self, params: p.NoParams, context: Context) -> p.DaemonMetrics:
+        return p.DaemonMetrics(content_type="text/plain", text="# TYPE a gauge\na 1\n# EOF\n")
+
     async def audit_verify(self, params: p.NoParams, context: Context) -> p.AuditVerified:
         """Intact, until somebody has a sandbox called tampered."""
         broken = any(info.name == "tampered" for info in self._sandboxes.values())

@@ -205,6 +205,16 @@ def test_an_audit_log_that_is_not_intact_is_an_exit_code_of_its_own_and_says_whi
     assert verdict.startswith("NOT intact: ")
 
 
+# --- metrics
+
+
+def test_metrics_are_text_as_it_came(ctl: Ctl) -> None:
+    """For a pipe into a file that a node exporter reads."""
+    assert ctl("metrics").stdout == "# TYPE a gauge\na 1\n# EOF\n"
+    [reply] = replies(ctl("metrics", "--json").stdout)
+    assert reply["content_type"] == "text/plain"
+
+
 # --- exit codes
 
 

@@ -17,6 +17,7 @@ import msgspec
 import pytest
 
 from runtimes import whales
+from runtimes.cli_engine import OnCall
 from runtimes.docker import DockerEngine
 from runtimes.errors import (
     ContainerNotFound,
@@ -56,7 +57,9 @@ def anyio_backend() -> str:
 def client(tmp_path: Path) -> Client:
     """An engine whose client does as told: one line of shell per verb, ``*`` for the others."""
 
-    def write(engine: EngineName = EngineName.PODMAN, *, rootless: bool = False, **verbs: str) -> Any:
+    def write(
+        engine: EngineName = EngineName.PODMAN, *, rootless: bool = False, on_call: OnCall | None = None, **verbs: str
+    ) -> Any:
         cases = "".join(f"{verb}) {body};;\n" for verb, body in verbs.items())
         path = tmp_path / "client"
         script = 'while [ "${1#-}" != "$1" ]; do shift; done'
@@ -71,7 +74,7 @@ def client(tmp_path: Path) -> Client:
             nofile_hard_max=1000,
         )
         cls = PodmanEngine if engine is EngineName.PODMAN else DockerEngine
-        return cls(info, env={"PATH": "/usr/bin:/bin"})
+        return cls(info, env={"PATH": "/usr/bin:/bin"}, on_call=on_call)
 
     return write
 
@@ -86,6 +89,19 @@ async def test_a_refused_create_with_no_image_is_an_image_not_found(client: Clie
     with pytest.raises(ImageNotFound) as failure:
         await refusing.create(SPEC)
     assert failure.value.hint == "sandboxctl image build"
+
+
+async def test_each_client_that_ended_is_told_of_with_how_long_it_ran(client: Client) -> None:
+    """Whoever watches an engine sees which of its verbs has become slow, and which fail."""
+    told: list[tuple[str, str, bool]] = []
+
+    def note(engine: str, verb: str, took_s: float, *, succeeded: bool) -> None:
+        assert took_s > 0
+        told.append((engine, verb, succeeded))
+
+    with pytest.raises(ContainerNotFound):
+        await client(on_call=note, stop="exit 125").stop(ID, grace_s=0)
+    assert told == [("podman", "stop", False), ("podman", "ps", True)]
 
 
 async def test_a_refused_create_with_the_image_there_keeps_the_engines_words(client: Client) -> None:

@@ -52,7 +52,24 @@ HEALTHY = Facts(
     swap_bytes=0,
     swap_counted=None,
     audit=AuditState(enabled=True, required=False, failing="", lost=0, written=7),
+    metrics_problem="",
 )
+
+
+def test_what_goes_wrong_with_logs_and_metrics_is_told_and_only_then() -> None:
+    """A log that loses lines, and figures that nobody can read, are noticed by nobody else."""
+    checks = {check.name: check for check in judge(HEALTHY)}
+    assert (checks["audit log"].status, "metrics" in checks) == ("ok", False)
+    failing = msgspec.structs.replace(HEALTHY.audit, failing="No space left on device", lost=7)
+    facts = msgspec.structs.replace(HEALTHY, audit=failing, metrics_problem="cannot listen on 127.0.0.1 port 1")
+    checks = {check.name: check for check in judge(facts)}
+    assert checks["audit log"].status == "warning"
+    assert "7 lines were lost" in checks["audit log"].detail
+    assert checks["audit log"].fix == "df -h '/home/me/my state/audit'; ls -ld '/home/me/my state/audit'"
+    assert checks["metrics"].status == "warning"
+    required = msgspec.structs.replace(failing, required=True)
+    checks = {check.name: check for check in judge(msgspec.structs.replace(HEALTHY, audit=required))}
+    assert checks["audit log"].status == "failure"
 
 
 def engine(**changes: Any) -> tuple[EngineFacts, ...]:

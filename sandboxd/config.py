@@ -117,6 +117,9 @@ class Daemon(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the daemon behaves."""
 
     sandboxes_max: Annotated[int, Meta(ge=1, le=10_000, description="Sandboxes at once.")] = 500
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Meta(description="Messages of less importance are not logged.")
+    ] = "info"
     engine_calls_max: Annotated[
         int,
         Meta(ge=1, le=64, description="Calls of one engine at once; more than about three only lengthen each."),

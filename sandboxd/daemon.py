@@ -41,7 +41,7 @@ from runtimes.podman import PodmanEngine
 from runtimes.quantities import parse_memory
 from runtimes.usernet import UserNetworks
 from runtimes.userns import open_swapped_userns
-from sandboxd import __version__, reloading
+from sandboxd import __version__, logs, reloading
 from sandboxd.activation import Activation, take_over
 from sandboxd.attaching import Attachments
 from sandboxd.audit.auditor import Auditor
@@ -117,13 +117,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="The sandboxd daemon, in the foreground. Nobody needs to start it by hand: see sandboxctl.",
     )
     parser.add_argument("--socket", metavar="PATH", help="where to listen (SANDBOXD_SOCKET)")
-    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    parser.add_argument(
+        "--log-level", choices=["debug", "info", "warning", "error"], help="instead of the setting daemon.log_level"
+    )
     parser.add_argument("--ready-fd", type=int, metavar="FD", help="descriptor to write one line to, once it serves")
     parser.add_argument("--version", action="version", version=f"sandboxd {__version__}")
     options = parser.parse_args(arguments)
-    logging.basicConfig(
-        level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
+    logs.begin(sys.stderr, os.environ, options.log_level or "info")
     _raise_descriptor_limit()
     # A core file would hold the secrets that were being given.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -132,6 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         env = dict(os.environ)
         if options.socket:
             env["SANDBOXD_SOCKET"] = os.path.abspath(options.socket)
+        if options.log_level:
+            env["SANDBOXD_DAEMON_LOG_LEVEL"] = options.log_level
         if activation.listening is not None:
             env["SANDBOXD_SOCKET"] = activation.listening.getsockname()
         with open_listener(socket_path(env), activation.listening) as listener:
@@ -195,6 +197,7 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
     """
     state = state_dir(env)
     config, entries = _load_config(env)
+    logs.set_level(config.daemon.log_level)
     with contextlib.ExitStack() as held:
         ground = _prepare(listener, env, state, config, held)
         stop = anyio.Event()
@@ -218,7 +221,11 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
             )
             manager.watchers.append(lambda _: supervision.note())
             settings = _Settings(
-                env, config, entries, (manager.reconfigure, launcher.reconfigure, capacity.reconfigure), supervision
+                env,
+                config,
+                entries,
+                (manager.reconfigure, launcher.reconfigure, capacity.reconfigure),
+                supervision,
             )
             services.start(background)
             lifetimes = Lifetimes(manager, background)
@@ -277,8 +284,9 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 (family.table() for family in families),
                 lifetimes.used_by,
                 secrets.refuse_in,
-                observers=(auditor.observe, ground.measures.observe),
+                observers=(logs.observe, auditor.observe, ground.measures.observe),
             )
+            logs.resolve_by(manager.id_of)
             auditor.tell("begun", pid=os.getpid(), version=__version__)
             tasks.start_soon(_watch_signals, stop, settings)
             async with supervision.busy("", "starting: looking at engines and sandboxes"):
@@ -337,6 +345,7 @@ class _Settings:
         with self._supervision.reloading():
             found = reloading.plan(self._config, self.entries, *_load_config(self._env))
             self._config, self.entries = found.config, found.entries
+            logs.set_level(found.config.daemon.log_level)
             for follow in self._followers:
                 follow(found.config)
         logger.info("read settings again: changed: %s", ", ".join(found.changed) or "none")

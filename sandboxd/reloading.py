@@ -9,7 +9,7 @@ import msgspec
 from sandboxd.config import Config
 from sandboxd.protocol import ConfigEntry
 
-FIXED_SECTIONS = frozenset({"workspaces", "chroma", "services", "audit"})
+FIXED_SECTIONS = frozenset({"workspaces", "chroma", "services", "audit", "metrics"})
 FIXED = frozenset(
     {
         *("defaults.image", "defaults.services", "daemon.engine_calls_max"),

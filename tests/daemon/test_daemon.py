@@ -110,6 +110,17 @@ def test_a_configuration_that_cannot_be_meant_is_refused(tmp_path: Path, text: s
     assert said in failure["brief"] + failure["detail"]
 
 
+def test_how_much_it_logs_is_a_setting_that_can_be_changed_while_it_runs(tmp_path: Path) -> None:
+    """Nobody wants to restart it to learn why something goes wrong."""
+    file = tmp_path / "config.toml"
+    file.write_text("[daemon]\nlog_level = 'warning'\n")
+    with running(without_engines(tmp_path, SANDBOXD_CONFIG=str(file)), engines=()) as daemon:
+        assert "listening" not in daemon.log.read_text()
+        file.write_text("[daemon]\nlog_level = 'info'\n")
+        assert daemon.call("daemon/reload")["changed"] == ["daemon.log_level"]
+        assert " INFO " in daemon.log.read_text()
+
+
 def test_a_journal_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
     """An older program would misread it, and remove what it does not know."""
     daemon = without_engines(tmp_path)

@@ -1665,7 +1665,7 @@ class EngineReport(Reply, frozen=True):
     storage_driver: str | None
     socket_path: str | None
     nofile_hard_max: int | None
-    capabilities: dict[str, bool]
+    capabilities: dict[str, bool | str]
     warnings: list[str]
 
 

@@ -5,6 +5,8 @@ Pure.
 
 from __future__ import annotations
 
+import errno
+
 from runtimes import errors
 from runtimes.cgroup.fs import LimitBelowUsage
 from runtimes.init.binary import InitBinaryMissing
@@ -13,12 +15,14 @@ from runtimes.init.file_worker import WorkerLost
 from runtimes.init.files_wire import InvalidPath
 from runtimes.init.wire import InitError, InvalidSpawn, SpawnTooLarge
 from sandboxd.failures import (
+    CapacityExceeded,
     Conflict,
     EngineRefusedFailure,
     EngineUnavailableFailure,
     Failure,
     InvalidArgument,
     LimitNotEnforceable,
+    NotEnoughSpace,
     PrerequisiteMissing,
     SandboxGone,
     Timeout,
@@ -58,3 +62,20 @@ def failure_from(error: errors.RuntimeFailure | InitError) -> Failure:
         if isinstance(error, runtime_class):
             return failure_class(error.brief, detail=error.detail, hint=error.hint)
     return Failure(error.brief, detail=error.detail, hint=error.hint)
+
+
+def failure_of_host(error: OSError) -> Failure | None:
+    """What the host has no more of, wherever that was noticed; None: it is another error."""
+    match error.errno:
+        case errno.EMFILE | errno.ENFILE:
+            return CapacityExceeded(
+                "cannot open anything more: there are too many open files",
+                detail=str(error),
+                hint="remove sandboxes (sandboxctl ls), or let the daemon open more: ulimit -n, LimitNOFILE=",
+            )
+        case errno.ENOMEM:
+            return CapacityExceeded("cannot go on: the host has no memory", detail=str(error), hint="free -h")
+        case errno.ENOSPC | errno.EDQUOT:
+            return NotEnoughSpace("cannot go on: the disk is full", detail=str(error), hint="df -h")
+        case _:
+            return None

@@ -16,7 +16,7 @@ from sandboxd.failures import Conflict, Failure
 from sandboxd.handlers.table import Handler
 from sandboxd.peers import Peer
 from sandboxd.server import Context
-from sandboxd.translation import failure_from
+from sandboxd.translation import failure_from, failure_of_host
 
 _WAITING = frozenset(
     {"commands/run", "commands/wait", "commands/connect", "files/watch", "shells/run", "events/subscribe"}
@@ -88,6 +88,11 @@ class Dispatcher:
             raise files.failure_from_refusal(error) from error
         except (RuntimeFailure, InitError) as error:
             raise failure_from(error) from error
+        except OSError as error:
+            failure = failure_of_host(error)
+            if failure is None:
+                raise
+            raise failure from error
         finally:
             self._active -= counted
             if self._active == 0:

@@ -76,7 +76,7 @@ JSON = st.recursive(
     st.none()
     | st.booleans()
     | st.sampled_from(NUMBERS_THAT_MATTER)
-    | st.floats()
+    | st.floats(allow_nan=False, allow_infinity=False)
     | st.sampled_from(TEXTS_THAT_MATTER),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=4,

@@ -55,7 +55,7 @@ def main() -> int:
     # Its containers have no init, and nobody is to wait for one.
     sandbox.INIT_DEADLINE_S = 0.02
     daemon.detect.detect_all = detect_all
-    daemon._build_engine = lambda info, limiter, *, env: engine
+    daemon._build_engine = lambda *_, **__: engine
     return daemon.main(sys.argv[sys.argv.index("sandboxd.daemon") + 1 :])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 
 from runtimes.init.binary import InitBinaryMissing
@@ -9,7 +11,7 @@ from runtimes.init.exchange import ChannelClosed, InitProtocolError, InitTimeout
 from runtimes.init.file_worker import WorkerLost
 from runtimes.init.files_wire import InvalidPath
 from runtimes.init.wire import InitError, SpawnTooLarge
-from sandboxd.translation import failure_from
+from sandboxd.translation import failure_from, failure_of_host
 
 
 @pytest.mark.parametrize(
@@ -30,3 +32,21 @@ def test_only_a_sandbox_that_is_lost_is_called_gone(error: InitError, type_: str
     failure = failure_from(error)
     assert failure.type == type_
     assert failure.brief.startswith("cannot ") or type_ == "invalid_argument"
+
+
+@pytest.mark.parametrize(
+    ("number", "type_"),
+    [
+        (errno.EMFILE, "capacity_exceeded"),
+        (errno.ENFILE, "capacity_exceeded"),
+        (errno.ENOMEM, "capacity_exceeded"),
+        (errno.ENOSPC, "not_enough_space"),
+        (errno.EDQUOT, "not_enough_space"),
+        (errno.EPERM, None),
+    ],
+)
+def test_what_the_host_has_no_more_of_is_no_defect_of_ours(number: int, type_: str | None) -> None:
+    """It may run out anywhere, in the middle of anything; whoever asked has to learn what to do about it."""
+    failure = failure_of_host(OSError(number, "said the kernel"))
+    assert (failure and failure.type) == type_
+    assert failure is None or failure.hint

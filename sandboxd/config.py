@@ -30,7 +30,15 @@ from runtimes.quantities import (
 from sandboxd.egress_rules import address_of, authority, parse_rules
 from sandboxd.failures import InvalidArgument, NotFound
 from sandboxd.injections import parse_injections
-from sandboxd.protocol import ConfigEntry, EngineChoice, LimitsPolicy, OnTimeout, ServiceName, TemplateName
+from sandboxd.protocol import (
+    ConfigEntry,
+    EngineChoice,
+    LimitsPolicy,
+    OnTimeout,
+    SecretName,
+    ServiceName,
+    TemplateName,
+)
 
 DEFAULT_TEMPLATE = "default"
 
@@ -186,6 +194,16 @@ class Service(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     command: list[str] = []
     """Run and watched by the daemon; ``{port}`` is the port on 127.0.0.1 that it is to listen on, ``{data}`` a
     directory for its data. Empty: it is run by somebody else, at ``address``."""
+    image: str = ""
+    """Run it in a container of this image, which has no network; ``{port}`` is then ``port``."""
+    engine: EngineChoice | None = None
+    cpus: str | None = None
+    pids: Annotated[int, Meta(ge=PIDS_MIN, le=COUNT_MAX)] | None = None
+    env: dict[str, str] = {}
+    data: str = ""
+    """Of a container: a directory of the host, seen inside as ``{data}``; empty: it is in memory."""
+    secrets: list[SecretName] = []
+    """Of a container: secrets that it finds at /run/secrets."""
     address: str = ""
     """``HOST:PORT`` with a loopback address, or the path of a Unix socket."""
     health: str = ""
@@ -317,7 +335,7 @@ def _services(tables: object, origin: str) -> dict[str, Service]:
             raise msgspec.ValidationError("chroma has a section of its own, [chroma]")
         for name, service in services.items():
             _check_service(name, service)
-    except (msgspec.ValidationError, QuantityError) as error:
+    except (msgspec.ValidationError, QuantityError, Unsupported) as error:
         raise InvalidArgument(f"cannot use the services in {origin}", detail=str(error), hint=_edit(origin)) from None
     return services
 
@@ -325,6 +343,20 @@ def _services(tables: object, origin: str) -> dict[str, Service]:
 def _check_service(name: str, service: Service) -> None:
     if bool(service.command) == bool(service.address):
         raise msgspec.ValidationError(f"services.{name} needs a command or an address, and not both")
+    if service.image and not service.command:
+        raise msgspec.ValidationError(f"services.{name} needs a command to run in its container")
+    if not service.image and (service.engine or service.cpus or service.pids or service.env or service.data):
+        raise msgspec.ValidationError(
+            f"services.{name} has no image: engine, cpus, pids, env and data are a container's"
+        )
+    if not service.image and service.secrets:
+        raise msgspec.ValidationError(f"services.{name} has no image: secrets are a container's")
+    if service.data:
+        host_path(service.data)
+    if service.image:
+        image_reference(service.image)
+    if service.cpus is not None:
+        parse_cpus(service.cpus, cpu_count=CPU_NUMBER_MAX)
     if service.health and not service.health.startswith("/"):
         raise msgspec.ValidationError(f"services.{name}.health is no path")
     if service.address:

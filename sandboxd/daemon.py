@@ -86,6 +86,7 @@ from sandboxd.recovery import Recovery
 from sandboxd.sandbox import Tell
 from sandboxd.secret_store import SecretStore
 from sandboxd.server import serve
+from sandboxd.service_boxes import ServiceBoxes
 from sandboxd.services.room import ServiceRoom
 from sandboxd.supervision import Supervision, status_text
 from sandboxd.survey import Survey
@@ -203,10 +204,12 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
         stop = anyio.Event()
         async with anyio.create_task_group() as tasks:
             background = Background(tasks)
+            boxes = ServiceBoxes(lambda: manager, lambda: launcher)
             services = ServiceRoom(
                 config,
                 os.path.join(state, "services"),
                 lambda: [sandbox.record.id for sandbox in manager.all()],
+                boxes,
             )
             uplinks = Uplinks(background, ground.engines, UserNetworks(ground.owner, env))
             secrets = SecretStore(os.path.join(state, "secrets"), env.get("CREDENTIALS_DIRECTORY"), env)
@@ -293,6 +296,7 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 await ground.engines.refresh()
                 await clients.wait_for_clients(owner_label_argument(ground.owner), deadline_s=LEFT_CLIENTS_DEADLINE_S)
                 await recovery.recover()
+                boxes.allow()
                 await uplinks.sweep({each.record.id: each.pid for each in manager.all() if each.pid is not None})
             launcher.keep_pools()
             async with _serving(listener, dispatcher):

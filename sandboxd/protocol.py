@@ -1314,6 +1314,8 @@ class ServiceInfo(Reply, frozen=True):
     pid: int | None
     address: str | None
     """On the host."""
+    sandbox: str | None
+    """Id of the sandbox that it runs in, where it is a container."""
     port: int
     """On the loopback of sandboxes."""
     restarts: int

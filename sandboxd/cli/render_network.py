@@ -91,7 +91,7 @@ def services(rows: Sequence[dict[str, Any]], now_ms: int) -> str:
                 row["state"] + (f" ({row['reason']})" if row["reason"] else ""),
                 age(row["since_ms"], now_ms),
                 UNKNOWN if row["pid"] is None else str(row["pid"]),
-                row["address"] or UNKNOWN,
+                row["address"] or row["sandbox"] or UNKNOWN,
                 f"127.0.0.1:{row['port']}",
                 str(row["restarts"]),
                 str(len(row["sandboxes"])),

@@ -61,13 +61,14 @@ class ServiceHandlers:
             name=service.spec.name,
             state=service.state.value,
             reason=service.reason,
-            hint=service.spec.hint,
+            hint=service.hint,
             pid=service.pid,
             address=address if address is None or isinstance(address, str) else f"{address[0]}:{address[1]}",
+            sandbox=service.sandbox_id,
             port=service.spec.port_inside,
             restarts=service.restarts,
             since_ms=service.since_ms,
-            data_dir=service.data_dir if service.spec.argv else None,
+            data_dir=(service.data_dir or None) if service.spec.argv else None,
             sandboxes=[
                 sandbox.record.id
                 for sandbox in self._manager.present()

@@ -311,15 +311,26 @@ async def ask(
     family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
     async with asyncio.timeout(deadline_s):
         with await connect(family, address, deadline_s=deadline_s) as connected:
-            peer = Peer(connected, h11.CLIENT)
-            body = b"" if content is None else msgspec.json.encode(content)
-            head = [(b"host", b"localhost"), (b"connection", b"close"), (b"content-length", str(len(body)).encode())]
-            if body:
-                head.append((b"content-type", b"application/json"))
-            await peer.say(h11.Request(method=method, target=target, headers=head))
-            await peer.say(h11.Data(data=body))
-            await peer.say(h11.EndOfMessage())
-            return await _answer_of(peer, bytes_max)
+            return await ask_over(connected, method, target, content, bytes_max=bytes_max)
+
+
+async def ask_over(
+    connected: socket.socket, method: str, target: str, content: object = None, *, bytes_max: int = 1024 * 1024
+) -> tuple[int, bytes]:
+    """One request of our own over a connection that is there, and closed by whoever has it: status and body.
+
+    Raises:
+        OSError: what comes is no HTTP, or too much of it, or the connection broke.
+    """
+    peer = Peer(connected, h11.CLIENT)
+    body = b"" if content is None else msgspec.json.encode(content)
+    head = [(b"host", b"localhost"), (b"connection", b"close"), (b"content-length", str(len(body)).encode())]
+    if body:
+        head.append((b"content-type", b"application/json"))
+    await peer.say(h11.Request(method=method, target=target, headers=head))
+    await peer.say(h11.Data(data=body))
+    await peer.say(h11.EndOfMessage())
+    return await _answer_of(peer, bytes_max)
 
 
 async def _answer_of(peer: Peer, bytes_max: int) -> tuple[int, bytes]:

@@ -16,16 +16,15 @@ from sandboxd.config import SIZE_BYTES_MAX, Config, loopback_address
 from sandboxd.config import Service as ServiceSetting
 from sandboxd.failures import Conflict, InvalidArgument, NotFound, Unsupported
 from sandboxd.journal import GrantRecord
-from sandboxd.network.streams import Traffic, connect, relay
+from sandboxd.network.streams import Traffic, relay
 from sandboxd.services import backup, chroma
 from sandboxd.services.chroma import Chroma, chroma_spec
 from sandboxd.services.chroma_scope import parse_scopes
-from sandboxd.services.supervisor import Service, ServiceSpec
+from sandboxd.services.supervisor import Boxes, ContainerSpec, Service, ServiceSpec, give_away
 
 RELAY_IDLE_S = 3600.0
 """A database's clients keep connections open that say nothing."""
 PLAIN_PATIENCE_S = 15.0
-CONNECT_DEADLINE_S = 5.0
 
 Serve = Callable[[socket.socket], Awaitable[None]]
 
@@ -44,15 +43,18 @@ class ServiceRoom:
         config: The settings.
         directory: Each service has a directory in it.
         sandbox_ids: Of the sandboxes that there are.
+        boxes: Where services run that are containers; None: there are none.
     """
 
-    def __init__(self, config: Config, directory: str, sandbox_ids: Callable[[], Sequence[str]]) -> None:
+    def __init__(
+        self, config: Config, directory: str, sandbox_ids: Callable[[], Sequence[str]], boxes: Boxes | None = None
+    ) -> None:
         memory = parse_memory(config.chroma.memory, bytes_max=SIZE_BYTES_MAX)
         specs = [
             chroma_spec(port_inside=config.chroma.port, memory_bytes_max=memory, python=config.chroma.python),
             *(_plain_spec(name, setting) for name, setting in config.services.items()),
         ]
-        self._services = {spec.name: Service(spec, os.path.join(directory, spec.name)) for spec in specs}
+        self._services = {spec.name: Service(spec, os.path.join(directory, spec.name), boxes) for spec in specs}
         self._chroma = Chroma(self._services[chroma.NAME], sandbox_ids)
         self._defaults = config.defaults.services.split()
 
@@ -148,11 +150,14 @@ class ServiceRoom:
         if not os.path.isabs(path):
             raise InvalidArgument(f"cannot read {path!r}", detail="give an absolute path")
         fresh = f"{service.data_dir}.restoring"
+        owner = os.stat(service.data_dir) if service.spec.container is not None else None
         os.makedirs(os.path.dirname(fresh), mode=0o700, exist_ok=True)
         if os.path.lexists(fresh):
             raise Conflict(f"cannot restore {name} now", detail=f"{fresh} is there", hint=f"rm -r {fresh}")
         await anyio.to_thread.run_sync(backup.read_backup, path, fresh)
         async with service.stopped():
+            if owner is not None and os.geteuid() == 0:
+                await anyio.to_thread.run_sync(give_away, fresh, owner.st_uid)
             former = await anyio.to_thread.run_sync(backup.swap_in, fresh, service.data_dir)
         return Copied(former_data_dir=former)
 
@@ -160,6 +165,12 @@ class ServiceRoom:
         service = self.get(name)
         if not service.spec.argv:
             raise Unsupported(f"cannot copy the data of {name}", detail="it is not run by the daemon")
+        if not service.data_dir:
+            raise Unsupported(
+                f"cannot copy the data of {name}",
+                detail="it is in its container's memory",
+                hint=f"name a directory: data, in [services.{name}] of the configuration",
+            )
         return service
 
 
@@ -172,18 +183,24 @@ def _plain_spec(name: str, setting: ServiceSetting) -> ServiceSpec:
         health_path=setting.health,
         memory_bytes_max=parse_memory(setting.memory, bytes_max=SIZE_BYTES_MAX),
         own_listener=False,
+        container=None
+        if not setting.image
+        else ContainerSpec(
+            image=setting.image,
+            engine=setting.engine,
+            cpus=setting.cpus,
+            pids=setting.pids,
+            env=setting.env,
+            data=setting.data,
+            secrets=tuple(setting.secrets),
+        ),
     )
 
 
 async def _serve_plain(service: Service, accepted: socket.socket) -> None:
     """Pass the bytes of one connection on; it ends where there is nobody."""
-    address = await service.endpoint(patience_s=PLAIN_PATIENCE_S)
-    if address is None:
-        return
-    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
-    try:
-        upstream = await connect(family, address, deadline_s=CONNECT_DEADLINE_S)
-    except TimeoutError:
+    upstream = await service.reach(patience_s=PLAIN_PATIENCE_S)
+    if upstream is None:
         return
     with upstream:
         await relay(accepted, upstream, Traffic(), idle_s=RELAY_IDLE_S)

@@ -15,11 +15,14 @@ import contextlib
 import enum
 import errno
 import fcntl
+import functools
 import logging
 import os
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
 
 import anyio
 import anyio.to_thread
@@ -28,7 +31,7 @@ import msgspec
 from runtimes import process
 from runtimes.errors import RuntimeFailure
 from sandboxd.failures import Failure
-from sandboxd.network.http import ask
+from sandboxd.network.http import ask_over
 from sandboxd.network.streams import connect
 from sandboxd.services import launcher
 from sandboxd.timings import now_ms
@@ -42,6 +45,7 @@ WATCH_PERIOD_S = 10.0
 HEALTH_DEADLINE_S = 5.0
 HEALTH_FAILURES_MAX = 3
 STOP_GRACE_S = 10.0
+RECONNECT_PAUSE_S = 0.2
 
 BACKOFF_S_MIN = 0.2
 BACKOFF_S_MAX = 30.0
@@ -66,12 +70,27 @@ class ServiceState(enum.StrEnum):
     STOPPED = "stopped"
 
 
+class ContainerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """The container of a service that runs in one."""
+
+    image: str
+    engine: str | None
+    cpus: str | None
+    pids: int | None
+    env: dict[str, str]
+    data: str
+    """A directory of the host, seen inside as the data; empty: data is in memory and goes with the container."""
+    secrets: tuple[str, ...]
+
+
 class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What a service is."""
 
     name: str
     argv: tuple[str, ...]
     """``{port}`` and ``{data}`` are replaced; empty: it is somebody else's, and only reached."""
+    container: ContainerSpec | None = None
+    """Where it runs; None: on the host."""
     port_inside: int
     """On the loopback of sandboxes."""
     address: tuple[str, int] | str | None = None
@@ -91,14 +110,65 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
     """The program itself listens: whoever else answers on its port is not it."""
 
 
-class Service:
-    """One service, while the daemon runs."""
+class Box(Protocol):
+    """A container in which a service may run, without a network."""
 
-    def __init__(self, spec: ServiceSpec, directory: str) -> None:
+    sandbox_id: str
+    pid: int | None
+    """Of its init, on the host."""
+    data_inside: str
+
+    async def run(self, argv: Sequence[str], output: int) -> str:
+        """Run the service until it ends; how it ended. What it prints goes to ``output``."""
+        ...
+
+    async def dial(self, port: int) -> socket.socket:
+        """A connection to a port inside.
+
+        Raises:
+            OSError: nobody listens there.
+        """
+        ...
+
+
+class Boxes(Protocol):
+    """What makes such containers."""
+
+    def box(self, spec: ServiceSpec) -> AbstractAsyncContextManager[Box]:
+        """One of them for the length of an ``async with``.
+
+        Raises:
+            Failure, RuntimeFailure: it cannot be made; nothing is left.
+        """
+        ...
+
+
+def _nobody_else() -> bool:
+    """Whoever answers is it."""
+    return True
+
+
+class Service:
+    """One service, while the daemon runs.
+
+    Args:
+        spec: What it is.
+        directory: What the daemon keeps of it.
+        boxes: Where it runs, if it runs in a container.
+    """
+
+    def __init__(self, spec: ServiceSpec, directory: str, boxes: Boxes | None = None) -> None:
         self.spec = spec
         self.data_dir = os.path.join(directory, "data")
+        if spec.container is not None:
+            self.data_dir = spec.container.data
+        self._boxes = boxes
+        self._box: Box | None = None
+        self._lives = False
         self.state = ServiceState.IDLE
         self.reason = spec.missing
+        self.hint = spec.hint
+        """What to type, where there is a reason."""
         self.pid: int | None = None
         self.restarts = 0
         self.since_ms = now_ms()
@@ -122,15 +192,45 @@ class Service:
 
     @property
     def address(self) -> tuple[str, int] | str | None:
-        """Where it is, if it runs."""
+        """Where it is, if it runs; in a container it is nowhere on the host."""
         return self._endpoint
+
+    @property
+    def sandbox_id(self) -> str | None:
+        """Of the container that it runs in."""
+        return None if self._box is None else self._box.sandbox_id
+
+    async def reach(self, *, patience_s: float) -> socket.socket | None:
+        """A connection to it, once it is ready; None: it takes none, within ``patience_s``."""
+        self.want()
+        with anyio.move_on_after(patience_s):
+            while True:
+                await self._until_ready()
+                try:
+                    return await self._connect()
+                except (OSError, TimeoutError):
+                    # It has ended, and nobody has seen it yet.
+                    with anyio.move_on_after(RECONNECT_PAUSE_S):
+                        await self._changed.wait()
+        return None
+
+    async def _until_ready(self) -> None:
+        while self.state is not ServiceState.READY:
+            await self._changed.wait()
+
+    async def _connect(self) -> socket.socket:
+        if self._box is not None:
+            return await self._box.dial(self.spec.port_inside)
+        if self._endpoint is None:
+            raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+        family = socket.AF_UNIX if isinstance(self._endpoint, str) else socket.AF_INET
+        return await connect(family, self._endpoint, deadline_s=HEALTH_DEADLINE_S)
 
     async def endpoint(self, *, patience_s: float) -> tuple[str, int] | str | None:
         """Where it is, once it is ready; None: it is not, within ``patience_s``."""
         self.want()
         with anyio.move_on_after(patience_s):
-            while self.state is not ServiceState.READY:
-                await self._changed.wait()
+            await self._until_ready()
         return self._endpoint if self.state is ServiceState.READY else None
 
     async def restart(self) -> None:
@@ -145,7 +245,7 @@ class Service:
         async with self._held:
             self._life.cancel()
             self._hurry.set()
-            while self.pid is not None:
+            while self._lives:
                 await self._changed.wait()
             before = self.state
             self._become(ServiceState.STOPPED if before is not ServiceState.IDLE else before, "on request")
@@ -193,15 +293,44 @@ class Service:
     async def _live(self) -> None:
         """From a start to an end; what went wrong becomes the reason."""
         self._become(ServiceState.STARTING, "")
+        self._lives = True
         try:
-            if self.spec.argv:
+            if self.spec.container is not None:
+                await self._live_in_a_box()
+            elif self.spec.argv:
                 await self._live_as_child()
             else:
                 self._endpoint = self.spec.address
                 await self._begin()
                 await self._watch()
         except (Failure, RuntimeFailure, OSError, _Unwell) as error:
+            self.hint = getattr(error, "hint", "")
             self._become(ServiceState.DEGRADED, str(error))
+        finally:
+            self._lives = False
+            self._notify()
+
+    async def _live_in_a_box(self) -> None:
+        assert self._boxes is not None
+        await anyio.to_thread.run_sync(functools.partial(os.makedirs, self._directory, mode=0o700, exist_ok=True))
+        async with self._boxes.box(self.spec) as box:
+            reading, writing = os.pipe2(os.O_CLOEXEC)
+            try:
+                os.set_blocking(reading, False)
+                self._box, self.pid = box, box.pid
+                port = str(self.spec.port_inside)
+                argv = [part.replace("{port}", port).replace("{data}", box.data_inside) for part in self.spec.argv]
+                how = ""
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(self._keep_log, reading)
+                    tasks.start_soon(self._attend, tasks.cancel_scope)
+                    how = await box.run(argv, writing)
+                    tasks.cancel_scope.cancel()
+                self._become(ServiceState.DEGRADED, how or self.reason)
+            finally:
+                self._box = self.pid = None
+                os.close(reading)
+                os.close(writing)
 
     async def _live_as_child(self) -> None:
         await anyio.to_thread.run_sync(self._prepare)
@@ -217,7 +346,8 @@ class Service:
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._keep_log, child.output)
-                tasks.start_soon(self._attend, child, port, tasks.cancel_scope)
+                is_it = functools.partial(_listens, child.pid, port) if self.spec.own_listener else _nobody_else
+                tasks.start_soon(self._attend, tasks.cancel_scope, is_it)
                 status = await child.wait()
                 tasks.cancel_scope.cancel()
             self._become(ServiceState.DEGRADED, self.reason if status is None else _how_it_ended(status))
@@ -227,15 +357,15 @@ class Service:
             self.pid = None
             self._notify()
 
-    async def _attend(self, child: process.Running, port: int, life: anyio.CancelScope) -> None:
+    async def _attend(self, life: anyio.CancelScope, is_it: Callable[[], bool] = _nobody_else) -> None:
         try:
-            await self._begin(lambda: not self.spec.own_listener or _listens(child.pid, port))
+            await self._begin(is_it)
             await self._watch()
         except (OSError, _Unwell) as error:
             self.reason = str(error)
             life.cancel()
 
-    async def _begin(self, is_it: Callable[[], bool] = lambda: True) -> None:
+    async def _begin(self, is_it: Callable[[], bool] = _nobody_else) -> None:
         """Until it is ready."""
         deadline = anyio.current_time() + START_DEADLINE_S
         while not (await self._is_well() and is_it()):
@@ -244,6 +374,7 @@ class Service:
             await anyio.sleep(START_POLL_S if self.spec.argv else WATCH_PERIOD_S)
         if self.on_ready is not None:
             await self.on_ready()
+        self.hint = self.spec.hint
         self._become(ServiceState.READY, "")
 
     async def _watch(self) -> None:
@@ -255,17 +386,14 @@ class Service:
         raise _Unwell("it does not answer any more")
 
     async def _is_well(self) -> bool:
-        if self._endpoint is None:
-            return False
         try:
-            if self.spec.health_path:
-                status, _ = await ask(self._endpoint, "GET", self.spec.health_path, deadline_s=HEALTH_DEADLINE_S)
+            with anyio.fail_after(HEALTH_DEADLINE_S), await self._connect() as connected:
+                if not self.spec.health_path:
+                    return True
+                status, _ = await ask_over(connected, "GET", self.spec.health_path)
                 return status == 200
-            family = socket.AF_UNIX if isinstance(self._endpoint, str) else socket.AF_INET
-            (await connect(family, self._endpoint, deadline_s=HEALTH_DEADLINE_S)).close()
         except (OSError, TimeoutError):
             return False
-        return True
 
     # --- what it is started with ----------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import msgspec
 import pytest
 
@@ -21,7 +22,7 @@ from sandboxd.background import Background
 from sandboxd.config import Chroma as ChromaSetting
 from sandboxd.config import Config
 from sandboxd.config import Service as ServiceSetting
-from sandboxd.failures import Conflict, InvalidArgument, NotFound, Unsupported
+from sandboxd.failures import Conflict, Failure, InvalidArgument, NotFound, Unsupported
 from sandboxd.journal import GrantRecord
 from sandboxd.network import streams
 from sandboxd.services import supervisor
@@ -399,3 +400,129 @@ async def test_grants_are_checked_before_anything_is_made(tmp_path: Path) -> Non
         ):
             with pytest.raises(failure):
                 made.room.grants(texts, sandbox_id="sb-1")
+
+
+# ---- containers
+
+
+class FakeBox:
+    """A container whose program is a server on the loopback that says what it hears, and lives until it is told."""
+
+    def __init__(self, number: int, said: bytes) -> None:
+        self.sandbox_id = f"sb-{number}"
+        self.pid: int | None = number
+        self.data_inside = "/workspace"
+        self.argv: list[str] = []
+        self.ends = anyio.Event()
+        self.closed = False
+        self._said = said
+        self._port = 0
+
+    async def run(self, argv: Sequence[str], output: int) -> str:
+        self.argv = list(argv)
+        os.write(output, self._said)
+        async with door(self._echo) as (port, _):
+            self._port = port
+            await self.ends.wait()
+        return "it ended with 7"
+
+    async def _echo(self, accepted: socket.socket) -> None:
+        await streams.send(accepted, await streams.receive(accepted))
+
+    async def dial(self, port: int) -> socket.socket:
+        assert port == 7000
+        if self.ends.is_set() or not self._port:
+            raise ConnectionRefusedError
+        return await streams.connect(socket.AF_INET, ("127.0.0.1", self._port), deadline_s=PATIENCE_S)
+
+
+class FakeBoxes:
+    def __init__(self) -> None:
+        self.made: list[FakeBox] = []
+        self.failure: Failure | None = None
+
+    @contextlib.asynccontextmanager
+    async def box(self, spec: Any) -> AsyncIterator[FakeBox]:
+        if self.failure is not None:
+            raise self.failure
+        assert all(box.closed for box in self.made), "two at once on the same data"
+        box = FakeBox(len(self.made), b"it begins\n")
+        self.made.append(box)
+        try:
+            yield box
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.lowlevel.checkpoint()
+            box.closed = True
+
+
+CONTAINED = ServiceSetting(port=7000, image="i", command=["serve", "--on", "{port}", "--in", "{data}/db"])
+
+
+@contextlib.asynccontextmanager
+async def contained(directory: Path) -> AsyncIterator[tuple[Service, FakeBoxes, int]]:
+    """A service, what makes its containers, and the port of a sandbox's door to it."""
+    boxes = FakeBoxes()
+    room = ServiceRoom(Config(services={"box": CONTAINED}), str(directory), list, boxes)
+    async with anyio.create_task_group() as tasks:
+        room.start(Background(tasks))
+        async with door(room.server(GrantRecord(service="box"), sandbox_id="sb-1")) as (port, _):
+            yield room.get("box"), boxes, port
+        tasks.cancel_scope.cancel()
+    assert all(box.closed for box in boxes.made)
+
+
+async def is_reached(service: Service) -> None:
+    connected = await service.reach(patience_s=PATIENCE_S)
+    assert connected is not None
+    connected.close()
+
+
+async def test_a_container_is_told_its_port_and_place_and_reached_through_its_door(tmp_path: Path) -> None:
+    async with contained(tmp_path) as (service, boxes, port):
+        assert await said_by(port, b"hello") == b"hello"
+        (box,) = boxes.made
+        assert box.argv == ["serve", "--on", "7000", "--in", "/workspace/db"]
+        assert (service.state, service.pid, service.sandbox_id, service.address) == (
+            ServiceState.READY,
+            0,
+            "sb-0",
+            None,
+        )
+        assert await service.log_tail(100) == "it begins\n"
+
+
+async def test_a_container_that_ends_is_made_anew_and_who_comes_meanwhile_waits(tmp_path: Path) -> None:
+    async with contained(tmp_path) as (service, boxes, port):
+        await is_reached(service)
+        boxes.made[0].ends.set()
+        assert await said_by(port, b"again") == b"again"
+        assert service.sandbox_id == "sb-1"
+        assert service.restarts == 1
+
+
+async def test_a_container_is_gone_before_its_restart_makes_the_next(tmp_path: Path) -> None:
+    async with contained(tmp_path) as (service, boxes, _):
+        await is_reached(service)
+        async with service.stopped():
+            assert (boxes.made[0].closed, service.sandbox_id, service.pid) == (True, None, None)
+        await is_reached(service)
+        assert service.sandbox_id == "sb-1"
+
+
+async def test_a_container_that_cannot_be_made_is_degraded_with_the_reason_and_tried_again(tmp_path: Path) -> None:
+    async with contained(tmp_path) as (service, boxes, _):
+        boxes.failure = Failure("no such image", hint="pull it")
+        service.want()
+        await until_state(service, ServiceState.DEGRADED)
+        assert (service.reason, service.hint) == ("no such image", "pull it")
+        boxes.failure = None
+        await is_reached(service)
+        assert service.hint == ""
+
+
+async def test_data_in_memory_is_not_copied_and_the_way_to_keep_it_is_said(tmp_path: Path) -> None:
+    room = ServiceRoom(Config(services={"box": CONTAINED}), str(tmp_path), list, FakeBoxes())
+    with pytest.raises(Unsupported) as refused:
+        await room.backup("box", str(tmp_path / "copy.tar"))
+    assert "[services.box]" in refused.value.hint

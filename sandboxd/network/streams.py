@@ -1,7 +1,7 @@
 """Sockets on the loop: bounded reads, relays with flow control, and a door that lets in so many at once.
 
-Nothing is read that cannot be passed on: a relay holds one buffer per direction, and the kernel's own buffers make
-the faster side wait. Works on the asyncio loop, which is the backend of the daemon's anyio.
+Nothing is read that cannot be passed on: a relay holds one buffer, or pipe, per direction, and the kernel's own
+buffers make the faster side wait. Works on the asyncio loop, which is the backend of the daemon's anyio.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import logging
 import socket
 import time
@@ -16,10 +17,18 @@ from collections.abc import Awaitable, Callable
 
 import anyio
 
+from sandboxd.network.bulk import BulkMover, Outcome
+
 logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 256 * 1024
 """Most that is read at once; more costs memory and brings nothing."""
+
+BULKY_BYTES = 4 * 1024 * 1024
+BULKY_S = 0.5
+"""A connection that carries so many bytes in this time goes on in a thread: see ``bulk``."""
+
+_BULK = BulkMover()
 
 ACCEPT_RETRY_S = 0.2
 """Pause when this process has no descriptors left."""
@@ -76,6 +85,14 @@ class Traffic:
         self.received_bytes = 0
         self.touched_s = time.monotonic()
 
+    def count(self, moved_bytes: int, *, sending: bool) -> None:
+        """So many more were passed on just now."""
+        self.touched_s = time.monotonic()
+        if sending:
+            self.sent_bytes += moved_bytes
+        else:
+            self.received_bytes += moved_bytes
+
 
 async def relay(inside: socket.socket, outside: socket.socket, traffic: Traffic, *, idle_s: float) -> None:
     """Pass bytes both ways until both sides have ended, or nothing has moved for ``idle_s``.
@@ -99,21 +116,37 @@ async def relay(inside: socket.socket, outside: socket.socket, traffic: Traffic,
     finally:
         for way in ways:
             way.cancel()
-        await asyncio.gather(*ways, return_exceptions=True)
+        # Whoever ends us closes the sockets next: not before nobody uses them any more.
+        with anyio.CancelScope(shield=True):
+            await asyncio.gather(*ways, return_exceptions=True)
 
 
 async def _pass_on(source: socket.socket, target: socket.socket, traffic: Traffic, *, sending: bool) -> None:
-    loop = asyncio.get_running_loop()
-    buffer = memoryview(bytearray(CHUNK_BYTES))
-    while count := await loop.sock_recv_into(source, buffer):
-        await loop.sock_sendall(target, buffer[:count])
-        traffic.touched_s = time.monotonic()
-        if sending:
-            traffic.sent_bytes += count
-        else:
-            traffic.received_bytes += count
+    outcome: Outcome = "quiet"
+    while outcome != "ended" and await _pass_on_until_bulky(
+        source, target, traffic, sending=sending, can_be=outcome == "quiet"
+    ):
+        outcome = await _BULK.move(source, target, functools.partial(traffic.count, sending=sending))
     with contextlib.suppress(OSError):
         target.shutdown(socket.SHUT_WR)
+
+
+async def _pass_on_until_bulky(
+    source: socket.socket, target: socket.socket, traffic: Traffic, *, sending: bool, can_be: bool
+) -> bool:
+    """Pass bytes on; whether there are more, and so many in so short a time that a thread is worth it."""
+    loop = asyncio.get_running_loop()
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    began_s, moved = time.monotonic(), 0
+    while count := await loop.sock_recv_into(source, buffer):
+        await loop.sock_sendall(target, buffer[:count])
+        traffic.count(count, sending=sending)
+        moved += count
+        if traffic.touched_s - began_s > BULKY_S:
+            began_s, moved = traffic.touched_s, 0
+        elif can_be and moved >= BULKY_BYTES and _BULK.has_room:
+            return True
+    return False
 
 
 class Door:

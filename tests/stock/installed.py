@@ -57,7 +57,7 @@ def show(unit: str, field: str) -> str:
 
 def journal() -> str:
     return subprocess.run(
-        ["journalctl", "--user", "--unit=sandboxd", "--lines=20", "--identifier=python", "--no-pager"],
+        ["journalctl", "--user", "--unit=sandboxd", "--lines=20", "--identifier=sandboxd", "--no-pager"],
         capture_output=True,
         text=True,
         check=False,

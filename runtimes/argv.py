@@ -66,6 +66,8 @@ class Client(msgspec.Struct, frozen=True, kw_only=True):
     """The same, and the most that can be given."""
     pids_uncounted: bool = False
     """No container's processes can be limited, and the engine must be told so: it has a default of its own."""
+    cgroup_parent: str | None = None
+    """The slice that containers are put into; None: the engine's own choice."""
     update_flags: tuple[str, ...] = ()
     """What ``update`` must be told beside the limits."""
 
@@ -91,6 +93,7 @@ def run_argv(client: Client, spec: ContainerSpec) -> list[str]:
         *_identity_flags(spec),
         *_hardening_flags(client, spec),
         *_limit_flags(client, spec),
+        *([] if client.cgroup_parent is None else [f"--cgroup-parent={client.cgroup_parent}"]),
         *_environment_flags(client),
         *(flag for mount in spec.mounts for flag in _mount_flags(client, mount)),
         *(flag for tmpfs in spec.tmpfs for flag in ("--tmpfs", _tmpfs(client, spec.user, tmpfs))),

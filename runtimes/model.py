@@ -216,6 +216,8 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     """How a container that was made without the engine's network gets it while it runs. Empty: it cannot."""
     network_switch_fix: str = ""
     """What to type for that."""
+    own_slice: bool = False
+    """Containers can be put into a slice of ours that systemd makes, on which all of them can be seen and bounded."""
     update_says_no_healthcheck: bool = False
     """Its ``update`` fails for a container without a health check unless it is told again that there is none."""
     pids_uncounted: bool = False

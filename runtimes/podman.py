@@ -8,6 +8,9 @@ from runtimes.cli_engine import CliEngine
 from runtimes.errors import EngineRefused
 from runtimes.model import ContainerState, EngineInfo, EngineName
 
+SLICE = "sandboxd.slice"
+"""Where a systemd makes the groups of containers: the user's own, or as root the machine's."""
+
 
 class PodmanEngine(CliEngine):
     """Podman, rootful or rootless, through ``podman``: no daemon and no socket are needed.
@@ -31,6 +34,7 @@ class PodmanEngine(CliEngine):
             nofile_max=info.nofile_hard_max,
             nproc_max=info.nproc_hard_max,
             pids_uncounted=able is not None and able.pids_uncounted,
+            cgroup_parent=SLICE if able is not None and able.own_slice else None,
             update_flags=("--no-healthcheck",) if able is not None and able.update_says_no_healthcheck else (),
         )
 

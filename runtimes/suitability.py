@@ -375,6 +375,7 @@ def _judge_podman_limits(found: EngineInfo, host: HostFacts, info: PodmanInfo) -
             enters_userns=rootless,
             network_switch="user_mode" if NETWORK_PROGRAM in host.programs else "",
             network_switch_fix="" if NETWORK_PROGRAM in host.programs else _install(host, NETWORK_PROGRAM),
+            own_slice=found.cgroup_manager == "systemd" and found.cgroup_version is CgroupVersion.V2,
             update_says_no_healthcheck=numbers >= PODMAN_UPDATE_HEALTHCHECK_SINCE,
         ),
         warnings=tuple(warnings),

@@ -256,6 +256,7 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 audit=lambda: auditor.state,
                 journal=ground.journal,
                 metrics_problem=lambda: "" if door is None else door.problem,
+                supervised=activation.listens,
             )
             daemon = DaemonHandlers(
                 manager=manager,

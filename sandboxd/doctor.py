@@ -18,6 +18,8 @@ from sandboxd.protocol import Check
 FREE_BYTES_MIN = 512 * 1024 * 1024
 """Below this, an image build or a handful of sandboxes fills the disk."""
 
+LINGER_FIX = 'sudo loginctl enable-linger "$USER"'
+
 NOFILE_MIN = 1024
 """The daemon holds about twenty descriptors per sandbox."""
 
@@ -57,6 +59,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     swap_bytes: int
     swap_counted: bool | None
     """By control group; None where that cannot be told."""
+    lingers: bool | None
+    """The user's systemd, and what runs below it, goes on after the last logout; None: nothing of ours runs there."""
     audit: AuditState
     metrics_problem: str
     """Why metrics are not served where they should be; empty: they are."""
@@ -96,6 +100,18 @@ def judge(facts: Facts) -> list[Check]:
             worst="warning",
         )
     )
+    if facts.lingers is not None:
+        checks.append(
+            _check(
+                "lingering",
+                facts.lingers,
+                "the daemon and its sandboxes go on after your last logout"
+                if facts.lingers
+                else "your last logout ends the daemon, and the sandboxes of rootless Podman",
+                LINGER_FIX,
+                worst="warning",
+            )
+        )
     if facts.idmap_works is not None:
         checks.append(
             _check(

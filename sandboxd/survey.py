@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import resource
 from collections.abc import Callable
 
@@ -19,6 +20,9 @@ from sandboxd.image_builder import has_image
 from sandboxd.journal import Journal
 from sandboxd.paths import is_private
 
+LINGER_DIR = "/var/lib/systemd/linger"
+"""One file per user: loginctl(1)."""
+
 
 class Survey:
     """Gathers facts for doctor.
@@ -30,6 +34,7 @@ class Survey:
         state_dir: Whose disk must have room.
         maps_ids: Id-mapped mounts work; None where they are not needed.
         mounts_late: This kernel can mount into containers that run.
+        supervised: A service manager started us.
         audit: How the audit log fares.
         journal: May be in trouble.
         metrics_problem: Why metrics are not served where they should be.
@@ -44,6 +49,7 @@ class Survey:
         state_dir: str,
         maps_ids: bool | None,
         mounts_late: bool,
+        supervised: bool,
         audit: Callable[[], AuditState],
         journal: Journal,
         metrics_problem: Callable[[], str],
@@ -54,6 +60,7 @@ class Survey:
         self._state_dir = state_dir
         self._maps_ids = maps_ids
         self._mounts_late = mounts_late
+        self._supervised = supervised
         self._audit = audit
         self._journal = journal
         self._metrics_problem = metrics_problem
@@ -93,6 +100,7 @@ class Survey:
             journal_damaged=self._journal.damaged,
             swap_bytes=psutil.swap_memory().total,
             swap_counted=_swap_counted(),
+            lingers=_lingers(supervised=self._supervised, rootless=any(engine.info.rootless for engine in found)),
             audit=self._audit(),
             metrics_problem=self._metrics_problem(),
         )
@@ -103,3 +111,11 @@ def _swap_counted() -> bool | None:
         return swap_is_counted(os.getpid())
     except CgroupUnreadable:
         return None
+
+
+def _lingers(*, supervised: bool, rootless: bool) -> bool | None:
+    """Whether the user's systemd stays when the user goes; None: none of what we care for is below it."""
+    uid = os.geteuid()
+    if uid == 0 or not os.path.isdir(f"/run/user/{uid}/systemd") or not (supervised or rootless):
+        return None
+    return os.path.exists(os.path.join(LINGER_DIR, pwd.getpwuid(uid).pw_name))

@@ -10,7 +10,7 @@ import sys
 import time
 
 from sandboxd import __version__
-from sandboxd.cli import render, verb
+from sandboxd.cli import install, own_service, render, verb
 from sandboxd.cli.session import FAILURE, call, request, say, show, show_json
 from sandboxd.cli.verb import Verb
 from sandboxd.client import Connection, NotRunning, RpcError
@@ -22,14 +22,31 @@ if TYPE_CHECKING:
 
 STOP_TIMEOUT_S = 30.0
 
+LINES_MAX = 1_000_000
+
 
 def _add_daemon(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "action",
-        choices=("start", "stop", "restart", "reload", "status", "install", "uninstall"),
-        help="status does not start it; install makes units, with which your systemd starts it on demand",
+        choices=("start", "stop", "restart", "reload", "status", "logs", "install", "uninstall"),
+        help="status and logs do not start it; install makes units, with which your systemd starts it on demand",
     )
+    add_log_flags(parser)
     verb.add_json(parser)
+
+
+def add_log_flags(parser: argparse.ArgumentParser) -> None:
+    """``--lines`` and ``--follow``, of the daemon's own log."""
+    parser.add_argument(
+        "-n", "--lines", type=_lines, default=own_service.LINES, metavar="N", help="how many lines logs shows"
+    )
+    parser.add_argument("-f", "--follow", action="store_true", help="with logs: and what is logged from now on")
+
+
+def _lines(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) > LINES_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of lines up to {LINES_MAX}")
+    return int(text)
 
 
 def _daemon(arguments: argparse.Namespace) -> int:
@@ -39,8 +56,9 @@ def _daemon(arguments: argparse.Namespace) -> int:
         "restart": _restart,
         "reload": _reload,
         "status": _status,
-        "install": _install,
-        "uninstall": _uninstall,
+        "logs": logs,
+        "install": install_units,
+        "uninstall": uninstall_units,
     }
     return actions[arguments.action](arguments)
 
@@ -108,9 +126,32 @@ def _reload(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _install(arguments: argparse.Namespace) -> int:
-    from sandboxd.cli import install
+def logs(arguments: argparse.Namespace) -> int:
+    """What the daemon logged."""
+    if not arguments.json:
+        return own_service.show_log(os.environ, lines=arguments.lines, follow=arguments.follow)
+    show_json({"text": own_service.log_text(os.environ, lines=arguments.lines)})
+    return 0
 
+
+def unit_status(arguments: argparse.Namespace) -> int:
+    """How the daemon's units are; fails unless a daemon runs."""
+    found = own_service.state(os.environ)
+    connection = _connect_if_running()
+    if connection is not None:
+        with connection:
+            found["pid"] = call(connection, "daemon/info")["pid"]
+    if arguments.json:
+        show_json(found)
+    else:
+        show(render.own_service(found))
+        if found["installed"] and found["lingers"] is False:
+            sys.stderr.write(f"hint: {install.LINGER_HINT}\n")
+    return 0 if found["pid"] is not None else FAILURE
+
+
+def install_units(arguments: argparse.Namespace) -> int:
+    """Have the user's systemd start the daemon."""
     install.check_manager(os.environ)
     _say_ended(_shut_down())
     paths = install.install(os.environ)
@@ -123,9 +164,8 @@ def _install(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _uninstall(arguments: argparse.Namespace) -> int:
-    from sandboxd.cli import install
-
+def uninstall_units(arguments: argparse.Namespace) -> int:
+    """Have it start the daemon no more."""
     if install.installed(os.environ):
         install.check_manager(os.environ)
         _say_ended(_shut_down())
@@ -216,8 +256,6 @@ def _is_kept(connection: Connection, sandbox: str, command_id: str) -> bool:
 
 def _connect_if_running() -> Connection | None:
     """A connection, unless that would start a daemon: where systemd listens, each one does."""
-    from sandboxd.cli import install
-
     if install.installed(os.environ) and not _lock_is_held(lock_path(socket_path(os.environ))):
         return None
     try:

@@ -50,6 +50,7 @@ def install(env: Mapping[str, str]) -> list[str]:
     texts = {
         units.SOCKET_UNIT: units.socket_unit(socket_path(env)),
         units.SERVICE_UNIT: units.service_unit(COMMAND, units.handed_on(env)),
+        units.SLICE_UNIT: units.slice_unit(),
     }
     try:
         os.makedirs(directory, exist_ok=True)
@@ -59,7 +60,7 @@ def install(env: Mapping[str, str]) -> list[str]:
         raise RpcError(0, "unauthorized", f"cannot write into {directory}", error.strerror or "", "") from None
     systemctl(env, "daemon-reload")
     # A socket that is active already goes on with the old settings otherwise.
-    systemctl(env, "stop", *units.UNITS)
+    systemctl(env, "stop", units.SOCKET_UNIT, units.SERVICE_UNIT)
     systemctl(env, "enable", "--now", units.SOCKET_UNIT)
     return installed(env)
 
@@ -68,7 +69,7 @@ def uninstall(env: Mapping[str, str]) -> list[str]:
     """Take the units away, and what listens with them. Sandboxes go on. Returns the paths that were there."""
     paths = installed(env)
     if paths:
-        systemctl(env, "disable", "--now", *units.UNITS)
+        systemctl(env, "disable", "--now", units.SOCKET_UNIT, units.SERVICE_UNIT)
         for path in paths:
             os.unlink(path)
         systemctl(env, "daemon-reload")
@@ -80,8 +81,8 @@ def lingers() -> bool:
     return os.path.exists(f"/var/lib/systemd/linger/{pwd.getpwuid(os.geteuid()).pw_name}")
 
 
-def systemctl(env: Mapping[str, str], *words: str) -> None:
-    """Tell the user's systemd.
+def systemctl(env: Mapping[str, str], *words: str) -> str:
+    """Tell the user's systemd, or ask it; return what it said.
 
     Raises:
         RpcError: It said no, and why.
@@ -108,6 +109,7 @@ def systemctl(env: Mapping[str, str], *words: str) -> None:
         raise RpcError(
             0, "unsupported", f"cannot {words[0]} {' '.join(words[1:])}".rstrip(), said, "systemctl --user status"
         )
+    return said
 
 
 def _write(path: str, text: str) -> None:

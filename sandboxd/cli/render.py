@@ -506,6 +506,27 @@ def images(rows: Sequence[dict[str, Any]], now_ms: int) -> str:
     )
 
 
+def own_service(found: dict[str, Any]) -> str:
+    """The daemon as a service of the user's systemd, or that it is none."""
+    running = "not running" if found["pid"] is None else f"running, pid {found['pid']}"
+    if not found["installed"]:
+        return (
+            f"daemon      {running}\n"
+            f"socket      {found['socket']}\n"
+            "systemd     no units of ours: sandboxctl service install makes them\n"
+        )
+    lingers = {None: UNKNOWN, True: "yes", False: "no: it stops at your last logout, and sandboxes with it"}
+    return (
+        f"daemon      {running}\n"
+        f"socket      {found['socket']} ({_known(found['listening'])})\n"
+        f"service     {_known(found['state'])}, last result {_known(found['result'])}\n"
+        f"status      {_known(found['status'])}\n"
+        f"restarts    {UNKNOWN if found['restarts'] is None else found['restarts']}\n"
+        f"watchdog    {found['watchdog'] or 'off'}\n"
+        f"lingers     {lingers[found['lingers']]}\n"
+    )
+
+
 def daemon(info: dict[str, Any], now_ms: int) -> str:
     """The daemon, and the engines that it drives."""
     text = (

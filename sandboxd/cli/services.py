@@ -1,4 +1,4 @@
-"""``service``: what sandboxes may share, such as ChromaDB."""
+"""``service``: what sandboxes may share, such as ChromaDB, and without a name the daemon's own units."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 import time
 
-from sandboxd.cli import render_network, verb
+from sandboxd.cli import daemon, render_network, verb
 from sandboxd.cli.session import FAILURE, request, say, show, show_json
 from sandboxd.cli.verb import Parser, Verb
 
@@ -21,16 +21,22 @@ def _add_service(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(metavar="ACTION", required=True, parser_class=Parser)
     for name, action, text in (
         ("list", _list, "list the services"),
-        ("status", _status, "how a service is; fails unless it is ready"),
-        ("logs", _logs, "what a service printed"),
+        ("status", _status, "how a service is; without a name, how the daemon's own is. Fails unless it is ready"),
+        ("logs", _logs, "what a service printed; without a name, what the daemon logged"),
         ("restart", _restart, "end a service and start it anew"),
         ("backup", _backup, "copy a service's data into a new file, as it is at one moment"),
         ("restore", _restore, "put such a copy back; the data that is there now is kept beside it"),
+        ("install", daemon.install_units, "have your systemd start the daemon on demand: daemon install"),
+        ("uninstall", daemon.uninstall_units, "take those units away: daemon uninstall"),
     ):
         parsed = actions.add_parser(name, help=text, description=text)
         parsed.set_defaults(action=action)
-        if name != "list":
+        if name in ("status", "logs"):
+            parsed.add_argument("service", metavar="SERVICE", nargs="?", help="such as chroma; none: the daemon")
+        elif name in ("restart", "backup", "restore"):
             parsed.add_argument("service", metavar="SERVICE", help="such as chroma")
+        if name == "logs":
+            daemon.add_log_flags(parsed)
         if name in ("backup", "restore"):
             parsed.add_argument("file", metavar="FILE")
         verb.add_json(parsed)
@@ -55,6 +61,8 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
+    if arguments.service is None:
+        return daemon.unit_status(arguments)
     rows = [row for row in request("service/list")["services"] if row["name"] == arguments.service]
     if not rows:
         say(f"cannot find a service {arguments.service!r}")
@@ -67,6 +75,8 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _logs(arguments: argparse.Namespace) -> int:
+    if arguments.service is None:
+        return daemon.logs(arguments)
     reply = request("service/logs", service=arguments.service)
     if arguments.json:
         show_json(reply)
@@ -100,5 +110,9 @@ def _restore(arguments: argparse.Namespace) -> int:
 
 
 VERBS = {
-    "service": Verb("what sandboxes may share: list, status, logs, restart, backup, restore", _add_service, _service)
+    "service": Verb(
+        "what sandboxes may share: list, status, logs, restart, backup, restore; and the daemon's own units",
+        _add_service,
+        _service,
+    )
 }

@@ -8,7 +8,8 @@ if TYPE_CHECKING:
 
 SOCKET_UNIT = "sandboxd.socket"
 SERVICE_UNIT = "sandboxd.service"
-UNITS = (SOCKET_UNIT, SERVICE_UNIT)
+SLICE_UNIT = "sandboxd.slice"
+UNITS = (SOCKET_UNIT, SERVICE_UNIT, SLICE_UNIT)
 
 HANDED_ON = frozenset(
     [
@@ -32,8 +33,18 @@ RemoveOnStop=yes
 WantedBy=sockets.target
 """
 
+# The sandboxes are in it where Podman asks systemd for their groups; it is never stopped with the service.
+_SLICE = """\
+[Unit]
+Description=Sandboxes of sandboxd, all of them together
+"""
+
 # Type=notify-reload would do the same as ExecReload, from systemd 253 on; Debian 12 has 252.
 # KillMode: commands that run in sandboxes, and what keeps their output, are to outlive the daemon.
+# Delegate: engine clients make groups of their own below the service's, and systemd keeps its hands off them.
+# OOMPolicy: an engine's client that is killed for memory is no reason to end the daemon with it.
+# What is left out, and why, is in docs/INSTALL.md: in a user's manager most hardening implies no_new_privileges or a
+# user namespace of its own, and with either rootless Podman starts nothing.
 _SERVICE = """\
 [Unit]
 Description=sandboxd, the daemon of this user's sandboxes
@@ -46,16 +57,25 @@ NotifyAccess=main
 ExecStart={command}
 ExecReload=/bin/kill -HUP $MAINPID
 {environment}KillMode=process
+Delegate=yes
 Restart=on-failure
 TimeoutStartSec=120
 TimeoutStopSec=60
 WatchdogSec=60
+OOMPolicy=continue
+LimitCORE=0
+KeyringMode=private
 """
 
 
 def socket_unit(path: str) -> str:
     """The socket's unit, for a path of this host."""
     return _SOCKET.format(path=_specifiers(path))
+
+
+def slice_unit() -> str:
+    """The slice's unit: what may be set for all sandboxes together is set on it."""
+    return _SLICE
 
 
 def service_unit(command: Sequence[str], environment: Mapping[str, str]) -> str:

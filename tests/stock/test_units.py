@@ -23,7 +23,7 @@ def ctl(tmp_path_factory: pytest.TempPathFactory, daemon: object) -> Iterator[Ct
     """Installed; the daemon of the other tests is only needed for its image."""
     ctl = Ctl(tmp_path_factory.mktemp("units"))
     assert ctl.json("daemon", "install") == {
-        "installed": [str(UNITS / "sandboxd.socket"), str(UNITS / "sandboxd.service")],
+        "installed": [str(UNITS / name) for name in units.UNITS],
         "socket": str(SOCKET),
     }
     try:
@@ -43,6 +43,7 @@ def test_systemd_finds_nothing_wrong_with_the_units(tmp_path: Path) -> None:
     odd = '100% "sure" of $HOME, \\ and a\nline'
     (tmp_path / units.SOCKET_UNIT).write_text(units.socket_unit(str(tmp_path / "s%s.sock")))
     (tmp_path / units.SERVICE_UNIT).write_text(units.service_unit(["/bin/true", odd], {"SANDBOXD_X": odd}))
+    (tmp_path / units.SLICE_UNIT).write_text(units.slice_unit())
     paths = [str(tmp_path / name) for name in units.UNITS]
     done = subprocess.run(
         ["systemd-analyze", "--user", "--man=no", "verify", *paths], capture_output=True, text=True, check=False
@@ -73,6 +74,33 @@ def test_the_first_request_starts_it_and_it_says_when_it_serves(ctl: Ctl) -> Non
     assert show("sandboxd.service", "ActiveState") == "active"
     assert show("sandboxd.service", "Type") == "notify"
     assert int(show("sandboxd.service", "MainPID")) == ctl.json("daemon", "status")["pid"]
+    assert show("sandboxd.service", "WatchdogUSec") == "1min"
+    assert show("sandboxd.service", "Delegate") == "yes"
+
+
+def test_systemd_knows_how_it_is_and_that_it_is_alive(ctl: Ctl) -> None:
+    """What a person looks at first."""
+    ctl.json("daemon", "start")
+    wait_until(lambda: "0 running; podman" in show("sandboxd.service", "StatusText"), "the status is told")
+    wait_until(lambda: show("sandboxd.service", "WatchdogTimestampMonotonic") not in {"", "0"}, "it was fed")
+    found = ctl.json("service", "status")
+    assert found["pid"] == int(show("sandboxd.service", "MainPID"))
+    assert (found["listening"], found["state"], found["watchdog"]) == ("active", "active (running)", "1min")
+    assert "podman" in found["status"]
+    assert found["lingers"] is True
+    assert "listening on" in ctl("service", "logs", "--lines", "200").stdout, journal()
+    assert ctl("daemon", "logs").stdout
+
+
+def test_systemd_has_it_read_its_settings_again(ctl: Ctl, tmp_path: Path) -> None:
+    """And knows when that is done: a reload of a service that tells returns when it is ready again."""
+    ctl.json("daemon", "start")
+    before = show("sandboxd.service", "MainPID")
+    run("systemctl", "--user", "reload", "sandboxd.service")
+    wait_until(lambda: "read settings again" in journal(), "it has read them")
+    wait_until(lambda: show("sandboxd.service", "ActiveState") == "active", "it is ready again")
+    assert show("sandboxd.service", "MainPID") == before
+    assert ctl("ls").returncode == 0
 
 
 def test_a_sandbox_of_the_service_outlives_it(ctl: Ctl) -> None:
@@ -81,6 +109,7 @@ def test_a_sandbox_of_the_service_outlives_it(ctl: Ctl) -> None:
     monitor = int(run("podman", "inspect", "--format={{.State.ConmonPid}}", box["container_id"]))
     assert "sandboxd.service" not in group(monitor)
     assert "sandboxd.service" not in group(box["pid"])
+    assert "/sandboxd.slice/" in group(box["pid"]), "all sandboxes are in a slice of their own"
     assert not environment(monitor) & SERVICE_VARIABLES
     script = "for n in $(seq 1 1000); do echo $n; sleep 0.2; done"
     command = ctl("exec", "-d", box["id"], "sh", "-c", script).stdout.strip()

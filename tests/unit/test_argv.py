@@ -324,3 +324,10 @@ def test_an_overlay_is_podmans_own_and_its_paths_are_written_as_they_are() -> No
     for source in ("/a:b", "/a,b", "/a\\b"):
         with pytest.raises(Unsupported):
             argv.run_argv(PODMAN, over(source))
+
+
+def test_containers_go_into_a_slice_where_there_is_one_to_be_had() -> None:
+    """And elsewhere nothing is said about it: an engine with cgroupfs takes no slice."""
+    assert not [word for word in argv.run_argv(PODMAN, spec()) if word.startswith("--cgroup-parent")]
+    inside = msgspec.structs.replace(PODMAN, cgroup_parent="sandboxd.slice")
+    assert values(split(inside, argv.run_argv(inside, spec()))[0], "--cgroup-parent") == ["sandboxd.slice"]

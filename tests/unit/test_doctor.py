@@ -51,6 +51,7 @@ HEALTHY = Facts(
     mounts_late=True,
     swap_bytes=0,
     swap_counted=None,
+    lingers=None,
     audit=AuditState(enabled=True, required=False, failing="", lost=0, written=7),
     metrics_problem="",
 )
@@ -93,6 +94,7 @@ NO_PIDS: dict[str, Any] = {"pids_limit": False, "controllers": ("memory", "cpu",
 NO_CPUSET: dict[str, Any] = {"cpuset_limit": False, "controllers": ("memory", "cpu", "pids")}
 
 WRONG = [
+    ({"lingers": False}, "lingering", "warning", 'sudo loginctl enable-linger "$USER"'),
     ({"socket_dir_private": False}, "socket", "failure", "chmod 700 '/run/user/1000/my sockets'"),
     ({"state_free_bytes": 1}, "disk", "failure", "df -h '/home/me/my state'"),
     ({"state_free_bytes": None}, "disk", "warning", "df -h '/home/me/my state'"),

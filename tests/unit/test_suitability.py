@@ -106,6 +106,7 @@ def test_rootless_podman_on_a_stock_desktop_needs_nothing() -> None:
     assert info.capabilities is not None
     assert info.capabilities.keep_id
     assert info.capabilities.update_pids
+    assert info.capabilities.own_slice
     assert info.nproc_hard_max == PODMAN_NPROC_MAX
 
 
@@ -443,3 +444,14 @@ def test_a_range_of_subordinate_ids_is_found_by_name_or_number(table: str, has: 
 )
 def test_only_a_unix_socket_has_a_path(endpoint: str, path: str | None) -> None:
     assert socket_path(endpoint) == path
+
+
+@pytest.mark.parametrize("version", [CgroupVersion.V1, CgroupVersion.HYBRID])
+def test_a_slice_of_our_own_needs_systemd_and_control_groups_v2(version: CgroupVersion) -> None:
+    """Elsewhere the engine chooses, and nothing is asked that it would fail at."""
+    for host in (
+        msgspec.structs.replace(DESKTOP, cgroup_version=version),
+        msgspec.structs.replace(DESKTOP, user_session=False),
+    ):
+        info = judge_podman(host, podman())
+        assert info.capabilities is None or not info.capabilities.own_slice

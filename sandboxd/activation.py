@@ -15,6 +15,9 @@ from sandboxd.failures import InvalidArgument
 
 logger = logging.getLogger(__name__)
 
+HANDOVER_NAME = "sandboxd-handover"
+"""What a socket is called that comes from the daemon before: as in ``client.starting``, which passes it."""
+
 FIRST_FD = 3
 """Where passed descriptors begin: SD_LISTEN_FDS_START."""
 
@@ -30,8 +33,17 @@ USEC_DIGITS_MAX = 16
 class Activation:
     """What the daemon was started as. Everything in it is empty for one that no service manager started."""
 
-    def __init__(self, listening: socket.socket | None, notify_address: str, watchdog_s: float | None = None) -> None:
+    def __init__(
+        self,
+        listening: socket.socket | None,
+        notify_address: str,
+        watchdog_s: float | None = None,
+        *,
+        handed_over: bool = False,
+    ) -> None:
         self.listening = listening
+        self.handed_over = handed_over
+        """The socket is from the daemon before us, and not a service manager's own."""
         self.watchdog_s = watchdog_s
         """How long it may go without being told that all is well; None: it does not watch."""
         self._notify_address = notify_address
@@ -73,7 +85,12 @@ def take_over(environ: MutableMapping[str, str]) -> Activation:
         address = ""
     listening = _listening_socket(told) if told.get("LISTEN_PID") == own else None
     watched = address and told.get("WATCHDOG_PID", own) == own
-    return Activation(listening, address, _seconds(told.get("WATCHDOG_USEC", "")) if watched else None)
+    return Activation(
+        listening,
+        address,
+        _seconds(told.get("WATCHDOG_USEC", "")) if watched else None,
+        handed_over=listening is not None and told.get("LISTEN_FDNAMES") == HANDOVER_NAME,
+    )
 
 
 def _seconds(usec: str) -> float | None:

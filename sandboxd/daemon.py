@@ -135,9 +135,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             env["SANDBOXD_SOCKET"] = os.path.abspath(options.socket)
         if options.log_level:
             env["SANDBOXD_DAEMON_LOG_LEVEL"] = options.log_level
-        if activation.listening is not None:
+        if activation.listening is not None and not activation.handed_over:
             env["SANDBOXD_SOCKET"] = activation.listening.getsockname()
-        with open_listener(socket_path(env), activation.listening) as listener:
+        ours = activation.handed_over
+        with open_listener(socket_path(env), activation.listening, ours=ours) as listener:
             anyio.run(functools.partial(run, listener, env, activation=activation, ready_fd=options.ready_fd))
     except AlreadyRunning as error:
         if options.ready_fd is not None:
@@ -253,10 +254,10 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 state_dir=state,
                 maps_ids=ground.userns_fd is not None if os.geteuid() == 0 else None,
                 mounts_late=late_mounts_exist(),
-                audit=lambda: auditor.state,
                 journal=ground.journal,
                 metrics_problem=lambda: "" if door is None else door.problem,
                 supervised=activation.listens,
+                audit=lambda: auditor.state,
             )
             daemon = DaemonHandlers(
                 manager=manager,
@@ -268,6 +269,7 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 config=lambda: DaemonConfig(entries=list(settings.entries)),
                 reload=settings.reload,
                 shut_down=stop.set,
+                hand_over=functools.partial(_hand_over, listener),
             )
             families = (
                 SandboxHandlers(manager, launcher, lifetimes, capacity),
@@ -300,7 +302,7 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 boxes.allow()
                 await uplinks.sweep({each.record.id: each.pid for each in manager.all() if each.pid is not None})
             launcher.keep_pools()
-            async with _serving(listener, dispatcher):
+            async with _serving(listener, dispatcher) as accepting:
                 tasks.start_soon(recovery.sweep_periodically)
                 tasks.start_soon(lifetimes.run)
                 tasks.start_soon(launcher.pools.run)
@@ -315,6 +317,8 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 await stop.wait()
                 logger.info("stopping")
                 launcher.pools.close()
+                if listener.stays:
+                    accepting.cancel()
                 async with supervision.busy("STOPPING=1", "stopping: requests that were taken are finished"):
                     await dispatcher.drain(deadline_s=DRAIN_DEADLINE_S)
             async with supervision.busy("", "stopping: what is being removed is waited for"):
@@ -494,11 +498,21 @@ def _daemon_info(listener: Listener, state: str) -> DaemonInfo:
 
 
 @contextlib.asynccontextmanager
-async def _serving(listener: Listener, dispatcher: Dispatcher) -> AsyncIterator[None]:
+async def _serving(listener: Listener, dispatcher: Dispatcher) -> AsyncIterator[anyio.CancelScope]:
+    """Serve; what is yielded is cancelled to let in nobody else."""
+    accepting = anyio.CancelScope()
     async with anyio.create_task_group() as serving:
-        serving.start_soon(serve, listener.socket, dispatcher)
-        yield
+        serving.start_soon(functools.partial(serve, listener.socket, dispatcher, accepting=accepting))
+        yield accepting
         serving.cancel_scope.cancel()
+
+
+def _hand_over(listener: Listener) -> int | None:
+    """See ``DaemonHandlers``."""
+    if listener.stays:
+        return None
+    listener.leave_open()
+    return os.dup(listener.socket.fileno())
 
 
 async def _watch_signals(stop: anyio.Event, settings: _Settings) -> None:

@@ -189,6 +189,13 @@ class CommandNotStarted(Failure):
     code = -32011
 
 
+class Stopping(Failure):
+    """The daemon stops or restarts. The request was not begun, or changes nothing: it can be sent again as it is."""
+
+    type = "stopping"
+    code = -32018
+
+
 FAILURES: tuple[type[Failure], ...] = (
     Failure,
     InvalidArgument,
@@ -210,6 +217,7 @@ FAILURES: tuple[type[Failure], ...] = (
     AuditUnavailable,
     CommandNotStarted,
     JournalUnusable,
+    Stopping,
 )
 
 PARSE_ERROR = -32700

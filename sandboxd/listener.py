@@ -37,6 +37,15 @@ class Listener:
         self._lock = lock
         self._identity = _identity(directory, os.path.basename(path)) if made else None
 
+    def leave_open(self) -> None:
+        """Leave the socket where it is when this is closed: somebody else goes on listening on it."""
+        self._identity = None
+
+    @property
+    def stays(self) -> bool:
+        """Somebody else listens on it as well, and will when this is closed."""
+        return self._identity is None
+
     def close(self) -> None:
         """Remove the socket, if it is still the one that we made, and let go of the lock. Idempotent."""
         if self._lock < 0:
@@ -59,12 +68,13 @@ class Listener:
         self.close()
 
 
-def open_listener(path: str, listening: socket.socket | None = None) -> Listener:
+def open_listener(path: str, listening: socket.socket | None = None, *, ours: bool = False) -> Listener:
     """Listen on ``path``; the directory is made, with mode 0700, where it is missing.
 
     Args:
         path: Where clients look.
         listening: A socket that somebody else made there and passed to us. It is taken over, but not its file.
+        ours: It is from a daemon before us, so that its file is ours as well.
 
     Raises:
         AlreadyRunning: Another daemon listens there, or is about to.
@@ -77,7 +87,7 @@ def open_listener(path: str, listening: socket.socket | None = None) -> Listener
         undo.callback(os.close, directory)
         lock = _lock(directory, name, path)
         undo.callback(os.close, lock)
-        made = listening is None
+        made = ours or listening is None
         if listening is None:
             _check_replaceable(directory, name, path)
             listening = _listen(directory, name, path)

@@ -94,6 +94,11 @@ NOTIFICATIONS: tuple[tuple[str, type[msgspec.Struct], str], ...] = (
         "From the daemon, before the reply to `commands/run` with `follow`, or to `commands/connect`.",
     ),
     (
+        "daemon/listening",
+        protocol.DaemonListening,
+        "From the daemon, before the reply to `daemon/handover`, with the listening socket unless that is systemd's.",
+    ),
+    (
         "files/opened",
         protocol.FileOpened,
         "From the daemon, before the reply to `files/read` with `descriptor`. It carries the file's.",
@@ -237,6 +242,8 @@ echo '{"jsonrpc":"2.0","id":1,"method":"daemon/info"}' | socat -t 5 - UNIX-CONNE
 | the peer stops sending but still listens (as `socat` does) | what it asked for is finished |
 | the peer goes away | its requests are cancelled; one that must not stop half-way finishes |
 | the peer does not read | disconnected once a few MiB wait for it |
+| the daemon stops | what is under way is finished, for some seconds; what was not begun or only asks is `stopping` |
+| it restarts | the same; who connects meanwhile waits, and what was `stopping` can be sent again, whatever it was |
 
 `$/cancelRequest` ends a request with error %(request_cancelled)d, unless it finished first: then its reply comes.
 
@@ -246,7 +253,8 @@ Some requests and notifications carry file descriptors (`SCM_RIGHTS`), which rid
 one `sendmsg` whose data begins with the frame and whose control message holds the descriptors. A request carries
 exactly as many as its params say: three (stdin, stdout, stderr) for `commands/run` and `commands/start` with
 `"stdio": "descriptors"` and no `pty`, one for `files/write` with `"descriptor": true`, one for every `files/upload`
-and `files/download`, else none. Others are closed unseen. `files/opened` brings one to the client.
+and `files/download`, else none. Others are closed unseen. `files/opened` brings one to the client,
+and `daemon/listening`.
 
 """
 

@@ -1738,6 +1738,12 @@ class DaemonConfig(Reply, frozen=True):
     entries: list[ConfigEntry]
 
 
+class DaemonListening(Reply, frozen=True):
+    """Carries the listening socket, for the daemon that comes next."""
+
+    path: str
+
+
 class DaemonReloaded(Reply, frozen=True):
     """What came of reading the settings again."""
 
@@ -2008,6 +2014,12 @@ METHODS: tuple[Method, ...] = (
     ),
     Method("daemon/reload", NoParams, DaemonReloaded, "Read the settings again; SIGHUP does the same."),
     Method("daemon/metrics", NoParams, DaemonMetrics, "Figures of the daemon, as OpenMetrics text.", reads=True),
+    Method(
+        "daemon/handover",
+        NoParams,
+        Acknowledged,
+        "Stop the daemon, and send `daemon/listening` first: who connects waits for the next daemon.",
+    ),
     Method("daemon/shutdown", NoParams, Acknowledged, "Stop the daemon; sandboxes stay."),
     Method("audit/query", AuditQueryParams, AuditEntries, "Who asked for what, and what came of it.", reads=True),
     Method("audit/verify", NoParams, AuditVerified, "Whether the audit log is as it was written.", reads=True),
@@ -2034,7 +2046,7 @@ class ErrorData(Struct, frozen=True, kw_only=True):
     type: str
     """``invalid_argument not_found conflict timeout limit_not_enforceable capacity_exceeded not_enough_space
     pool_exhausted sandbox_gone engine_unavailable engine_refused unauthorized unsupported prerequisite_missing
-    audit_unavailable command_not_started journal_unusable internal``."""
+    audit_unavailable command_not_started journal_unusable stopping internal``."""
     brief: str
     detail: str
     hint: str

@@ -9,17 +9,14 @@ import msgspec
 from sandboxd.config import Config
 from sandboxd.protocol import ConfigEntry
 
-FIXED_SECTIONS = frozenset({"workspaces", "chroma", "services", "audit", "metrics"})
-FIXED = frozenset(
-    {
-        *("defaults.image", "defaults.services", "daemon.engine_calls_max"),
-        *("pool.fills_max", "pool.image_look", "capacity.pack_cpus"),
-    }
-)
-"""What is built into something when the daemon starts: services that run, the number of engine calls at once, how the
-CPUs of those that are there were shared out."""
+FOLLOWED = frozenset({"defaults", "pool", "paths", "capacity", "templates"})
+"""Sections whose settings are looked at anew each time."""
 
-_TABLES = ("services", "templates")
+FOLLOWED_KEYS = frozenset({"daemon.sandboxes_max"})
+"""The same of other sections, of which the rest is built into something when the daemon starts."""
+
+FIXED = frozenset({"defaults.image", "defaults.services", "pool.fills_max", "pool.image_look", "capacity.pack_cpus"})
+"""And what is built in of those above: services that run, how CPUs were shared out among those that are there."""
 
 
 class Reload(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,7 +41,7 @@ def plan(
     sections: dict[str, object] = {}
     for section in Config.__struct_fields__:
         old, new = getattr(before, section), getattr(after, section)
-        if section in _TABLES:
+        if isinstance(new, dict):
             sections[section] = _table(section, old, new, changed, waiting)
         else:
             sections[section] = _section(section, old, new, changed, waiting)
@@ -63,7 +60,7 @@ def _section(
         if getattr(old, name) == getattr(new, name):
             continue
         key = f"{section}.{name}"
-        if section in FIXED_SECTIONS or key in FIXED:
+        if key not in FOLLOWED_KEYS and (section not in FOLLOWED or key in FIXED):
             waiting.append(key)
         else:
             changed.append(key)
@@ -81,7 +78,7 @@ def _table(
     differing = [name for name in (*new, *(old.keys() - new.keys())) if old.get(name) != new.get(name)]
     taken = dict(old)
     for name in differing:
-        if section in FIXED_SECTIONS or name not in new:
+        if section not in FOLLOWED or name not in new:
             waiting.append(f"{section}.{name}")
         else:
             changed.append(f"{section}.{name}")

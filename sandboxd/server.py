@@ -169,34 +169,55 @@ class Dispatch(Protocol):
         """Return the method's result struct."""
 
 
-async def serve(listener: socket.socket, dispatch: Dispatch, *, limits: Limits | None = None) -> None:
+async def serve(
+    listener: socket.socket,
+    dispatch: Dispatch,
+    *,
+    limits: Limits | None = None,
+    accepting: anyio.CancelScope | None = None,
+) -> None:
     """Serve connections of our own user on a listening Unix stream socket, until cancelled.
 
     Cancelling ends every connection and its handlers; shielded ones are waited for. The listener stays open.
+
+    Args:
+        listener: Where they come from.
+        dispatch: Who carries out requests.
+        limits: What each may take.
+        accepting: Cancelled when nobody else is to be let in: who connects from then on waits in the listener's
+            queue, for whoever takes it over. Connections that are there are served as before.
     """
     limits = limits or Limits()
     listener.setblocking(False)
     connections: set[_Connection] = set()
     async with anyio.create_task_group() as tasks:
-        while True:
-            await anyio.wait_readable(listener)
-            try:
-                peer_socket, _ = listener.accept()
-            except (BlockingIOError, ConnectionAbortedError):
-                continue
-            except OSError as error:
-                logger.warning("cannot accept a connection: %s", error)
-                await anyio.sleep(ACCEPT_RETRY_S)
-                continue
-            peer_socket.setblocking(False)
-            peer = peer_of(peer_socket)
-            refusal = _refusal(peer, len(connections), limits)
-            if refusal is not None:
-                _refuse(peer_socket, peer, refusal)
-                continue
-            connection = _Connection(peer_socket, peer, dispatch, limits)
-            connections.add(connection)
-            tasks.start_soon(_run_connection, connection, connections)
+        with accepting or anyio.CancelScope():
+            while True:
+                peer_socket = await _accept(listener)
+                peer = peer_of(peer_socket)
+                refusal = _refusal(peer, len(connections), limits)
+                if refusal is not None:
+                    _refuse(peer_socket, peer, refusal)
+                    continue
+                connection = _Connection(peer_socket, peer, dispatch, limits)
+                connections.add(connection)
+                tasks.start_soon(_run_connection, connection, connections)
+        await anyio.sleep_forever()
+
+
+async def _accept(listener: socket.socket) -> socket.socket:
+    while True:
+        await anyio.wait_readable(listener)
+        try:
+            peer_socket, _ = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            continue
+        except OSError as error:
+            logger.warning("cannot accept a connection: %s", error)
+            await anyio.sleep(ACCEPT_RETRY_S)
+            continue
+        peer_socket.setblocking(False)
+        return peer_socket
 
 
 def _refusal(peer: Peer, connections: int, limits: Limits) -> Failure | None:

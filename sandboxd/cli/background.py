@@ -8,7 +8,7 @@ import time
 
 from sandboxd.cli import detach_keys, render, verb, wire
 from sandboxd.cli.execution import SIGNAL_BASE, exit_code_of_end, fail
-from sandboxd.cli.session import call, columns, connect, request, say, show, show_json
+from sandboxd.cli.session import call, columns, connect, connect_after, request, say, show, show_json
 from sandboxd.cli.spooled import Output, find, look, say_dropped
 from sandboxd.cli.verb import Verb
 from sandboxd.client import RpcError, result_of
@@ -86,6 +86,21 @@ def _logs(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _show(
+    connection: Connection,
+    command: Mapping[str, str],
+    offsets: Mapping[str, int],
+    output: Output,
+    ends: Mapping[str, int] | None,
+) -> None:
+    """Show output up to these ends, or up to the command's; when the daemon is restarted, from there on."""
+    try:
+        _show_on(connection, command, offsets, output, ends)
+    except RpcError as error:
+        with connect_after(error) as following:
+            _show(following, command, {**offsets, **output.positions}, output, ends)
+
+
 def _end_to_wait_for(name: str, last: dict[str, Any]) -> int:
     """Up to where the output of a running command comes for certain: its last byte may not have been kept."""
     if last["bytes_total"] and not last["data"]:
@@ -94,14 +109,13 @@ def _end_to_wait_for(name: str, last: dict[str, Any]) -> int:
     return int(last["bytes_total"])
 
 
-def _show(
+def _show_on(
     connection: Connection,
     command: Mapping[str, str],
     offsets: Mapping[str, int],
     output: Output,
     ends: Mapping[str, int] | None,
 ) -> None:
-    """Show output up to these ends, or up to the command's."""
     params = wire.build("commands/connect", **command, **{f"{name}_offset": at for name, at in offsets.items()})
     request_id = connection.send("commands/connect", params)
     while ends is None or not output.reached(ends):

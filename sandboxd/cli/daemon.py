@@ -13,14 +13,16 @@ from sandboxd import __version__
 from sandboxd.cli import install, own_service, render, verb
 from sandboxd.cli.session import FAILURE, call, request, say, show, show_json
 from sandboxd.cli.verb import Verb
-from sandboxd.client import Connection, NotRunning, RpcError
+from sandboxd.client import Connection, NotRunning, RpcError, starting
 from sandboxd.paths import lock_path, socket_path
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-STOP_TIMEOUT_S = 30.0
+    from sandboxd.client import Message
+
+STOP_TIMEOUT_S = 45.0
 
 LINES_MAX = 1_000_000
 
@@ -106,8 +108,17 @@ def _stop(arguments: argparse.Namespace) -> int:
 
 
 def _restart(arguments: argparse.Namespace) -> int:
-    _say_ended(_shut_down())
-    return _start(arguments)
+    """Whoever connects meanwhile waits: the socket is handed over, or is systemd's."""
+    listening: list[int] = []
+    try:
+        _say_ended(_shut_down(listening))
+        if not listening:
+            return _start(arguments)
+        with starting.start(socket_path(os.environ), os.environ, listening[0]) as connection:
+            return _show_info(call(connection, "daemon/info"), arguments)
+    finally:
+        for number in listening:
+            os.close(number)
 
 
 def _reload(arguments: argparse.Namespace) -> int:
@@ -188,8 +199,11 @@ def _commands(count: int) -> str:
     return f"{count} attached command{'' if count == 1 else 's'}"
 
 
-def _shut_down() -> int | None:
+def _shut_down(listening: list[int] | None = None) -> int | None:
     """Ask it to stop, and wait until its process is gone; return how many attached commands ended, None: no daemon.
+
+    Args:
+        listening: Gets its listening socket, if it is its own to give away; None: nobody comes after it.
 
     Raises:
         RpcError: It is still there.
@@ -204,7 +218,8 @@ def _shut_down() -> int | None:
         process = _open_process(pid)
         try:
             ended = _count_attached(connection)
-            connection.call("daemon/shutdown", {}, timeout_s=STOP_TIMEOUT_S)
+            if listening is None or not _take_socket(connection, listening):
+                connection.call("daemon/shutdown", {}, timeout_s=STOP_TIMEOUT_S)
             try:
                 # No such request was sent, so nothing but the end of the connection ends this.
                 connection.wait(0, timeout_s=max(deadline - time.monotonic(), 0.0))
@@ -223,6 +238,22 @@ def _shut_down() -> int | None:
             if process is not None:
                 os.close(process)
     return ended
+
+
+def _take_socket(connection: Connection, listening: list[int]) -> bool:
+    """Have it stop and give its listening socket away. False: it is older than that."""
+
+    def take(message: Message) -> None:
+        if message.content["method"] == "daemon/listening":
+            listening.extend(connection.take_descriptors(message, 1))
+
+    try:
+        connection.call("daemon/handover", {}, on_notification=take, timeout_s=STOP_TIMEOUT_S)
+    except RpcError as error:
+        if error.type != "unsupported":
+            raise
+        return False
+    return True
 
 
 def _open_process(pid: int) -> int | None:

@@ -15,7 +15,7 @@ import signal
 
 from sandboxd.cli import wire
 from sandboxd.cli.attach import CHUNK_BYTES, catch_signals, make_raw, nothing, terminal_size
-from sandboxd.cli.session import call, complain
+from sandboxd.cli.session import call, complain, connect_after
 from sandboxd.cli.spooled import Output, look, say_dropped
 from sandboxd.client import RpcError, result_of
 
@@ -50,6 +50,7 @@ class Reattached:
         self, connection: Connection, command: Mapping[str, str], keys: DetachKeys, *, interactive: bool
     ) -> None:
         self._connection = connection
+        self._taken_over: Connection | None = None
         self._command = command
         self._keys = keys
         self._raw = False
@@ -76,11 +77,34 @@ class Reattached:
         signals, restore_signals = catch_signals(LEAVING + ((signal.SIGWINCH,) if self._raw else ()))
         restore_terminal = make_raw(0) if self._raw else nothing
         try:
-            offsets = {f"{name}_offset": position for name, position in positions.items()}
-            return self._follow(signals, self._send("commands/connect", **offsets))
+            while True:
+                offsets = {f"{name}_offset": position for name, position in self._output.positions.items()}
+                try:
+                    return self._follow(signals, self._send("commands/connect", **offsets))
+                except RpcError as error:
+                    self._go_on(error)
         finally:
+            self.close()
             restore_terminal()
             restore_signals()
+
+    def close(self) -> None:
+        """Close what was connected to after a restart; the first connection is the caller's. Idempotent."""
+        if self._taken_over is not None:
+            self._taken_over.close()
+
+    def _go_on(self, error: RpcError) -> None:
+        """Follow it on the next daemon, from the same byte. What was typed and not answered may be lost.
+
+        Raises:
+            RpcError: There is none.
+        """
+        connection = connect_after(error)
+        self.close()
+        self._connection = self._taken_over = connection
+        self._under_way = None
+        if self._raw:
+            self._fits_terminal()
 
     def _fits_terminal(self) -> bool:
         """Give the command's terminal our size. False: it has none, or has ended."""

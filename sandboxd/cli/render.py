@@ -513,7 +513,7 @@ def own_service(found: dict[str, Any]) -> str:
         return (
             f"daemon      {running}\n"
             f"socket      {found['socket']}\n"
-            "systemd     no units of ours: sandboxctl service install makes them\n"
+            "systemd     no units of ours; to have some: sandboxctl service install\n"
         )
     lingers = {None: UNKNOWN, True: "yes", False: "no: it stops at your last logout, and sandboxes with it"}
     return (

@@ -94,9 +94,31 @@ def _outcome(connection: Connection, request_id: int) -> dict[str, Any] | RpcErr
 
 
 def request(method: str, /, **fields: object) -> dict[str, Any]:
-    """Connect, call, and close."""
+    """Connect, call, and close; once more where the daemon was restarted meanwhile, and nothing can be done twice."""
+    try:
+        with connect() as connection:
+            return call(connection, method, None, **fields)
+    except RpcError as error:
+        from sandboxd.client import again
+
+        if not again.worth_it(method, error):
+            raise
     with connect() as connection:
         return call(connection, method, None, **fields)
+
+
+def connect_after(error: RpcError) -> Connection:
+    """A connection to the next daemon, for who followed something on the one before.
+
+    Raises:
+        RpcError: What went wrong before, where nobody comes, or the daemon is not what went away.
+    """
+    if error.type not in ("stopping", "disconnected"):
+        raise error
+    try:
+        return Connection.connect(socket_path(os.environ))
+    except NotRunning:
+        raise error from None
 
 
 def env_of(files: Iterable[Iterable[str]], flags: Iterable[str]) -> dict[str, str]:

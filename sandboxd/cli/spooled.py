@@ -61,7 +61,8 @@ class Output:
     """
 
     def __init__(self, positions: Mapping[str, int], on_dropped: Callable[[int, str], object]) -> None:
-        self._positions = dict(positions)
+        self.positions = dict(positions)
+        """The byte at which each goes on."""
         self._on_dropped = on_dropped
 
     def take(self, told: dict[str, Any], end: int | None = None) -> None:
@@ -71,12 +72,12 @@ class Output:
             OSError: Nobody is there to see it.
         """
         stream = told["stream"]
-        if stream not in self._positions:
+        if stream not in self.positions:
             return
         if told["dropped_bytes"]:
             self._on_dropped(told["dropped_bytes"], stream)
         data = binascii.a2b_base64(told["data"])
-        self._positions[stream] = told["offset"] + len(data)
+        self.positions[stream] = told["offset"] + len(data)
         if end is not None:
             data = data[: max(end - told["offset"], 0)]
         while data:
@@ -84,11 +85,11 @@ class Output:
 
     def reached(self, ends: Mapping[str, int]) -> bool:
         """Whether everything before these bytes was shown."""
-        return all(self._positions[stream] >= end for stream, end in ends.items())
+        return all(self.positions[stream] >= end for stream, end in ends.items())
 
     def finish(self, end: dict[str, Any]) -> None:
         """Take the end of the command: what was written and did not come was not kept."""
-        for stream, position in self._positions.items():
+        for stream, position in self.positions.items():
             missing = (end[f"{stream}_bytes"] or 0) - position
             if missing > 0:
                 self._on_dropped(missing, stream)

@@ -76,6 +76,7 @@ PARAMS: dict[str, str] = {
     "daemon/repair": "NoParams",
     "daemon/reload": "NoParams",
     "daemon/metrics": "NoParams",
+    "daemon/handover": "NoParams",
     "daemon/shutdown": "NoParams",
     "audit/query": "AuditQueryParams",
     "audit/verify": "NoParams",
@@ -448,4 +449,5 @@ EXIT_CODES: dict[str, int] = {
     "audit_unavailable": 4,
     "command_not_started": 1,
     "journal_unusable": 1,
+    "stopping": 1,
 }

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import anyio
 
+from sandboxd.client.again import ATTEMPTS_MAX, worth_it
 from sandboxd.client.aio_calls import call, connect, settled
 from sandboxd.client.aio_files import AsyncFiles
 from sandboxd.client.calls import late
-from sandboxd.client.connection import Connection
+from sandboxd.client.connection import Connection, RpcError
 from sandboxd.client.errors import NotFoundException, SandboxException, translated
 from sandboxd.client.following import Chunk, Following, checked, input_params
 from sandboxd.client.model import (
@@ -190,7 +191,8 @@ class AsyncCommandHandle:
         following = self._following
         deadline = None if self._timeout_s is None else time.monotonic() + self._timeout_s
         with translated():
-            if not following.ended():
+            lost = 0
+            while not following.ended():
                 connection = self._connection = await connect()
                 try:
                     params = {**self._ref, **following.connect_params()}
@@ -200,8 +202,15 @@ class AsyncCommandHandle:
                             yield following.chunks.popleft()
                         if self._connection is connection:
                             await receive(connection, following, left(deadline))
+                            lost = 0
+                except RpcError as error:
+                    lost += 1
+                    if lost == ATTEMPTS_MAX or not worth_it("commands/wait", error):
+                        raise
+                    continue
                 finally:
                     connection.close()
+                break
         while following.chunks and following.ended():
             yield following.chunks.popleft()
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import anyio.to_thread
 
+from sandboxd.client.again import ATTEMPTS_MAX, worth_it
 from sandboxd.client.calls import late, only, take_opened
-from sandboxd.client.connection import Connection, NotRunning, result_of
+from sandboxd.client.connection import Connection, NotRunning, RpcError, result_of
 from sandboxd.client.errors import translated
 from sandboxd.client.starting import start
 from sandboxd.paths import socket_path
@@ -39,13 +40,31 @@ async def call(
 ) -> dict[str, Any]:
     """One request over a connection of its own; the daemon is started if it does not run.
 
+    Sent again, to the next daemon, where this one went away and nothing can be done twice.
+
     Raises:
         SandboxException: What it answered, or that it did not.
     """
     with translated():
-        connection = await connect()
-        with connection:
-            return await call_on(connection, method, params, timeout_s, descriptors, on_notification)
+        for _ in range(ATTEMPTS_MAX - 1):
+            try:
+                return await _call_once(method, params, timeout_s, descriptors, on_notification)
+            except RpcError as error:
+                if not worth_it(method, error):
+                    raise
+        return await _call_once(method, params, timeout_s, descriptors, on_notification)
+
+
+async def _call_once(
+    method: str,
+    params: dict[str, Any],
+    timeout_s: float | None,
+    descriptors: Sequence[int],
+    on_notification: Callable[[Message], None] | None,
+) -> dict[str, Any]:
+    connection = await connect()
+    with connection:
+        return await call_on(connection, method, params, timeout_s, descriptors, on_notification)
 
 
 async def call_on(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from sandboxd.client.again import ATTEMPTS_MAX, worth_it
 from sandboxd.client.connection import RpcError
 from sandboxd.client.errors import translated
 from sandboxd.client.starting import connect_or_start
@@ -24,10 +25,29 @@ def call(
 ) -> dict[str, Any]:
     """One request over a connection of its own; the daemon is started if it does not run.
 
+    Sent again, to the next daemon, where this one went away and nothing can be done twice.
+
     Raises:
         SandboxException: What it answered, or that it did not.
     """
-    with translated(), connect_or_start(os.environ) as connection:
+    with translated():
+        for _ in range(ATTEMPTS_MAX - 1):
+            try:
+                return _call_once(method, params, timeout_s, descriptors, on_notification)
+            except RpcError as error:
+                if not worth_it(method, error):
+                    raise
+        return _call_once(method, params, timeout_s, descriptors, on_notification)
+
+
+def _call_once(
+    method: str,
+    params: dict[str, Any],
+    timeout_s: float | None,
+    descriptors: Sequence[int],
+    on_notification: Callable[[Message], None] | None,
+) -> dict[str, Any]:
+    with connect_or_start(os.environ) as connection:
         return connection.call(method, params, descriptors, on_notification, timeout_s)
 
 

@@ -12,8 +12,9 @@ import select
 import time
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
+from sandboxd.client.again import ATTEMPTS_MAX, worth_it
 from sandboxd.client.calls import call, late
-from sandboxd.client.connection import Connection
+from sandboxd.client.connection import Connection, RpcError
 from sandboxd.client.errors import NotFoundException, SandboxException, translated
 from sandboxd.client.files import Files
 from sandboxd.client.following import Chunk, Following, checked, input_params
@@ -210,7 +211,8 @@ class CommandHandle:
         following = self._following
         deadline = None if self._timeout_s is None else time.monotonic() + self._timeout_s
         with translated():
-            if not following.ended():
+            lost = 0
+            while not following.ended():
                 connection = self._connection = connect_or_start(os.environ)
                 try:
                     params = {**self._ref, **following.connect_params()}
@@ -220,8 +222,15 @@ class CommandHandle:
                             yield following.chunks.popleft()
                         if self._connection is connection:
                             receive(connection, following, deadline)
+                            lost = 0
+                except RpcError as error:
+                    lost += 1
+                    if lost == ATTEMPTS_MAX or not worth_it("commands/wait", error):
+                        raise
+                    continue
                 finally:
                     connection.close()
+                break
         while following.chunks and following.ended():
             yield following.chunks.popleft()
 

@@ -30,6 +30,8 @@ class DaemonHandlers:
         config: Says which settings are in force.
         reload: Reads them again.
         shut_down: Begins the end of the daemon.
+        hand_over: Leaves the listening socket to the next daemon, and returns a copy of it for whoever starts that,
+            which the caller closes. None: a service manager has it, and starts the next one.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class DaemonHandlers:
         config: Callable[[], protocol.DaemonConfig],
         reload: Callable[[], protocol.DaemonReloaded],
         shut_down: Callable[[], None],
+        hand_over: Callable[[], int | None],
     ) -> None:
         self._manager = manager
         self._engines = engines
@@ -54,6 +57,7 @@ class DaemonHandlers:
         self._config = config
         self._reload = reload
         self._shut_down = shut_down
+        self._hand_over = hand_over
 
     def table(self) -> dict[str, Handler]:
         """By method."""
@@ -65,6 +69,7 @@ class DaemonHandlers:
             "daemon/repair": self.repair,
             "daemon/config": self.config,
             "daemon/reload": self.reload,
+            "daemon/handover": self.handover,
             "daemon/shutdown": self.shutdown,
         }
 
@@ -109,6 +114,14 @@ class DaemonHandlers:
     async def reload(self, _: protocol.NoParams, __: Context) -> protocol.DaemonReloaded:
         """Go by changed settings."""
         return self._reload()
+
+    async def handover(self, _: protocol.NoParams, context: Context) -> protocol.Acknowledged:
+        """Begin the end, with somebody to come."""
+        socket = self._hand_over()
+        listening = protocol.DaemonListening(path=self._daemon.socket)
+        context.notify("daemon/listening", listening, () if socket is None else (socket,))
+        self._shut_down()
+        return protocol.Acknowledged()
 
     async def shutdown(self, _: protocol.NoParams, __: Context) -> protocol.Acknowledged:
         """Begin the end."""

@@ -12,16 +12,22 @@ from runtimes.errors import RuntimeFailure
 from runtimes.init.file_worker import FileRefused
 from runtimes.init.wire import InitError
 from sandboxd import files, protocol
-from sandboxd.failures import Conflict, Failure
+from sandboxd.failures import Conflict, Failure, Stopping
 from sandboxd.handlers.table import Handler
 from sandboxd.peers import Peer
 from sandboxd.server import Context
 from sandboxd.translation import failure_from, failure_of_host
 
+INTERRUPT_S_MAX = 10.0
+"""How long what was cut short may take to clean up behind it, such as a command that is killed with its caller."""
+
 _WAITING = frozenset(
     {"commands/run", "commands/wait", "commands/connect", "files/watch", "shells/run", "events/subscribe"}
 )
 """Methods that may last as long as a command or a caller's interest: a drain does not wait for them."""
+
+_RESUMED = _WAITING - {"commands/run", "shells/run"}
+"""Those of them that a caller can send again as they are, and that go on where they were."""
 
 Observer = Callable[[str, protocol.Params, Peer], Callable[[msgspec.Struct | None, str], None] | None]
 """Told of a request and of who sent it; returns what is told its reply, if there is one, and ``ok`` or the error's
@@ -51,6 +57,7 @@ class Dispatcher:
         self._handlers = {method: handler for family in families for method, handler in family.items()}
         self._draining = False
         self._active = 0
+        self._under_way: set[anyio.CancelScope] = set()
         self._idle = anyio.Event()
 
     @property
@@ -77,13 +84,16 @@ class Dispatcher:
 
     async def _carry_out(self, method: str, params: protocol.Params, context: Context) -> msgspec.Struct:
         if self._draining:
-            raise Conflict("cannot take requests any more", detail="the daemon is stopping", hint="try again")
+            raise _stopping()
         self._refuse_in(getattr(params, "env", {}))
         counted = method not in _WAITING
         self._active += counted
+        scope = anyio.CancelScope()
+        self._under_way.add(scope)
         try:
-            with self._used_by(method, params):
+            with scope, self._used_by(method, params):
                 return await self._handlers[method](params, context)
+            raise _interrupted(method)
         except FileRefused as error:
             raise files.failure_from_refusal(error) from error
         except (RuntimeFailure, InitError) as error:
@@ -94,17 +104,40 @@ class Dispatcher:
                 raise
             raise failure from error
         finally:
+            self._under_way.discard(scope)
             self._active -= counted
-            if self._active == 0:
-                self._idle.set()
+            self._idle.set()
 
     async def drain(self, *, deadline_s: float) -> None:
-        """Refuse new requests, and let those in flight finish."""
+        """Refuse new requests, let those in flight finish, and then cut short what is left: its callers are told."""
         self._draining = True
-        self._idle = anyio.Event()
-        if self._active:
-            with anyio.move_on_after(deadline_s):
-                await self._idle.wait()
+        with anyio.move_on_after(deadline_s):
+            await self._wait_until(lambda: not self._active)
+        for scope in list(self._under_way):
+            scope.cancel()
+        with anyio.move_on_after(INTERRUPT_S_MAX):
+            await self._wait_until(lambda: not self._under_way)
+
+    async def _wait_until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            self._idle = anyio.Event()
+            await self._idle.wait()
+
+
+def _stopping() -> Stopping:
+    return Stopping(
+        "cannot take requests any more", detail="the daemon is stopping, and nothing was begun", hint="try again"
+    )
+
+
+def _interrupted(method: str) -> Failure:
+    if method in _RESUMED:
+        return Stopping(f"cannot go on with {method!r}", detail="the daemon is stopping", hint="try again")
+    return Conflict(
+        f"cannot finish {method!r}",
+        detail="the daemon stopped before it was done, and a command that was attached has ended with it",
+        hint="sandboxctl ls",
+    )
 
 
 def _kind_of(error: BaseException) -> str:

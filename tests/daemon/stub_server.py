@@ -641,6 +641,11 @@ class Stub:
     async def daemon_reload(self, params: p.NoParams, context: Context) -> p.DaemonReloaded:
         return p.DaemonReloaded(changed=["defaults.memory"], waiting=["chroma.port"])
 
+    async def daemon_handover(self, params: p.NoParams, context: Context) -> p.Acknowledged:
+        context.notify("daemon/listening", p.DaemonListening(path="/nowhere"))
+        self.stopping.set()
+        return p.Acknowledged()
+
     async def daemon_shutdown(self, params: p.NoParams, context: Context) -> p.Acknowledged:
         self.stopping.set()
         return p.Acknowledged()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.engine.daemons import PATIENCE_S, Daemon, running, wait_until
+from tests.engine.daemons import PATIENCE_S, Daemon, ended, running, wait_until
 from tests.engine.test_full_screen import ESCAPE, LEAVE, end_of, started
 from tests.engine.test_spooled_commands import followed, logs, start
 from tests.engine.test_terminal import Terminal
@@ -119,3 +120,37 @@ def test_a_sandbox_of_an_older_version_is_taken_over_with_what_its_init_could_do
         assert mortal.sh(box, "cat /proc/1/comm").strip() == "sandbox-init"
         assert logs(mortal, going_on) == b"got line\n"
         assert mortal.call("commands/kill", **going_on)["status"] == "killed"
+
+
+def test_followers_go_on_at_their_byte_when_the_daemon_is_restarted(
+    mortal: Daemon, terminal: Terminal, project: Path
+) -> None:
+    """A pause is all that they see: nothing is missing, nothing comes twice, and nobody has to type anything."""
+    os.chmod(project, 0o755)
+    mortal.stop()
+    assert mortal.ctl("daemon", "start").returncode == 0
+    try:
+        with mortal.box("podman", workspace={"path": str(project), "mode": "ro"}) as box:
+            wait = "until [ -e go ]; do sleep 0.02; done"
+            script = f"i=0; while [ $i -lt 500 ]; do echo line $i; i=$((i+1)); [ $i -ne 100 ] || {wait}; done"
+            command = mortal.ctl("exec", "-d", box["id"], "sh", "-c", script).stdout.decode().strip()
+            shell = started(mortal, box, "sh")
+            argv = mortal.ctl_argv("logs", "-f", box["id"], command)
+            with (
+                ended(subprocess.Popen(argv, stdout=subprocess.PIPE, env=mortal.env)) as follower,
+                terminal.runs(mortal, "attach", box["id"], shell) as client,
+            ):
+                assert follower.stdout is not None
+                first = follower.stdout.read(len(b"line 0\nline 1\n"))
+                terminal.type(b"echo $((6 * 7))\r")
+                terminal.wait_for(b"\r\n42\r\n")
+                assert mortal.ctl("daemon", "restart").returncode == 0
+                (project / "go").touch()
+                assert first + follower.stdout.read() == b"".join(b"line %d\n" % number for number in range(500))
+                assert follower.wait(PATIENCE_S) == 0
+                terminal.type(b"echo $((6 * 9))\r")
+                terminal.wait_for(b"\r\n54\r\n")
+                terminal.type(b"exit 3\r")
+                assert client.wait(PATIENCE_S) == 3
+    finally:
+        assert mortal.ctl("daemon", "stop").returncode == 0

@@ -20,8 +20,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from stock_bed import cache
 from stock_bed.process import BedError, say
-from stock_bed.roots import USER, Root, make_disk
+from stock_bed.roots import USER, Root
 
 BOOT_S_MAX = 240
 CONNECT_S = 5
@@ -142,7 +143,7 @@ class Machine:
 @contextlib.contextmanager
 def booted(root: Root) -> Iterator[Machine]:
     """The machine for the length of a ``with``; nothing of it is left."""
-    make_disk(root)
+    cache.make_disk(root)
     directory = Path(tempfile.mkdtemp(prefix="sandboxd-stock-"))
     try:
         port = _free_port()

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager
 from types import FrameType
 from typing import IO, NamedTuple, NoReturn
 
-from stock_bed import checkout, machine, namespaces, roots
+from stock_bed import cache, checkout, machine, namespaces
 from stock_bed.bed import Bed
 from stock_bed.process import BedError, run, say
 from stock_bed.roots import RELEASES, USER, VENV, Root
@@ -87,11 +87,11 @@ def main(document: str, arguments: Sequence[str]) -> int:
     try:
         match options.action:
             case "clean":
-                roots.clean()
+                cache.clean()
             case "build":
                 _install_what_is_missing()
-                for root in roots.ensure([RELEASES[name] for name in options.release or RELEASES]).values():
-                    roots.make_disk(root)
+                for root in cache.ensure([RELEASES[name] for name in options.release or RELEASES]).values():
+                    cache.make_disk(root)
             case "shell":
                 return _shell(options)
             case _:
@@ -151,7 +151,7 @@ def _run(options: argparse.Namespace) -> int:
     began = time.monotonic()
     _install_what_is_missing()
     plan = _plan(options)
-    made = roots.ensure([RELEASES[name] for name in dict.fromkeys(release for release, _ in plan)])
+    made = cache.ensure([RELEASES[name] for name in dict.fromkeys(release for release, _ in plan)])
     user = "root" if options.as_root else USER
     outcomes = [_test(made[release], bed, options.pytest, user, everything=options.all) for release, bed in plan]
     _report(outcomes, time.monotonic() - began)
@@ -161,6 +161,7 @@ def _run(options: argparse.Namespace) -> int:
 def _test(root: Root, name: str, chosen: Sequence[str], user: str, *, everything: bool) -> Outcome:
     """What one bed came to, with a part of the suite or with all that is its own."""
     with contextlib.ExitStack() as made:
+        made.enter_context(cache.in_use(root))
         venv = made.enter_context(_installed(root)) if name == "machine" else None
         bed = made.enter_context(BEDS[name](root))
         say(f"{root.release.title}, {name}: up after {bed.boot_s:.1f} s")
@@ -268,7 +269,8 @@ def _report(outcomes: Sequence[Outcome], total_s: float) -> None:
 def _shell(options: argparse.Namespace) -> int:
     _install_what_is_missing()
     (release, bed_name), *_ = _plan(options)
-    with BEDS[bed_name](roots.ensure([RELEASES[release]])[release]) as bed:
+    root = cache.ensure([RELEASES[release]])[release]
+    with cache.in_use(root), BEDS[bed_name](root) as bed:
         checkout.put(bed)
         words = bed.argv(["bash", "-l"], user="root" if options.as_root else USER)
         words = [word if word != "--pipe" else "--pty" for word in words]

@@ -1,27 +1,20 @@
-"""Root file systems, made once for each content: what goes into one, and where it is kept.
+"""What goes into the root file system of a bed, and how it is made; ``cache`` keeps it.
 
-A cached root is a directory ``RELEASE-KEY`` with ``root/`` (the tree that the namespaces bed lays an overlay on),
-``vmlinuz``, ``initrd`` and, once it was asked for, ``disk.ext4`` (what the machine boots), and ``key`` (how to log
-in). Its key is made of the recipe and of the versions of Python packages, and of nothing else: `hack/stock clean`
-fetches newer Debian packages.
+It is a directory with ``root/`` (the tree that the namespaces bed lays an overlay on), ``vmlinuz``, ``initrd`` and,
+once it was asked for, ``disk.ext4`` (what the machine boots), and ``key`` (how to log in).
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
 import os
 import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from stock_bed.process import BedError, end_all, run, say
+from stock_bed.process import BedError, run
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 MIRROR = "http://deb.debian.org/debian"
@@ -93,96 +86,27 @@ class Root(NamedTuple):
         return self.directory / "key"
 
 
-def cache_directory() -> Path:
-    """Outside of the checkout: some GiB that another checkout can use as well."""
-    base = os.environ.get("XDG_CACHE_HOME") or "/var/tmp"
-    return Path(base) / "sandboxd-stock"
+def build(root: Root) -> None:
+    """Make all of it in its directory, but the disk. That is there already, and nothing else is in it."""
+    run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", str(root.key)], timeout_s=30)
+    wheels = root.directory / "wheels"
+    _fetch_wheels(root.release, wheels)
+    _bootstrap(root, wheels)
+    for name, pattern in (("vmlinuz", "vmlinuz-*"), ("initrd", "initrd.img-*")):
+        (found,) = (root.tree / "boot").glob(pattern)
+        shutil.copyfile(found, root.directory / name)
+    shutil.rmtree(wheels)
 
 
-def clean() -> None:
-    """Remove every root that is kept."""
-    with _locked():
-        for entry in cache_directory().iterdir():
-            if entry.name != "lock":
-                _remove(entry)
-
-
-def ensure(releases: Sequence[Release]) -> dict[str, Root]:
-    """The roots of these releases by name; those that are not kept are made now, side by side."""
-    with _locked() as cache:
-        found = {
-            release.name: Root(release, cache / f"{release.name}-{_content_key(release)}") for release in releases
-        }
-        missing = [root for root in found.values() if not root.directory.exists()]
-        for root in missing:
-            for stale in cache.glob(f"{root.release.name}-*"):
-                _remove(stale)
-            say(f"{root.release.title}: making the root file system (a minute or two, kept in {root.directory})")
-        with ThreadPoolExecutor(max_workers=len(releases)) as threads:
-            try:
-                for made in [threads.submit(_make, root, cache) for root in missing]:
-                    made.result()
-            except BaseException:
-                end_all()
-                raise
-        return found
-
-
-def make_disk(root: Root) -> None:
-    """The disk that the machine boots, unless it is there: the other bed does without."""
-    with _locked():
-        if root.disk.exists():
-            return
-        say(f"{root.release.title}: making the machine's disk")
-        scratch = root.disk.with_suffix(".part")
-        with open(scratch, "wb") as disk:
-            disk.truncate(DISK_BYTES)
-        words = ["-q", "-F", "-O", "^has_journal", "-E", "lazy_itable_init=1,root_owner=0:0", "-d", str(root.tree)]
-        program = shutil.which("mkfs.ext4", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
-        if program is None:
-            raise BedError("cannot find mkfs.ext4: apt-get install e2fsprogs")
-        run([program, *words, str(scratch)], timeout_s=BUILD_S_MAX)
-        scratch.rename(root.disk)
-
-
-@contextlib.contextmanager
-def _locked() -> Iterator[Path]:
-    cache = cache_directory()
-    cache.mkdir(mode=0o755, parents=True, exist_ok=True)
-    with open(cache / "lock", "w", encoding="ascii") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield cache
-
-
-def _content_key(release: Release) -> str:
-    content = hashlib.sha256(repr(release).encode())
-    for part in (Path(__file__), Path(__file__).with_name("customize"), CHECKOUT / "uv.lock"):
-        content.update(part.read_bytes())
-    return content.hexdigest()[:12]
-
-
-def _remove(directory: Path) -> None:
-    shutil.rmtree(directory)
-
-
-def _make(kept: Root, cache: Path) -> None:
-    """Make it beside its place, and put it there when it is whole."""
-    release = kept.release
-    scratch = Path(tempfile.mkdtemp(dir=cache, prefix=f".{release.name}-"))
-    try:
-        scratch.chmod(0o755)
-        root = Root(release, scratch)
-        run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", str(root.key)], timeout_s=30)
-        _fetch_wheels(release, scratch / "wheels")
-        _bootstrap(root, scratch / "wheels")
-        for name, pattern in (("vmlinuz", "vmlinuz-*"), ("initrd", "initrd.img-*")):
-            (found,) = (root.tree / "boot").glob(pattern)
-            shutil.copyfile(found, scratch / name)
-        _remove(scratch / "wheels")
-        scratch.rename(kept.directory)
-    except BaseException:
-        _remove(scratch)
-        raise
+def build_disk(root: Root, disk: Path) -> None:
+    """Make the disk that the machine boots."""
+    with open(disk, "wb") as file:
+        file.truncate(DISK_BYTES)
+    words = ["-q", "-F", "-O", "^has_journal", "-E", "lazy_itable_init=1,root_owner=0:0", "-d", str(root.tree)]
+    program = shutil.which("mkfs.ext4", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    if program is None:
+        raise BedError("cannot find mkfs.ext4: apt-get install e2fsprogs")
+    run([program, *words, str(disk)], timeout_s=BUILD_S_MAX)
 
 
 def _fetch_wheels(release: Release, directory: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "hack"))
 
-from stock_bed import checkout, main, process, roots  # noqa: E402
+from stock_bed import cache, checkout, main, process, roots  # noqa: E402
 from stock_bed.process import BedError, run  # noqa: E402
 
 
@@ -93,8 +93,27 @@ def test_what_was_made_here_stays_here() -> None:
 
 
 def test_a_root_is_made_anew_when_what_goes_into_it_changes() -> None:
-    keys = {roots._content_key(release) for release in roots.RELEASES.values()}
+    keys = {cache.content_key(release) for release in roots.RELEASES.values()}
     assert len(keys) == len(roots.RELEASES)
+
+
+def test_of_each_release_the_last_few_are_kept_and_none_that_is_in_use_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(roots, "build", lambda root: root.key.write_text("key"))
+    release = roots.RELEASES["trixie"]
+    kept = []
+    for number in range(cache.KEPT_MAX + 2):
+        made = cache.ensure([release._replace(python=str(number))])[release.name]
+        os.utime(made.directory, (number, number))
+        kept.append(made)
+    assert [root.directory.exists() for root in kept] == [False, False, *[True] * cache.KEPT_MAX]
+    with cache.in_use(kept[-1]):
+        cache.clean()
+        assert kept[-1].directory.exists()
+    cache.clean()
+    assert [entry.name for entry in cache.directory().iterdir()] == ["lock"]
 
 
 def test_a_step_is_bounded_and_says_what_it_was() -> None:

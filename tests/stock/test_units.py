@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,9 @@ from tests.stock.bed import POLICY, quick_bed, run
 from tests.stock.installed import SOCKET, UNITS, Ctl, journal, show
 
 pytestmark = quick_bed
+
+WATCHDOG_S = 4
+"""Short, for it is waited for, and long enough for a busy host to have its daemon answer in time."""
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +148,51 @@ def test_a_stop_is_quick_with_a_sandbox_running(ctl: Ctl) -> None:
     assert Path(f"/proc/{box['pid']}").exists()
     assert ctl("exec", box["id"], "true").returncode == 0
     assert ctl("rm", box["id"]).returncode == 0
+
+
+def test_systemd_shows_how_it_is(ctl: Ctl) -> None:
+    box = ctl.json("create", *(["--degraded"] if POLICY == "degraded" else []))
+    try:
+        wait_until(lambda: show("sandboxd.service", "StatusText").startswith("1 sandbox, 1 running"), "it is told")
+    finally:
+        ctl.out("rm", "--wait", box["id"])
+
+
+def test_a_reload_reads_settings_and_ends_nothing(ctl: Ctl) -> None:
+    pid = ctl.json("daemon", "start")["pid"]
+    settings = Path.home() / ".config/sandboxd/config.toml"
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    settings.write_text('[templates.fresh]\ndescription = "Not known before."\n')
+    try:
+        assert "fresh" not in ctl.out("template", "list")
+        run("systemctl", "--user", "reload", "sandboxd.service")
+        wait_until(lambda: "Not known before." in ctl.out("template", "list"), "the settings are read")
+        assert ctl.json("daemon", "status")["pid"] == pid
+    finally:
+        settings.unlink()
+
+
+def test_a_daemon_that_hangs_is_replaced_and_what_runs_goes_on(ctl: Ctl) -> None:
+    """The watchdog: nobody has to notice."""
+    drop_in = UNITS / "sandboxd.service.d" / "watchdog.conf"
+    drop_in.parent.mkdir()
+    drop_in.write_text(f"[Service]\nWatchdogSec={WATCHDOG_S}\n")
+    try:
+        run("systemctl", "--user", "daemon-reload")
+        run("systemctl", "--user", "restart", "sandboxd.service")
+        box = ctl.json("create", *(["--degraded"] if POLICY == "degraded" else []))
+        script = "for n in $(seq 1 10000); do echo $n; sleep 0.2; done"
+        command = ctl.out("exec", "-d", box["id"], "sh", "-c", script).strip()
+        hung = int(show("sandboxd.service", "MainPID"))
+        os.kill(hung, signal.SIGSTOP)
+
+        wait_until(lambda: int(show("sandboxd.service", "MainPID")) not in {0, hung}, "there is another one")
+        assert not Path(f"/proc/{hung}").exists()
+        assert ctl.json("inspect", box["id"])["pid"] == box["pid"]
+        written = len(ctl.out("logs", box["id"], command).split())
+        wait_until(lambda: len(ctl.out("logs", box["id"], command).split()) > written, "the command goes on")
+        ctl.out("rm", "--wait", box["id"])
+    finally:
+        shutil.rmtree(drop_in.parent)
+        run("systemctl", "--user", "daemon-reload")
+        run("systemctl", "--user", "restart", "sandboxd.service")

@@ -456,6 +456,8 @@ class SandboxMetrics(Reply, frozen=True):
     pids_refused: int | None
     """Forks refused because of the pids limit."""
     oom_kills: int | None
+    ooms_own: int | None
+    """How often memory ran out at its own limit, not at one above it; null where the kernel does not tell."""
     cpu_pressure: Pressure | None
     memory_pressure: Pressure | None
     io_pressure: Pressure | None

@@ -315,6 +315,7 @@ def _metrics(sandbox: Sandbox) -> protocol.SandboxMetrics:
         pids_max=record.limits.pids_max,
         pids_refused=usage.pids_refused,
         oom_kills=usage.oom_kills,
+        ooms_own=usage.ooms_own,
         cpu_pressure=_pressure(usage.cpu_pressure),
         memory_pressure=_pressure(usage.memory_pressure),
         io_pressure=_pressure(usage.io_pressure),

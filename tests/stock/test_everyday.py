@@ -27,7 +27,7 @@ def box(daemon: Daemon, tmp_path_factory: pytest.TempPathFactory, figures: list[
     began = time.monotonic()
     with daemon.box("podman", workspace={"path": str(project)}, limits_policy=POLICY) as box:
         figures.append(
-            f"create: {(time.monotonic() - began) * 1000:.0f} ms, engine's own part {engine_ms(box):.0f} ms"
+            f"cold create: {(time.monotonic() - began) * 1000:.0f} ms, engine's own part {engine_ms(box):.0f} ms"
         )
         yield {**box, "project": str(project)}
 

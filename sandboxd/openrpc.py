@@ -152,6 +152,8 @@ def wire_table() -> str:
         "",
         "from __future__ import annotations",
         "",
+        f"PROTOCOL_VERSION = {protocol.PROTOCOL_VERSION}",
+        "",
         "PARAMS: dict[str, str] = {",
         *(f'    "{method.name}": "{method.params.__name__}",' for method in METHODS),
         "}",

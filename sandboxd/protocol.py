@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
+"""Raised with each release that adds a method or a field: by it a client knows that the daemon is older."""
 
 FRAME_BYTES_MAX = 4 * 1024 * 1024
 """Largest message either way. argv and env are the large ones, and the kernel bounds those to 2 MiB."""

@@ -10,8 +10,9 @@ import errno
 from runtimes import errors
 from runtimes.cgroup.fs import LimitBelowUsage
 from runtimes.init.binary import InitBinaryMissing
+from runtimes.init.channel import RequestRefused
 from runtimes.init.exchange import InitTimeout
-from runtimes.init.file_worker import WorkerLost
+from runtimes.init.file_worker import FilesUnsupported, WorkerLost
 from runtimes.init.files_wire import InvalidPath
 from runtimes.init.wire import InitError, InvalidSpawn, SpawnTooLarge
 from sandboxd.failures import (
@@ -56,6 +57,12 @@ def failure_from(error: errors.RuntimeFailure | InitError) -> Failure:
         )
     if isinstance(error, InitTimeout):
         return Timeout("cannot wait for the sandbox any longer", detail=str(error), hint="sandboxctl stats")
+    if isinstance(error, FilesUnsupported) or (isinstance(error, RequestRefused) and error.errno == errno.EOPNOTSUPP):
+        return Unsupported(
+            "cannot do this in a sandbox that an older version made",
+            detail=f"it keeps the init that it was made with: {error}",
+            hint="make a new one: sandboxctl create",
+        )
     if isinstance(error, InitError):
         return SandboxGone("cannot reach the sandbox's init", detail=str(error), hint="sandboxctl ls")
     for runtime_class, failure_class in _BY_CLASS:

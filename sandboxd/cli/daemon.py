@@ -10,7 +10,7 @@ import sys
 import time
 
 from sandboxd import __version__
-from sandboxd.cli import install, own_service, render, verb
+from sandboxd.cli import install, own_service, render, verb, versions
 from sandboxd.cli.session import FAILURE, call, request, say, show, show_json
 from sandboxd.cli.verb import Verb
 from sandboxd.client import Connection, NotRunning, RpcError, starting
@@ -354,6 +354,8 @@ def _version(arguments: argparse.Namespace) -> int:
     else:
         show(f"sandboxctl {__version__}")
         show(f"sandboxd {info['version']} (pid {info['pid']})" if info else "sandboxd is not running")
+    if info is not None and versions.differ(info):
+        versions.say_so(info)
     return 0
 
 

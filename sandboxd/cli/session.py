@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 FAILURE = 1
 USAGE = 2
+METHOD_NOT_FOUND = -32601
+INVALID_PARAMS = -32602
+"""As in JSON-RPC."""
+
 INTERRUPTED = 130
 """128 and SIGINT."""
 
@@ -142,10 +146,14 @@ def complain(error: RpcError) -> None:
     """Say on stderr what happened, why, and what to type next. A wrong value gets a single line."""
     if error.type == "invalid_argument":
         say("; ".join(text for text in (str(error), error.hint) if text))
-        return
-    say(str(error))
-    if error.hint:
-        sys.stderr.write(f"hint: {_harmless(error.hint)}\n")
+    else:
+        say(str(error))
+        if error.hint:
+            sys.stderr.write(f"hint: {_harmless(error.hint)}\n")
+    if error.code in (METHOD_NOT_FOUND, INVALID_PARAMS):
+        from sandboxd.cli import versions
+
+        versions.explain(error)
 
 
 def say(text: str) -> None:

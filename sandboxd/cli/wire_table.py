@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+PROTOCOL_VERSION = 2
+
 PARAMS: dict[str, str] = {
     "sandbox/create": "SandboxCreateParams",
     "sandbox/get": "SandboxParams",

@@ -7,10 +7,11 @@ import errno
 import pytest
 
 from runtimes.init.binary import InitBinaryMissing
+from runtimes.init.channel import RequestRefused
 from runtimes.init.exchange import ChannelClosed, InitProtocolError, InitTimeout
-from runtimes.init.file_worker import WorkerLost
+from runtimes.init.file_worker import FilesUnsupported, WorkerLost
 from runtimes.init.files_wire import InvalidPath
-from runtimes.init.wire import InitError, SpawnTooLarge
+from runtimes.init.wire import InitError, SpawnTooLarge, Stage
 from sandboxd.translation import failure_from, failure_of_host
 
 
@@ -24,6 +25,9 @@ from sandboxd.translation import failure_from, failure_of_host
         (SpawnTooLarge("too many words"), "invalid_argument"),
         (InvalidPath("it has a NUL"), "invalid_argument"),
         (InitBinaryMissing("/nowhere", "build it"), "prerequisite_missing"),
+        (FilesUnsupported("init 0.1 has no file worker"), "unsupported"),
+        (RequestRefused(errno.EOPNOTSUPP, Stage.REQUEST), "unsupported"),
+        (RequestRefused(errno.ENOENT, Stage.REQUEST), "sandbox_gone"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )

@@ -302,7 +302,7 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 boxes.allow()
                 await uplinks.sweep({each.record.id: each.pid for each in manager.all() if each.pid is not None})
             launcher.keep_pools()
-            async with _serving(listener, dispatcher) as accepting:
+            async with _serving(listener, dispatcher, auditor) as accepting:
                 tasks.start_soon(recovery.sweep_periodically)
                 tasks.start_soon(lifetimes.run)
                 tasks.start_soon(launcher.pools.run)
@@ -498,11 +498,13 @@ def _daemon_info(listener: Listener, state: str) -> DaemonInfo:
 
 
 @contextlib.asynccontextmanager
-async def _serving(listener: Listener, dispatcher: Dispatcher) -> AsyncIterator[anyio.CancelScope]:
+async def _serving(listener: Listener, dispatcher: Dispatcher, auditor: Auditor) -> AsyncIterator[anyio.CancelScope]:
     """Serve; what is yielded is cancelled to let in nobody else."""
     accepting = anyio.CancelScope()
     async with anyio.create_task_group() as serving:
-        serving.start_soon(functools.partial(serve, listener.socket, dispatcher, accepting=accepting))
+        serving.start_soon(
+            functools.partial(serve, listener.socket, dispatcher, accepting=accepting, on_refused=auditor.refused)
+        )
         yield accepting
         serving.cancel_scope.cancel()
 

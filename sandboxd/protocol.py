@@ -1512,7 +1512,9 @@ class SecretList(Reply, frozen=True):
 # --- the audit log --------------------------------------------------------------------------------------
 
 
-AuditKind = Literal["request", "underway", "begun", "ended", "genesis", "continued", "gap", "torn", "mismatch"]
+AuditKind = Literal[
+    "request", "underway", "refused", "begun", "ended", "genesis", "continued", "gap", "torn", "mismatch"
+]
 
 
 class AuditQueryParams(Params, frozen=True):
@@ -1539,10 +1541,11 @@ class AuditEntry(Reply, frozen=True):
     at_ms: int
     """Milliseconds since the epoch; of a request, when it came."""
     kind: AuditKind
-    """``request``: one that has ended. ``underway``: one that has not, after a second. ``begun``, ``ended``: the
-    daemon. ``genesis``: the first line of all. ``continued``: the first of another file. ``gap``: lines before this
-    one could not be written and are lost. ``torn``: the line before was cut short when the daemon was killed.
-    ``mismatch``: the log was not as the daemon had left it."""
+    """``request``: one that has ended. ``underway``: one that has not, after a second. ``refused``: another user who
+    connected, and was turned away. ``begun``, ``ended``: the daemon. ``genesis``: the first line of all.
+    ``continued``: the first of another file. ``gap``: lines before this one could not be written and are lost.
+    ``torn``: the line before was cut short when the daemon was killed. ``mismatch``: the log was not as the daemon
+    had left it."""
     uid: int | None = None
     pid: int | None = None
     exe: str | None = None

@@ -175,6 +175,7 @@ async def serve(
     *,
     limits: Limits | None = None,
     accepting: anyio.CancelScope | None = None,
+    on_refused: Callable[[Peer, Failure], None] | None = None,
 ) -> None:
     """Serve connections of our own user on a listening Unix stream socket, until cancelled.
 
@@ -186,6 +187,7 @@ async def serve(
         limits: What each may take.
         accepting: Cancelled when nobody else is to be let in: who connects from then on waits in the listener's
             queue, for whoever takes it over. Connections that are there are served as before.
+        on_refused: Told who was turned away, and why.
     """
     limits = limits or Limits()
     listener.setblocking(False)
@@ -198,6 +200,8 @@ async def serve(
                 refusal = _refusal(peer, len(connections), limits)
                 if refusal is not None:
                     _refuse(peer_socket, peer, refusal)
+                    if on_refused is not None:
+                        on_refused(peer, refusal)
                     continue
                 connection = _Connection(peer_socket, peer, dispatch, limits)
                 connections.add(connection)

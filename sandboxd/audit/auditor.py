@@ -1,4 +1,4 @@
-"""What becomes a line of the audit log: requests that change something, and the daemon's own beginning and end."""
+"""What becomes a line of the audit log: requests that change something, who was turned away, the daemon itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import msgspec
 from sandboxd.audit.arguments import recorded
 from sandboxd.audit.files import Note
 from sandboxd.audit.trail import Trail
-from sandboxd.failures import AuditUnavailable
+from sandboxd.failures import AuditUnavailable, Failure, Unauthorized
 from sandboxd.peers import Peer
 from sandboxd.protocol import METHOD_BY_NAME, Params, SandboxInfo
 
@@ -79,9 +79,7 @@ class Auditor:
         started_s = time.monotonic()
         reference = getattr(params, "sandbox", None)
         fields: dict[str, object] = {
-            "uid": peer.uid,
-            "pid": peer.pid,
-            "exe": peer.exe or None,
+            **_who(peer),
             "method": method,
             "sandbox": None if reference is None else self._id_of(reference),
             "arguments": recorded(method, params),
@@ -97,7 +95,16 @@ class Auditor:
 
         return ended
 
+    def refused(self, peer: Peer, why: Failure) -> None:
+        """Have it written down that another user was turned away; of our own, it is the daemon's log that tells."""
+        if self._trail is not None and isinstance(why, Unauthorized):
+            self._trail.take(Note(kind="refused", fields={**_who(peer), "result": why.type}))
+
     def tell(self, kind: Literal["begun", "ended"], **data: str | int | None) -> None:
         """Have it written down that the daemon begins or ends."""
         if self._trail is not None:
             self._trail.take(Note(kind=kind, fields={"data": data}))
+
+
+def _who(peer: Peer) -> dict[str, object]:
+    return {"uid": peer.uid, "pid": peer.pid, "exe": peer.exe or None}

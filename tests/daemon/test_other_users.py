@@ -86,6 +86,9 @@ def test_another_user_is_turned_away_although_every_permission_was_given(daemon:
     assert '"type":"unauthorized"' in answer
     assert '"result"' not in answer
     assert daemon.call("daemon/info")["pid"] == daemon.pid, "its own user is served as before"
+    [tried] = [row for row in daemon.call("audit/query", uid=NOBODY)["entries"] if row["kind"] == "refused"]
+    assert tried["result"] == "unauthorized"
+    assert os.path.basename(tried["exe"] or "").startswith("python"), "it was seen by what"
 
 
 def test_the_command_line_tells_nothing_to_a_daemon_of_another_user(daemon: Daemon, reachable: Path) -> None:

@@ -63,7 +63,7 @@ def probes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("probes")
     if shutil.which("gcc") is None:
         pytest.fail("the engine suite needs a C compiler: run hack/engines")
-    for name in ("seccomp_probe", "trespass"):
+    for name in ("seccomp_probe", "trespass", "ways_out"):
         source = Path(__file__).with_name(f"{name}.c")
         words = ["gcc", "-static", "-O2", "-Wall", "-Wextra", "-Werror", "-o", directory / name, source]
         subprocess.run(words, check=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,52 @@ def test_a_port_of_the_host_leads_to_what_listens_inside(daemon: Daemon, engine:
         assert [row["port"] for row in rows] == [7000, 7000]
         assert daemon.ctl("forward", box["id"], "--close", rows[1]["forward_id"]).returncode == 0
         assert not path.exists()
+
+
+def forwards_of(daemon: Daemon, box: dict[str, Any]) -> list[dict[str, Any]]:
+    """Without how many connections there are just now."""
+    rows = daemon.call("ports/list", sandbox=box["id"])["forwards"]
+    return [{field: value for field, value in row.items() if field != "connections"} for row in rows]
+
+
+def test_forwards_live_through_restarts_of_both_and_are_open_to_nobody_else(
+    daemon: Daemon, engine: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "inside.sock"
+
+    def said() -> bytes:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(PATIENCE_S)
+            try:
+                connection.connect(str(path))
+                connection.sendall(b"hello")
+                return connection.recv(5)
+            except (FileNotFoundError, ConnectionRefusedError, ConnectionResetError):
+                return b""
+
+    def listen() -> None:
+        daemon.call("commands/start", sandbox=box["id"], argv=["busybox", "nc", "-ll", "-p", "7000", "-e", "cat"])
+        wait_until(lambda: said() == b"hello", "it answers through the forward")
+
+    with daemon.box(engine) as box:
+        made = daemon.call("ports/forward", sandbox=box["id"], port=7000)
+        assert made["address"] == "127.0.0.1"
+        daemon.call("ports/forward", sandbox=box["id"], port=7000, path=str(path))
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.2", made["host_port"]), timeout=PATIENCE_S)
+        listen()
+        rows = forwards_of(daemon, box)
+        daemon.kill()
+        daemon.start()
+        assert wait_until(said, "the forward is there again") == b"hello"
+        assert forwards_of(daemon, box) == rows
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        daemon.call("sandbox/stop", sandbox=box["id"], grace=0)
+        wait_until(lambda: not path.exists(), "the socket is gone with what it led to")
+        daemon.call("sandbox/start", sandbox=box["id"])
+        listen()
+    wait_until(lambda: not path.exists(), "the socket is gone with its sandbox")
 
 
 def slots_of(daemon: Daemon) -> int:

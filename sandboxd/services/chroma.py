@@ -120,6 +120,11 @@ class Chroma:
         """Where it is; None: it is not there, although it was waited for."""
         return await self._service.endpoint(patience_s=READY_PATIENCE_S)
 
+    @property
+    def trouble(self) -> str:
+        """Why it is not there, for those inside: no more than that it is not."""
+        return "it cannot be started here" if self._service.spec.missing else "it is being started, or does not start"
+
     async def tidy(self) -> None:
         """Make ours what is needed, and remove what was private to sandboxes that are gone."""
         self._made.clear()
@@ -224,7 +229,7 @@ class ChromaProxy:
             return
         address = await self._chroma.address()
         if address is None:
-            await _answer_unavailable(peer, "it is being started, or does not start")
+            await _answer_unavailable(peer, self._chroma.trouble)
             return
         try:
             if not await self._may_pass(peer, address, decision):

@@ -18,6 +18,8 @@ import signal
 import sys
 
 DATA_INSIDE = "/mnt"
+PROCESSES_MAX = 2048
+"""And threads, of all services together."""
 
 CLONE_NEWNS = 0x00020000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND = 1, 2, 4, 32, 4096
@@ -72,6 +74,8 @@ def become_nobody(uid: int, data_dir: str, keep: list[str]) -> None:
     open_the_way(keep)
     mount(f"/proc/self/fd/{data}", DATA_INSIDE, "none", MS_BIND)
     os.close(data)
+    # Of this user, who has services and nothing else.
+    resource.setrlimit(resource.RLIMIT_NPROC, (PROCESSES_MAX, PROCESSES_MAX))
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)

@@ -91,13 +91,14 @@ class ServiceRoom:
             NotFound: a service that there is not.
             InvalidArgument: a scope that it does not have, or two services at one port.
         """
-        scopes: dict[str, list[str]] = {}
+        said: dict[str, list[str | None]] = {}
         for text in self._defaults if texts is None else texts:
             name, equals, scope = text.partition("=")
             self.get(name)
             if equals and name != chroma.NAME:
                 raise InvalidArgument(f"cannot use {text!r}", detail=f"{name} has no scopes", hint=f"write {name}")
-            scopes.setdefault(name, []).extend([scope] if equals else [])
+            said.setdefault(name, []).append(scope if equals else None)
+        scopes = {name: _scopes(given) for name, given in said.items()}
         if chroma.NAME in scopes:
             parse_scopes(scopes[chroma.NAME], sandbox_id=sandbox_id)
         ports = [self.get(name).spec.port_inside for name in scopes]
@@ -105,7 +106,7 @@ class ServiceRoom:
             raise InvalidArgument(
                 f"cannot offer {' and '.join(scopes)} at once", detail="two of them have the same port inside"
             )
-        return tuple(GrantRecord(service=name, scopes=tuple(given)) for name, given in scopes.items())
+        return tuple(GrantRecord(service=name, scopes=given) for name, given in scopes.items())
 
     def server(self, grant: GrantRecord, *, sandbox_id: str) -> Serve:
         """What serves the connections of one sandbox to one service, which is started if it does not run.
@@ -172,6 +173,13 @@ class ServiceRoom:
                 hint=f"name a directory: data, in [services.{name}] of the configuration",
             )
         return service
+
+
+def _scopes(given: Sequence[str | None]) -> tuple[str, ...]:
+    """The scopes of one service. Its name alone means what is shared; that must be said only beside others."""
+    if all(scope is None for scope in given):
+        return ()
+    return tuple("shared" if scope is None else scope for scope in given)
 
 
 def _plain_spec(name: str, setting: ServiceSetting) -> ServiceSpec:

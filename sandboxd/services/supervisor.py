@@ -227,8 +227,10 @@ class Service:
         return await connect(family, self._endpoint, deadline_s=HEALTH_DEADLINE_S)
 
     async def endpoint(self, *, patience_s: float) -> tuple[str, int] | str | None:
-        """Where it is, once it is ready; None: it is not, within ``patience_s``."""
+        """Where it is, once it is ready; None: it is not, within ``patience_s``, or cannot be."""
         self.want()
+        if self.spec.missing:
+            return None
         with anyio.move_on_after(patience_s):
             await self._until_ready()
         return self._endpoint if self.state is ServiceState.READY else None

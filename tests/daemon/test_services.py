@@ -246,9 +246,29 @@ async def test_a_program_that_is_missing_is_degraded_with_a_hint(tmp_path: Path)
     made.spec = msgspec.structs.replace(made.spec, missing="it is not installed")
     async with anyio.create_task_group() as tasks:
         room.start(Background(tasks))
-        assert await made.endpoint(patience_s=0.1) is None
-        assert (made.state, made.reason) == (ServiceState.DEGRADED, "it is not installed")
+        async with door(room.server(GrantRecord(service="chroma"), sandbox_id="sb-1")) as (port, _):
+            with anyio.fail_after(PATIENCE_S / 2):  # and not for as long as a start is waited for
+                status, said = await Inside(port).ask("GET", "/api/v2/heartbeat")
+        assert (status, said["message"]) == (503, "the shared ChromaDB does not answer: it cannot be started here")
+        await until_state(made, ServiceState.DEGRADED)
+        assert made.reason == "it is not installed"
         tasks.cancel_scope.cancel()
+
+
+async def test_more_memory_than_it_may_have_is_not_to_be_had(tmp_path: Path) -> None:
+    """The program is told so, and ends by itself or lives with it; nobody else pays for it."""
+    hog = "bytearray(64 << 20); print('small enough', flush=True); bytearray(512 << 20); print('too much')"
+    settings = {"hog": ServiceSetting(port=7000, command=[sys.executable, "-c", hog], memory="256m")}
+    async with world(tmp_path, settings) as made:
+        service = made.room.get("hog")
+        service.spec = msgspec.structs.replace(service.spec, keep=(sys.prefix, sys.base_prefix))
+        service.want()
+        await until_state(service, ServiceState.DEGRADED)
+        assert service.reason == "it ended with 1"
+        log = await service.log_tail(10_000)
+        assert "small enough" in log
+        assert "MemoryError" in log
+        assert "too much" not in log
 
 
 # ---- scopes
@@ -391,7 +411,14 @@ async def test_grants_are_checked_before_anything_is_made(tmp_path: Path) -> Non
         assert made.room.grants(["chroma=shared-ro", "chroma=private"], sandbox_id="sb-1") == (
             GrantRecord(service="chroma", scopes=("shared-ro", "private")),
         )
+        for texts, scopes in (
+            (["chroma"], ()),
+            (["chroma", "chroma=private"], ("shared", "private")),
+            (["chroma=private", "chroma"], ("private", "shared")),
+        ):
+            assert made.room.grants(texts, sandbox_id="sb-1") == (GrantRecord(service="chroma", scopes=scopes),)
         for texts, failure in (
+            (["chroma", "chroma=shared"], InvalidArgument),
             (["nothing"], NotFound),
             (["chroma=everything"], InvalidArgument),
             (["chroma="], InvalidArgument),

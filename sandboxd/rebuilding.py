@@ -6,15 +6,17 @@ sandbox says so in its warnings. What it runs, and what it wrote, is untouched.
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import msgspec
 
+from runtimes import netns
 from runtimes.cgroup.fs import CgroupHandle
 from runtimes.cgroup.readings import UNLIMITED, EffectiveLimits
 from runtimes.engine import Engine
 from runtimes.errors import CgroupUnreadable
-from runtimes.model import ContainerFacts, ContainerSummary, Limits
+from runtimes.model import ContainerFacts, ContainerSummary, Limits, Network
 from sandboxd import note
 from sandboxd.config import DEFAULT_TEMPLATE
 from sandboxd.journal import SandboxRecord
@@ -63,6 +65,7 @@ async def rebuilt(container: ContainerSummary, engine: Engine, directory: str) -
         warnings=() if is_slot else (WARNING,),
         launch="warm" if made.slot else "cold",
         image_id=facts.image_id,
+        network_now=_network_now(known.network, facts),
     )
 
 
@@ -83,6 +86,15 @@ def _inspected(facts: ContainerFacts) -> note.Note:
         template=DEFAULT_TEMPLATE,
         bin_dir="",
     )
+
+
+def _network_now(made: Network, facts: ContainerFacts) -> Network | None:
+    """What it has, where that is not what it was made with: the kernel knows; what cannot be asked is closed."""
+    now = Network.NONE
+    if facts.pid is not None:
+        with contextlib.suppress(OSError, ValueError):
+            now = Network.FULL if netns.look(facts.pid).routed else Network.NONE
+    return None if now is made else now
 
 
 def _claim(directory: str) -> str | None:

@@ -1,7 +1,8 @@
 """Which process has one end of a connection inside a sandbox: read from /proc on the host, as far as that may be.
 
 The owner of a socket is found by its inode, which is in a table of the network namespace, and in the process's list
-of descriptors. A rootless engine's processes have other users, whose lists may not be read: then nobody knows.
+of descriptors. A rootless engine's processes have other users, but in a namespace that is ours, and so may be looked
+into. Those of an engine that is root, for a daemon that is not, may not: then nobody knows.
 """
 
 from __future__ import annotations

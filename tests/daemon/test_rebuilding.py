@@ -6,10 +6,13 @@ import os
 import sqlite3
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from runtimes import netns
 from runtimes.errors import EngineUnavailable
-from runtimes.model import ContainerSpec, Limits, Network, User
+from runtimes.model import ContainerFacts, ContainerSpec, Limits, Network, User
+from runtimes.netns import NetworkView
 from sandboxd import note, rebuilding
 from sandboxd.journal import Journal, SandboxRecord
 from sandboxd.lifecycle import State
@@ -59,6 +62,7 @@ async def test_a_container_of_a_lost_record_has_one_again(torn: World) -> None:
         assert (found.id, found.container_id, found.state) == (box.id, container_id, State.STOPPED)
         assert (found.limits, found.network, found.template) == (box.limits, box.network, "python")
         assert found.warnings == (rebuilding.WARNING,)
+        assert found.network_wanted is Network.NONE, "it may have been taken away since, and must not come back"
         done = await torn.recovery.repair()
         assert (os.path.basename(done.aside), done.unseen) == ("journal.sqlite3.damaged", ("docker",))
         assert torn.journal.sandboxes() == [found]
@@ -152,3 +156,23 @@ async def test_a_slot_of_a_lost_record_stays_nobodys_and_one_that_was_claimed_do
         "python",
         "warm",
     )
+
+
+@pytest.mark.parametrize("made_with", list(Network))
+@pytest.mark.parametrize("routed", [True, False])
+async def test_the_network_of_a_lost_record_is_what_the_kernel_shows(
+    torn: World, monkeypatch: pytest.MonkeyPatch, made_with: Network, routed: bool
+) -> None:
+    """It may have been opened or closed since the container was made: no label says so."""
+    monkeypatch.setattr(netns, "look", lambda _: NetworkView(interfaces=(), routed=routed))
+    await made(torn, record(network=made_with))
+    (container,) = await torn.engine.list_containers(owner=torn.journal.owner())
+    inspect = torn.engine.inspect
+
+    async def running(container_id: str) -> ContainerFacts:
+        return msgspec.structs.replace(await inspect(container_id), pid=os.getpid())
+
+    monkeypatch.setattr(torn.engine, "inspect", running)
+    found = await rebuilding.rebuilt(container, torn.engine, str(torn.boxes / "nowhere"))
+    assert found.network is made_with
+    assert found.network_wanted is (Network.FULL if routed else Network.NONE)

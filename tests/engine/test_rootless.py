@@ -234,7 +234,9 @@ def test_a_way_out_and_a_secret_are_given_as_to_any_other(rootless: UsersDaemon)
         fetch = f"no_proxy= busybox wget -q -O - http://127.0.0.1:{port}/"
         assert rootless.ctl("exec", box, "sh", "-c", fetch).stdout == b"hello"
         assert b"403" in rootless.ctl("exec", box, "sh", "-c", "busybox wget -O - http://evil.example/").stderr
-        assert rootless.call("network/get", sandbox=box)["denied"] == 1
+        known = rootless.call("network/get", sandbox=box)
+        assert known["denied"] == 1
+        assert "busybox" in known["denials"][0]["command"]
         assert rootless.ctl("exec", box, "cat", "/run/secrets/token").stdout == b"canary"
         assert rootless.ctl("rm", "--wait", box).returncode == 0
         assert rootless.ctl("secret", "rm", "token").returncode == 0

@@ -14,7 +14,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--soak",
         action="store_true",
-        help="run test_soak.py and test_claims.py of tests/engine at full size: an hour",
+        help="run test_soak.py, test_claims.py and test_fault_points.py of tests/engine at full size: an hour",
     )
     group.addoption(
         "--sleeper-seconds", type=float, help="how long its sleeper sleeps; 1800 with --soak, otherwise 3"

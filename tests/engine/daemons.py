@@ -61,6 +61,7 @@ class Daemon:
         env: On top of this process's environment; None takes a variable away.
         launcher: What the interpreter is called through, to become another user.
         python: The interpreter.
+        module: What is run by it.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Daemon:
         env: Mapping[str, str | None] | None = None,
         launcher: Sequence[str] = (),
         python: str = sys.executable,
+        module: str = "sandboxd.daemon",
     ) -> None:
         self.directory = directory
         self.socket = directory / "run" / "s.sock"
@@ -77,6 +79,7 @@ class Daemon:
         self.log = directory / "log"
         self._launcher = launcher
         self._python = python
+        self._module = module
         self._process: subprocess.Popen[bytes] | None = None
         changes: dict[str, str | None] = {
             "SANDBOXD_SOCKET": str(self.socket),
@@ -110,7 +113,7 @@ class Daemon:
         try:
             with open(self.log, "ab") as log:
                 process = subprocess.Popen(
-                    [*self._launcher, self._python, "-m", "sandboxd.daemon", "--ready-fd", str(told)],
+                    [*self._launcher, self._python, "-m", self._module, "--ready-fd", str(told)],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,

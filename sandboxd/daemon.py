@@ -265,6 +265,7 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 images=ImageBuilder(ground.engines, reference=config.defaults.image, scratch_dir=state),
                 examine=survey.examine,
                 repair=recovery.repair,
+                collect=recovery.collect,
                 daemon=_daemon_info(listener, state),
                 config=lambda: DaemonConfig(entries=list(settings.entries)),
                 reload=settings.reload,

@@ -1728,6 +1728,35 @@ class DaemonMetrics(Reply, frozen=True):
     """OpenMetrics text."""
 
 
+class GcParams(Params, frozen=True):
+    """Which of it."""
+
+    dry_run: bool = False
+    """Only look."""
+
+
+class GcFinding(Reply, frozen=True):
+    """Something that is not as it should be, or is nobody's."""
+
+    kind: Literal["container", "sandbox", "output", "layer", "directory", "programs"]
+    name: str
+    """Of what would be removed or changed: a container's id, a sandbox's, a directory."""
+    engine: str
+    """Empty where it is on the host."""
+    action: str
+    """``remove``, or what is noted of a sandbox: ``adopt forget note_paused note_stopped note_lost``."""
+    reason: str
+
+
+class GcReport(Reply, frozen=True):
+    """What was found, and, unless it was only looked for, dealt with."""
+
+    dry_run: bool
+    found: list[GcFinding]
+    unseen_engines: list[str]
+    """Engines that did not answer: what they have is not looked at."""
+
+
 class ConfigEntry(Reply, frozen=True):
     """One setting, as it is in force."""
 
@@ -2017,6 +2046,9 @@ METHODS: tuple[Method, ...] = (
         NoParams,
         JournalRepaired,
         "Write a journal that was damaged anew, from what is left of it, the containers and their init.",
+    ),
+    Method(
+        "daemon/gc", GcParams, GcReport, "Remove what is nobody's, and make records and engines agree; or only look."
     ),
     Method("daemon/reload", NoParams, DaemonReloaded, "Read the settings again; SIGHUP does the same."),
     Method("daemon/metrics", NoParams, DaemonMetrics, "Figures of the daemon, as OpenMetrics text.", reads=True),

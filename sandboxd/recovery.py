@@ -13,7 +13,9 @@ from typing import NamedTuple, assert_never
 
 import anyio
 import anyio.lowlevel
+import anyio.to_thread
 
+from runtimes import mounts
 from runtimes.engine import Engine
 from runtimes.errors import RuntimeFailure
 from runtimes.model import ContainerSummary, EngineName
@@ -45,6 +47,23 @@ class Repaired(NamedTuple):
     """Engines that could not be asked; what they have is taken in when they answer."""
 
 
+class _Seen(NamedTuple):
+    """What the engines said, and what was known when they were asked."""
+
+    before: dict[str, State]
+    listed: dict[str, Sequence[ContainerSummary]]
+
+
+class Finding(NamedTuple):
+    """Something that is not as it should be, or is nobody's; see ``protocol.GcFinding``."""
+
+    kind: str
+    name: str
+    engine: str
+    action: str
+    reason: str
+
+
 class Recovery:
     """Recovers the sandboxes of one manager.
 
@@ -60,6 +79,8 @@ class Recovery:
         self._journal = journal
         self._boxes_dir = places.boxes_dir
         self._spools_dir = places.spools_dir
+        self._layers_dir = places.layers_dir
+        self._bin_dir = places.bin_dir
         self._went_down = went_down
 
     async def recover(self) -> None:
@@ -227,17 +248,83 @@ class Recovery:
         usable = {engine.name.value for engine in self._engines.usable()}
         if any(sandbox.record.engine not in usable for sandbox in self._manager.all()):
             await self._engines.refresh()
-        before = {sandbox.record.id: sandbox.record.state for sandbox in self._manager.all()}
-        listed = await self._listed()
-        await self._rebuild(listed)
         self._journal.catch_up()
-        for decision in self._decide(listed):
-            is_due = self._is_due(decision, before.get(decision.sandbox_id))
-            if decision.action is reconcile.Action.REMOVE_CONTAINER or is_due:
-                await self._carry_out(decision)
+        for decision in await self._due(await self._look()):
+            await self._carry_out(decision)
         for sandbox in self._manager.all():
             self._manager.enforcer.restore(sandbox)
             await anyio.lowlevel.checkpoint()
+
+    async def _look(self) -> _Seen:
+        before = {sandbox.record.id: sandbox.record.state for sandbox in self._manager.all()}
+        return _Seen(before, await self._listed())
+
+    async def _due(self, seen: _Seen) -> list[reconcile.Decision]:
+        """What a sweep would do about what was seen; what was lost with the journal is taken in before."""
+        await self._rebuild(seen.listed)
+        return [
+            decision
+            for decision in self._decide(seen.listed)
+            if decision.action is reconcile.Action.REMOVE_CONTAINER
+            or self._is_due(decision, seen.before.get(decision.sandbox_id))
+        ]
+
+    async def collect(self, *, dry_run: bool) -> tuple[list[Finding], list[str]]:
+        """Find what is nobody's, and what is not as its record says; deal with it, unless it is only looked for.
+
+        Returns:
+            What was found, and the engines that did not answer.
+        """
+        await self._engines.refresh()
+        seen = await self._look()
+        due = await self._due(seen)
+        found = [_finding(decision) for decision in due]
+        leftovers = self._leftovers()
+        found += [
+            Finding(kind, path, "", "remove", "no sandbox knows it")
+            for kind, paths in leftovers.items()
+            for path in paths
+        ]
+        if not dry_run:
+            for decision in due:
+                await self._carry_out(decision)
+            await self._remove(leftovers)
+        return found, sorted({engine.name.value for engine in self._engines.usable()} - seen.listed.keys())
+
+    def _leftovers(self) -> dict[str, list[str]]:
+        """Directories of ours on the host that belong to no sandbox, by what is in them.
+
+        Nothing waits between the look and the comparison: what a sandbox has is made after it is known. Where not
+        every record is known, nothing is nobody's.
+        """
+        if self._journal.damaged or self._journal.unseen_engines:
+            return {}
+        places = {"output": self._spools_dir, "layer": self._layers_dir, "directory": self._boxes_dir}
+        listed = {kind: _names_in(place) for kind, place in places.items()}
+        known = {sandbox.record.id for sandbox in self._manager.all()} | self._journal.unreadable
+        found = {
+            kind: [os.path.join(places[kind], name) for name in names if name not in known]
+            for kind, names in listed.items()
+        }
+        programs = os.path.dirname(self._bin_dir)
+        used = {self._bin_dir, *(sandbox.record.bin_dir for sandbox in self._manager.all())}
+        paths = (os.path.join(programs, name) for name in _names_in(programs))
+        return {**found, "programs": [path for path in paths if path not in used]}
+
+    async def _remove(self, leftovers: Mapping[str, Sequence[str]]) -> None:
+        for kind, paths in leftovers.items():
+            for path in paths:
+                logger.warning("remove %s: no sandbox knows it", path)
+                try:
+                    match kind:
+                        case "layer":
+                            await self._manager.workspaces.erase(os.path.basename(path))
+                        case "directory":
+                            erase_box(path)
+                        case _:
+                            await anyio.to_thread.run_sync(mounts.remove_tree, path)
+                except OSError as error:
+                    logger.warning("cannot remove %s: %s", path, error)
 
     def _is_due(self, decision: reconcile.Decision, before: State | None) -> bool:
         """Whether a sweep may act: what is under way is left to whoever does it.
@@ -265,3 +352,17 @@ class Recovery:
                 return sandbox.record.state in (State.BROKEN, State.STOPPED)
             case _:
                 return False
+
+
+def _finding(decision: reconcile.Decision) -> Finding:
+    if decision.action is reconcile.Action.REMOVE_CONTAINER:
+        name = decision.sandbox_id if decision.container is None else decision.container.container_id
+        return Finding("container", name, decision.engine, "remove", decision.reason)
+    return Finding("sandbox", decision.sandbox_id, decision.engine, decision.action.value, decision.reason)
+
+
+def _names_in(directory: str) -> list[str]:
+    try:
+        return sorted(os.listdir(directory))
+    except FileNotFoundError:
+        return []

@@ -334,6 +334,24 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 0 if report["healthy"] else FAILURE
 
 
+def _add_gc(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be done, and why")
+    verb.add_json(parser)
+
+
+def _gc(arguments: argparse.Namespace) -> int:
+    report = request("daemon/gc", dry_run=arguments.dry_run)
+    if arguments.json:
+        show_json(report)
+    elif report["found"]:
+        show(render.gc(report["found"]))
+    else:
+        say("nothing is nobody's")
+    if report["unseen_engines"] and not arguments.json:
+        say(f"not looked at, for they did not answer: {' '.join(report['unseen_engines'])}")
+    return 0
+
+
 def _config(arguments: argparse.Namespace) -> int:
     reply = request("daemon/config")
     if arguments.json:
@@ -364,6 +382,7 @@ VERBS = {
         "start, stop or restart the daemon, see whether it runs, or hand it to systemd", _add_daemon, _daemon
     ),
     "doctor": Verb("check the host, and say what mends it; repair the journal", _add_doctor, _doctor),
+    "gc": Verb("remove what no sandbox owns: containers, outputs, layers, directories", _add_gc, _gc),
     "config": Verb("show every setting in force, and where it comes from", verb.add_json, _config),
     "version": Verb("show the versions of this command and of the daemon", verb.add_json, _version),
 }

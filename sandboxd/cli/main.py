@@ -57,6 +57,7 @@ FAMILIES = {
     "secret": "secrets",
     "image": "images",
     "doctor": "daemon",
+    "gc": "daemon",
     "daemon": "daemon",
     "config": "daemon",
     "version": "daemon",

@@ -387,6 +387,17 @@ def repaired(reply: dict[str, Any]) -> str:
     return text
 
 
+def gc(found: Sequence[dict[str, Any]]) -> str:
+    """One line for each thing, and why."""
+    return table(
+        ("ACTION", "KIND", "NAME", "ENGINE", "WHY"),
+        [
+            (row["action"].replace("_", " "), row["kind"], row["name"], row["engine"] or "-", row["reason"])
+            for row in found
+        ],
+    )
+
+
 def config(entries: Sequence[dict[str, Any]]) -> str:
     """All settings in force."""
     return table(

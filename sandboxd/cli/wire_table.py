@@ -76,6 +76,7 @@ PARAMS: dict[str, str] = {
     "daemon/doctor": "NoParams",
     "daemon/config": "NoParams",
     "daemon/repair": "NoParams",
+    "daemon/gc": "GcParams",
     "daemon/reload": "NoParams",
     "daemon/metrics": "NoParams",
     "daemon/handover": "NoParams",
@@ -235,6 +236,9 @@ FIELDS: dict[str, dict[str, object]] = {
         "descriptor": False,
         "mode": None,
         "make_parents": True,
+    },
+    "GcParams": {
+        "dry_run": False,
     },
     "ImageBuildParams": {
         "engine": None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 import msgspec
 import psutil
@@ -13,8 +14,16 @@ from sandboxd.engines import EngineRoom
 from sandboxd.handlers.table import Handler
 from sandboxd.image_builder import ImageBuilder
 from sandboxd.manager import Manager
-from sandboxd.recovery import Repaired
+from sandboxd.recovery import Finding, Repaired
 from sandboxd.server import Context
+
+
+class Collect(Protocol):
+    """See ``Recovery.collect``."""
+
+    def __call__(self, *, dry_run: bool) -> Awaitable[tuple[list[Finding], list[str]]]:
+        """Look, and carry out."""
+        ...
 
 
 class DaemonHandlers:
@@ -26,6 +35,7 @@ class DaemonHandlers:
         images: Makes images.
         examine: Gathers what doctor judges.
         repair: Makes a damaged journal whole.
+        collect: Removes what is nobody's; returns that, and the engines that did not answer.
         daemon: What ``daemon/info`` says of this process, engines and counts excepted.
         config: Says which settings are in force.
         reload: Reads them again.
@@ -42,6 +52,7 @@ class DaemonHandlers:
         images: ImageBuilder,
         examine: Callable[[], Awaitable[doctor.Facts]],
         repair: Callable[[], Awaitable[Repaired]],
+        collect: Collect,
         daemon: protocol.DaemonInfo,
         config: Callable[[], protocol.DaemonConfig],
         reload: Callable[[], protocol.DaemonReloaded],
@@ -53,6 +64,7 @@ class DaemonHandlers:
         self._images = images
         self._examine = examine
         self._repair = repair
+        self._collect = collect
         self._daemon = daemon
         self._config = config
         self._reload = reload
@@ -67,6 +79,7 @@ class DaemonHandlers:
             "daemon/info": self.info,
             "daemon/doctor": self.doctor,
             "daemon/repair": self.repair,
+            "daemon/gc": self.gc,
             "daemon/config": self.config,
             "daemon/reload": self.reload,
             "daemon/handover": self.handover,
@@ -105,6 +118,15 @@ class DaemonHandlers:
             sandboxes=len(self._manager.present()),
             rebuilt=done.rebuilt,
             unseen_engines=list(done.unseen),
+        )
+
+    async def gc(self, params: protocol.GcParams, _: Context) -> protocol.GcReport:
+        """Remove what is nobody's, or only look."""
+        found, unseen = await self._collect(dry_run=params.dry_run)
+        return protocol.GcReport(
+            dry_run=params.dry_run,
+            found=[protocol.GcFinding(**finding._asdict()) for finding in found],
+            unseen_engines=unseen,
         )
 
     async def config(self, _: protocol.NoParams, __: Context) -> protocol.DaemonConfig:

@@ -62,6 +62,7 @@ class World:
         self.boxes = directory / "boxes"
         self.boxes.mkdir()
         self.journal = Journal.open(str(directory / "journal.sqlite3"))
+        self.bin_dir = str(directory / "programs" / "now")
         self.manager: Manager
         self.launcher: Launcher
         self.recovery: Recovery
@@ -81,7 +82,7 @@ class World:
         inotify = Inotify()
         places = Places(
             boxes_dir=str(self.boxes),
-            bin_dir="/bin",
+            bin_dir=self.bin_dir,
             seccomp_profile="/seccomp.json",
             spools_dir=str(self.boxes.parent / "spools"),
             layers_dir=str(self.boxes.parent / "layers"),

@@ -16,6 +16,7 @@ import itertools
 import os
 import struct
 from collections.abc import Callable
+from functools import lru_cache
 
 from runtimes.errors import UnreadableAnswer, Unsupported
 from runtimes.mountinfo import MountEntry, is_below, parse
@@ -172,9 +173,14 @@ def mounts_of(process: int | str) -> tuple[MountEntry, ...]:
     """
     try:
         with open(f"/proc/{process}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-            return parse(file.read(MOUNTINFO_CHARS_MAX))
+            text = file.read(MOUNTINFO_CHARS_MAX)
     except OSError as error:
         raise UnreadableAnswer("cannot read the mounts of a process", detail=error.strerror or "") from error
+    return _parsed(text) if process == "self" else parse(text)
+
+
+_parsed = lru_cache(maxsize=1)(parse)
+"""Our own table, which grows with the number of sandboxes, is asked for once for each of them."""
 
 
 def remove_tree(directory: str, step: Callable[[], None] = lambda: None) -> None:

@@ -297,8 +297,9 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
             auditor.tell("begun", pid=os.getpid(), version=__version__)
             tasks.start_soon(_watch_signals, stop, settings)
             async with supervision.busy("", "starting: looking at engines and sandboxes"):
-                await ground.engines.refresh()
-                await clients.wait_for_clients(owner_label_argument(ground.owner), deadline_s=LEFT_CLIENTS_DEADLINE_S)
+                async with anyio.create_task_group() as looking:
+                    looking.start_soon(ground.engines.refresh)
+                    looking.start_soon(_wait_for_left_clients, ground.owner)
                 await recovery.recover()
                 boxes.allow()
                 await uplinks.sweep({each.record.id: each.pid for each in manager.all() if each.pid is not None})
@@ -496,6 +497,10 @@ def _daemon_info(listener: Listener, state: str) -> DaemonInfo:
         sandboxes=0,
         rss_bytes=0,
     )
+
+
+async def _wait_for_left_clients(owner: str) -> None:
+    await clients.wait_for_clients(owner_label_argument(owner), deadline_s=LEFT_CLIENTS_DEADLINE_S)
 
 
 @contextlib.asynccontextmanager

@@ -47,9 +47,9 @@ class Client:
         self._ground = ground
         self._book = book
         self._count = 0
-        self._project = ground.projects / str(number)
-        self._project.mkdir()
-        (self._project / "known").write_text("known\n", encoding="ascii")
+        self.project = ground.projects / str(number)
+        self.project.mkdir()
+        (self.project / "known").write_text("known\n", encoding="ascii")
         self._operations: dict[str, Callable[[Held, random.Random], None]] = {
             "exec": self._exec,
             "start": self._start,
@@ -72,6 +72,8 @@ class Client:
 
     def run(self, operations: Sequence[Operation]) -> None:
         for operation in operations:
+            if self._book.over.is_set():
+                return
             chance = random.Random(operation.number)
             makes = operation.kind == "create" and len(self.held) < HELD_MAX
             kind = "create" if makes or not self.held else operation.kind
@@ -151,7 +153,7 @@ class Client:
         token = f"c{self.number}-{self._count}"
         params: dict[str, Any] = {"template": engine, "launch": launch, "name": token, "env": {"CALLER": token}}
         if mode is not None:
-            params["workspace"] = {"path": str(self._project), "mode": mode}
+            params["workspace"] = {"path": str(self.project), "mode": mode}
         box = self.call("sandbox/create", metadata={"client": str(self.number)}, **params)
         held = Held(box["id"], token, engine, box["container_id"], mode or "")
         held.history.append(f"{time.strftime('%T')} {box['launch']} {(box['workspace'] or {}).get('mounted', '')}")
@@ -202,7 +204,7 @@ class Client:
             end = self.call("commands/wait", **ref)
             said = base64.b64decode(self.call("commands/logs", **ref)["data"])
         except RpcError as error:
-            if error.type != "not_found" or held.shaken:
+            if error.type != "not_found" or held.shaken or held.unclear:
                 raise
             self._book.happen("command_lost", f"{command_id} of {held}: {error}")
             return

@@ -27,6 +27,7 @@ FORBIDDEN = {
     "journal_damaged": "journals that SQLite does not like",
     "memory_grown": "daemons that kept memory",
     "descriptors_grown": "daemons that kept descriptors",
+    "disk_grown": "daemons that left files",
     "daemon_died": "daemons that ended by themselves",
 }
 """What may not happen, whatever goes wrong around it."""
@@ -73,7 +74,8 @@ class Book:
         self.refusals: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self.happened: dict[str, list[str]] = {kind: [] for kind in FORBIDDEN}
-        self.steps: list[int] = []
+        self.over = threading.Event()
+        """Nobody is to begin anything more."""
         self._lock = threading.Lock()
         self._moved = threading.Condition(self._lock)
         self._done = 0

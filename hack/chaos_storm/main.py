@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import sys
 import tempfile
 import threading
@@ -21,6 +22,7 @@ from chaos_storm.ground import Ground
 from chaos_storm.invariants import Observer, Weight, Wrong
 from chaos_storm.ledger import FORBIDDEN, Book
 from chaos_storm.review import Reviewer
+from chaos_storm.steady import Steady
 from tests.engine.daemons import ENGINES
 
 SEED_BITS = 32
@@ -32,6 +34,9 @@ CALM_EVERY = 4
 """Every fourth round nothing goes wrong, and so nothing may be refused."""
 
 BAR_CHARS = 30
+STEPS = 20
+"""How often the bar is drawn where there are no rounds."""
+
 SHOWN_MAX = 5
 UNEXPECTED = ("Traceback", " CRITICAL ")
 """What the daemon logs when it did not expect an error itself."""
@@ -55,6 +60,7 @@ class Run:
         self._reviewer = Reviewer(ground, self.book)
         self._base = self._observer.weigh()
         self._log_read = 0
+        self._threads: list[threading.Thread] = []
         self.told: Counter[str] = Counter()
         """How many of what may not happen were printed already, by kind."""
 
@@ -68,14 +74,14 @@ class Run:
         self.fingerprints.append(plan.fingerprint([*faults, *(step for steps in drawn for step in steps)]))
         self.book.begin_turn()
         self._faults.active = False
-        threads = [
+        self._threads = [
             threading.Thread(target=self._guarded, args=(client.run, steps))
             for client, steps in zip(self.clients, drawn, strict=True)
         ]
-        for thread in threads:
+        for thread in self._threads:
             thread.start()
-        self._guarded(self._faults.carry_out, faults, lambda: not any(thread.is_alive() for thread in threads))
-        for thread in threads:
+        self._guarded(self._faults.carry_out, faults, lambda: not any(each.is_alive() for each in self._threads))
+        for thread in self._threads:
             thread.join()
         self._faults.end_turn()
         self._observer.seen |= self._faults.seen
@@ -124,8 +130,30 @@ class Run:
             if any(word in line for word in UNEXPECTED):
                 self.book.happen("internal_error", f"in the log: {line}")
 
+    def steady(self, operations: int, plot: str | None) -> dict[str, object]:
+        """Many claims and commands with nothing wrong; what is kept of them."""
+        steady = Steady(self._ground, self.book, self.clients, operations)
+        self._threads = steady.threads
+        drawn = -1
+
+        def draw(share: float) -> None:
+            nonlocal drawn
+            if int(share * STEPS) > drawn:
+                drawn = int(share * STEPS)
+                _draw(share, self)
+
+        steady.run(draw)
+        if plot is not None:
+            steady.draw_plot(plot)
+        return steady.figures()
+
     def end(self) -> None:
         """Remove everything; nothing may be left."""
+        self.book.over.set()
+        for thread in self._threads:
+            thread.join()
+        self._faults.end_turn()
+        self._revive()
         self._guarded(self._reviewer.remove_everything)
         self._await_nothing_wrong(lambda: [*self._observer.wrong(), *self._observer.left()])
         self.weights.append(self._observer.weigh())
@@ -158,6 +186,7 @@ class Run:
 def main(document: str, arguments: Sequence[str]) -> int:
     """The exit status: 0 where nothing happened that may not."""
     options = _parse(document, arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if os.geteuid() != 0:
         print("chaos: it mounts, and kills what others started: run it as root", file=sys.stderr)
         return 1
@@ -167,12 +196,18 @@ def main(document: str, arguments: Sequence[str]) -> int:
         with ground.standing():
             run = Run(ground, options)
             began_s = time.monotonic()
-            while (share := _share(run, options, began_s)) < 1:
-                _draw(share, run)
-                run.turn()
-            _draw(1.0, run)
-            run.end()
-        figures = {**run.figures(), "seconds": round(time.monotonic() - began_s)}
+            kept: dict[str, object] = {}
+            try:
+                if options.steady is not None:
+                    kept = {"steady": run.steady(options.steady, options.plot)}
+                while options.steady is None and (share := _share(run, options, began_s)) < 1:
+                    _draw(share, run)
+                    run.turn()
+                _draw(1.0, run)
+            finally:
+                # Also where it was interrupted: containers would outlive it.
+                run.end()
+        figures = {**run.figures(), **kept, "seconds": round(time.monotonic() - began_s)}
         if not run.book.clean and options.log is not None:
             Path(options.log).write_bytes(ground.daemon.log.read_bytes())
     if options.json:
@@ -189,6 +224,8 @@ def _parse(document: str, arguments: Sequence[str]) -> argparse.Namespace:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, default=10.0, help="begin no round after so many (10)")
     length.add_argument("--rounds", type=int, help="so many, however long they take")
+    length.add_argument("--steady", type=int, metavar="N", help="so many claims and commands with nothing wrong")
+    parser.add_argument("--plot", metavar="FILE", help="with --steady: draw what the daemon took, as SVG")
     parser.add_argument("--seed", type=int, help="a number; without it one is drawn and printed")
     parser.add_argument("--engine", choices=["podman", "docker", "both"], default="both")
     parser.add_argument("--clients", type=int, default=6, help="at once (6)")

@@ -24,7 +24,7 @@ ELSEWHERE = {
     "daemon/shutdown": "there would be nobody to ask afterwards: tests/daemon/test_daemon.py",
     "image/build": "asks mirrors and registries: tests/engine",
 }
-EXAMPLES = 12
+EXAMPLES = 8
 SETTINGS = settings(
     max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )

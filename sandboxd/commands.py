@@ -272,6 +272,16 @@ class CommandTable:
             self._background.start(self._enforce_timeout, command, timeout_s, grace_s)
         return command, spawned.pty_fd
 
+    def take_outlet(self, command: Command, outlet: Outlet) -> None:
+        """Keep the output of a command that was just started, until nothing of it is left.
+
+        That may be so already: init tells of a quick one's end in the same breath as of its start.
+        """
+        command.outlet = outlet
+        outlet.start(self._background, command.gone)
+        if command.background and command.gone.is_set():
+            self._background.start(outlet.rest)
+
     def adopt(
         self, record: CommandRecord, *, pid: int, remaining_s: float | None, ended: anyio.Event, outlet: Outlet | None
     ) -> Command:

@@ -238,8 +238,7 @@ async def _start_spooled(
             grace_s=times.grace_s,
             ended=ended,
         )
-        command.outlet = opened.outlet
-        opened.outlet.start(sandbox.background, command.gone)
+        sandbox.commands.take_outlet(command, opened.outlet)
         if master is not None and opened.terminal_writer is not None:
             opened.outlet.take_terminal(master, opened.terminal_writer, sandbox.background)
             opened.terminal_writer = None

@@ -285,8 +285,7 @@ async def _start_text(shell: Shell, text: str) -> tuple[Command, socket.socket]:
                 request, passed, background=False, timeout_s=None, grace_s=0, ended=ended
             )
             command.argv = shown_argv([shell.program, text])
-            command.outlet = opened.outlet
-            opened.outlet.start(sandbox.background, command.gone)
+            sandbox.commands.take_outlet(command, opened.outlet)
     except BaseException as error:
         ours.close()
         sandbox.drop_command(request.command_id)

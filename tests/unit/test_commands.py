@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import anyio
 import pytest
 
-from sandboxd.commands import Verdict, judge
+from runtimes.init.channel import Spawned
+from runtimes.init.wire import Exited, Gone, SpawnRequest, Usage
+from sandboxd.background import Background
+from sandboxd.commands import CommandTable, Verdict, judge
 
 
 @pytest.mark.parametrize(
@@ -32,3 +40,38 @@ def test_the_verdict_comes_from_the_counters_and_never_from_137(
 ) -> None:
     """An OOM kill, our kill, a user's kill, a timeout and an exit 137 are five different things."""
     assert judge(verdict) == expected
+
+
+class HastyInit:
+    """Tells of a command's end in the same breath as of its start."""
+
+    def __init__(self, table: CommandTable) -> None:
+        self._table = table
+
+    async def spawn(self, request: SpawnRequest, _: Sequence[int]) -> Spawned:
+        self._table.on_event(Exited(request.command_id, 0, Usage(0, 0, 0, 0)))
+        self._table.on_event(Gone(request.command_id, keeper_lost=False))
+        return Spawned(pid=42, pty_fd=None)
+
+    async def forget(self, command_id: int) -> None:
+        """It has."""
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.anyio
+async def test_the_output_of_a_command_that_ends_at_once_is_held_open_no_longer_than_any_other() -> None:
+    """Nobody would ever close it: a daemon lost two descriptors for each such command, and then all of them."""
+    rested: list[bool] = []
+
+    async def rest() -> None:
+        rested.append(True)
+
+    async with anyio.create_task_group() as tasks:
+        table = CommandTable(Background(tasks), lambda: 0, contextlib.nullcontext, lambda _, __: None, lambda _: None)
+        table.attach(HastyInit(table))  # type: ignore[arg-type]
+        request = SpawnRequest(command_id=7, argv=[b"true"], env=[], cwd=b"/")
+        command, _ = await table.start(request, (), background=True, timeout_s=None, grace_s=0)
+        assert command.gone.is_set()
+        outlet = SimpleNamespace(start=lambda _, __: None, rest=rest, close=lambda: None)
+        table.take_outlet(command, outlet)  # type: ignore[arg-type]
+    assert rested == [True]

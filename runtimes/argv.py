@@ -347,7 +347,7 @@ def _environment_flags(client: Client) -> list[str]:
 
 def _mount_flags(client: Client, mount: Mount) -> list[str]:
     if mount.overlay is None:
-        return ["--mount", _mount(mount)]
+        return ["--mount", _mount(client, mount)]
     match client.engine:
         case EngineName.DOCKER:
             raise Unsupported("cannot make an overlay with Docker")
@@ -364,14 +364,18 @@ def _mount_flags(client: Client, mount: Mount) -> list[str]:
             assert_never(client.engine)
 
 
-def _mount(mount: Mount) -> str:
+def _mount(client: Client, mount: Mount) -> str:
     """One ``--mount``: both engines read it with a CSV reader, so any path but one with CR LF can be written.
 
     ``--volume`` cannot hold a colon. The reader turns CR LF into LF, even between quotes.
     """
     fields = ["type=bind", f"src={mount.source}", f"dst={mount.target}"]
-    if mount.read_only:
+    # Docker's runtime mounts it once more for that, with this and nothing else: nosuid and nodev would be lost.
+    # Podman's is told all three, and what it is not told to be read-only it makes writable.
+    if mount.read_only and not (mount.sealed and client.engine is EngineName.DOCKER):
         fields.append("readonly")
+    if mount.passes_on:
+        fields.append("bind-propagation=rslave")
     return ",".join(map(_csv_field, fields))
 
 

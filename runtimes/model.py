@@ -73,6 +73,10 @@ class Mount(msgspec.Struct, frozen=True, kw_only=True):
     target: str
     """Absolute path inside."""
     read_only: bool = False
+    sealed: bool = False
+    """The source is a mount that is already as this one is to be: nosuid, nodev, read-only if asked for."""
+    passes_on: bool = False
+    """What is mounted on the source later is to be seen inside too."""
     overlay: OverlayDirs | None = None
     """The source is only read, and what is written goes there. Podman's alone."""
 

@@ -91,6 +91,7 @@ class Manager:
         inotify: Inotify,
         attachments: Attachments,
         mounter: Mounter | None,
+        late_calls: bool = True,
         secrets: SecretStore,
         tell: Tell | None = None,
     ) -> None:
@@ -118,7 +119,9 @@ class Manager:
             self.owner,
             seccomp_profile=places.seccomp_profile,
             default_image=config.defaults.image,
-            staging=Staging(may_mount=caller.user.uid == 0, userns_fd=userns_fd, mounter=mounter),
+            staging=Staging(
+                may_mount=caller.user.uid == 0, userns_fd=userns_fd, mounter=mounter, late_calls=late_calls
+            ),
             workspaces=self.workspaces,
         )
         self.engine_records = EngineRecords(self.engine_of, passable)

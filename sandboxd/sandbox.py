@@ -6,6 +6,7 @@ The host's side of a sandbox is one directory, private to the daemon:
     claim         what it is, if it was a slot: see ``rebuilding``
     io/           what the container sees as /.sandboxd/run while it starts; gone afterwards
     stages/       where the project is staged while the container starts; gone afterwards
+    slot/         of a slot, on kernels before 5.12: what is mounted on it is seen inside; gone once it is claimed
 
 init binds its socket in ``io``. As soon as it is connected and known to be the container's PID 1, the socket is
 renamed into the private directory and ``io`` is removed: nothing inside can reach the socket, and a removed
@@ -38,6 +39,7 @@ from runtimes.init.peer import is_container_init, is_namespace_init, kill_proces
 from runtimes.init.wire import CommandEntry, CommandState, Exited, Gone, InitError
 from runtimes.model import CPU_MILLIS_PER_CPU, Limits
 from runtimes.mountinfo import deviations
+from runtimes.propagation import SlotDirectory
 from sandboxd import expiry, note
 from sandboxd.background import Background
 from sandboxd.commands import Command, CommandTable, format_command_id, remaining_s
@@ -65,6 +67,7 @@ SOCKET_NAME = "init.sock"
 RESOLVER_NAME = "resolv.conf"
 
 STAGES = "stages"
+SLOT_NAME = "slot"
 STAGE_NAME_CHARS = 16
 
 DEVIATIONS_SHOWN_MAX = 3
@@ -229,6 +232,11 @@ class Sandbox:
         name = "workspace" if target == TARGET else sha256(target.encode()).hexdigest()[:STAGE_NAME_CHARS]
         return os.path.join(self.directory, STAGES, name)
 
+    @property
+    def slot_path(self) -> str:
+        """Where a container that runs is given its project, on kernels without a better way."""
+        return os.path.join(self.directory, SLOT_NAME)
+
     def clear_stages(self) -> None:
         """Take off what a start that was cut short has left. Idempotent."""
         clear_stages(self.directory)
@@ -362,7 +370,16 @@ class Sandbox:
                 detail=f"process {pid} listens, which is not PID 1 of its container",
             )
         targets = [mount.target for mount in self.record.mounts]
-        _check_mounts(pid, sources, ours=(*OURS, *targets))
+        _check_mounts(pid, sources, ours=(*OURS, *targets), read_only=self._read_only_targets())
+
+    def _read_only_targets(self) -> set[str]:
+        """What must not be writable inside, whatever the engine made of it."""
+        workspace = self.record.workspace
+        return {
+            INSIDE_BIN,
+            *(mount.target for mount in self.record.mounts if mount.read_only),
+            *((TARGET,) if workspace is not None and workspace.read_only else ()),
+        }
 
     def _take_out_of_reach(self, hidden: str) -> None:
         """Move init's socket to ``hidden``, unless it is there, and remove the directory that the container shares.
@@ -729,9 +746,9 @@ async def _is_init_of(pid: int, container_id: str, engine: Engine) -> bool:
     return is_namespace_init(pid) and (await engine.inspect(container_id)).pid == pid
 
 
-def _check_mounts(pid: int, sources: Mapping[str, str], ours: Collection[str]) -> None:
+def _check_mounts(pid: int, sources: Mapping[str, str], ours: Collection[str], read_only: Collection[str]) -> None:
     """Refuse an image that puts something in the way of our mounts, or volumes beside them."""
-    found = deviations(mounts.mounts_of(pid), mounts.mounts_of("self"), sources, ours=ours, read_only={INSIDE_BIN})
+    found = deviations(mounts.mounts_of(pid), mounts.mounts_of("self"), sources, ours=ours, read_only=read_only)
     if found:
         raise Unsupported(
             "cannot use this image",
@@ -758,6 +775,7 @@ def erase_box(directory: str) -> None:
         OSError: something else is there.
     """
     clear_stages(directory)
+    SlotDirectory(os.path.join(directory, SLOT_NAME)).clear()
     for name in (SOCKET_NAME, RESOLVER_NAME, CLAIM_NAME):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(directory, name))

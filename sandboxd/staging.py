@@ -13,11 +13,12 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from runtimes.errors import Unsupported
+from runtimes.errors import UnreadableAnswer, Unsupported
 from runtimes.model import EngineInfo, Mount
 from runtimes.mounter.mounter import LateMount, Mounter
 from runtimes.mountinfo import covering
 from runtimes.mounts import mounts_below, mounts_of
+from runtimes.propagation import SlotDirectory
 from sandboxd.failures import InvalidArgument
 from sandboxd.running import identity_inside
 from sandboxd.sandbox import Sandbox
@@ -42,10 +43,14 @@ class Staging:
         may_mount: The daemon is root, and mounts by descriptor.
         userns_fd: The namespace to map ids with; None: ids cannot be mapped here.
         mounter: Mounts into containers that run; None: this host cannot.
+        late_calls: The kernel has the calls for that. As root it works without: see ``propagation``.
     """
 
-    def __init__(self, *, may_mount: bool, userns_fd: int | None, mounter: Mounter | None) -> None:
+    def __init__(
+        self, *, may_mount: bool, userns_fd: int | None, mounter: Mounter | None, late_calls: bool = True
+    ) -> None:
         self._may_mount = may_mount
+        self._passes_on = may_mount and not late_calls
         self._userns_fd = userns_fd
         self._mounter = mounter
 
@@ -74,6 +79,9 @@ class Staging:
             Unsupported: the kernel or the file system cannot.
             UnreadableAnswer: anything else; what the container sees now is not known.
         """
+        if self._passes_on:
+            self._pass_on(sandbox, source)
+            source = None
         if source is None and not tmpfs_bytes and hostname is None:
             yield
             return
@@ -95,6 +103,30 @@ class Staging:
             async with self._mounter.changing(sandbox.pid, mount=mount, tmpfs_bytes=tmpfs_bytes, hostname=hostname):
                 yield
 
+    def _pass_on(self, sandbox: Sandbox, source: MountSource | None) -> None:
+        """Have a container that runs see its project by the way that was left open for it, and close that.
+
+        Raises:
+            Unsupported: it cannot be mounted as it was asked for.
+            UnreadableAnswer: something else is seen inside.
+        """
+        slot = SlotDirectory(sandbox.slot_path)
+        try:
+            if source is None:
+                slot.pass_on(None)
+                return
+            stage = Stage(sandbox.stage_path(source.target))
+            try:
+                self._put(sandbox, source, stage)
+                slot.pass_on(stage.path)
+                _check_passed_on(sandbox, source, stage)
+            finally:
+                sandbox.clear_stages()
+        except OSError as error:
+            raise UnreadableAnswer(
+                "cannot pass a mount on to a running container", detail=error.strerror or str(error)
+            ) from error
+
     @contextlib.contextmanager
     def staged(self, sandbox: Sandbox, sources: Sequence[MountSource]) -> Iterator[list[Mount]]:
         """What the engine is to mount, for as long as the container starts.
@@ -106,12 +138,17 @@ class Staging:
             # Last of all, with the place that the stages were in.
             staged.callback(sandbox.clear_stages)
             mounts = []
+            if self._passes_on and (sandbox.record.slot or sandbox.record.changed_late):
+                slot = SlotDirectory(sandbox.slot_path)
+                slot.make(size_bytes_max=sandbox.record.tmp_bytes_max, owner=sandbox.record.user)
+                mounts.append(Mount(source=slot.path, target=TARGET, passes_on=True))
             for source in sources:
                 stage = Stage(sandbox.stage_path(source.target))
                 staged.callback(stage.clear)
                 if self._may_mount:
                     self._put(sandbox, source, stage)
-                    mounts.append(Mount(source=stage.path, target=source.target, read_only=source.read_only))
+                    read_only = source.read_only
+                    mounts.append(Mount(source=stage.path, target=source.target, read_only=read_only, sealed=True))
                 else:
                     mounts.append(_by_path(source, stage))
             yield mounts
@@ -180,6 +217,15 @@ def _check_overlay(sandbox: Sandbox, source: MountSource) -> None:
         )
     if sandbox.record.workspace is not None and sandbox.record.workspace.backend != backend:
         sandbox.put(workspace=msgspec.structs.replace(sandbox.record.workspace, backend=backend))
+
+
+def _check_passed_on(sandbox: Sandbox, source: MountSource, stage: Stage) -> None:
+    meant, seen = covering(mounts_of("self"), stage.path), covering(mounts_of(sandbox.pid or 0), source.target)
+    wanted = None if meant is None else (meant.device, meant.root, source.target, meant.writable)
+    if seen is None or (seen.device, seen.root, seen.target, seen.writable) != wanted:
+        raise UnreadableAnswer(
+            "cannot pass a mount on to a running container", detail=f"something else is seen at {source.target}"
+        )
 
 
 def _identity_of(path: str) -> tuple[int, int]:

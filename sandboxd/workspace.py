@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from runtimes import mounts
+from runtimes import mounts, propagation
 from runtimes.errors import Unsupported
 from runtimes.model import EngineInfo, OverlayDirs, User
 from runtimes.mountinfo import is_below
@@ -316,6 +316,22 @@ class MountSource(msgspec.Struct, frozen=True, kw_only=True):
                 opened.enter_context(_attached(layers_fd, f"{self.overlay.scratch}-layers"))
                 return mounts.detached_overlay(lower_fd, layers_fd)
 
+    def mount_at(self, path: str) -> None:
+        """Mount it at a place of ours, for kernels on which it cannot be mounted nowhere. Ids are as they are.
+
+        Raises:
+            Unsupported: other file systems are mounted below it.
+            OSError: anything else.
+        """
+        if self.overlay is None:
+            propagation.bind_at(self.descriptor, path, source_path=self.path, read_only=self.read_only)
+            return
+        layers_fd = open_directory(self.overlay.directory)
+        try:
+            propagation.overlay_at(self.descriptor, layers_fd, path)
+        finally:
+            os.close(layers_fd)
+
 
 def open_directory(path: str) -> int:
     """Open a directory of our own, never a symlink to one."""
@@ -360,7 +376,14 @@ class Stage:
             Unsupported: this file system cannot be id-mapped, or the kernel is too old.
             OSError: anything else.
         """
-        tree_fd = source.detach(userns_fd=userns_fd)
+        try:
+            tree_fd = source.detach(userns_fd=userns_fd)
+        except Unsupported:
+            if userns_fd is not None or mounts.late_mounts_exist():
+                raise
+            self._make(is_directory=source.is_directory)
+            source.mount_at(self.path)
+            return
         try:
             self.attach(tree_fd, is_directory=source.is_directory)
         finally:
@@ -368,17 +391,20 @@ class Stage:
 
     def attach(self, tree_fd: int, *, is_directory: bool = True) -> None:
         """Attach a detached mount here."""
+        self._make(is_directory=is_directory)
+        target_fd = os.open(self.path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            mounts.attach(tree_fd, target_fd)
+        finally:
+            os.close(target_fd)
+
+    def _make(self, *, is_directory: bool) -> None:
         self.clear()
         os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
         if is_directory:
             os.mkdir(self.path, 0o700)
         else:
             os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        target_fd = os.open(self.path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            mounts.attach(tree_fd, target_fd)
-        finally:
-            os.close(target_fd)
 
     def link(self, path: str) -> None:
         """Have a symlink here, for an engine that cannot be told the path itself."""

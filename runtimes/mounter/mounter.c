@@ -1,6 +1,6 @@
 /*
  * sandbox-mounter: changes a container that already runs: mounts a directory of the host into it, gives its tmpfs
- * other sizes, and it another host name.
+ * other sizes, and it another host name, in /etc/hostname too.
  *
  * The daemon starts one and keeps it. Requests arrive on the socket that is its stdin (SOCK_SEQPACKET), each with
  * a pipe to answer on and with the namespaces to enter, as descriptors. Every request is taken and carried out by a
@@ -27,10 +27,13 @@
 #include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <string.h>
+#include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -55,6 +58,7 @@
 #define PICK_EMPTY_PATH 0x8u
 #define CONFIG_SET_STRING 1u
 #define CONFIG_RECONFIGURE 7u
+#define ATTRIBUTE_MOUNT_ROOT 0x2000u
 #define NO_MAGICLINKS 0x02u
 #define NO_SYMLINKS 0x04u
 
@@ -64,6 +68,7 @@ enum {
     SIZES_MAX = 6,
     SIZE_PATH_BYTES_MAX = 256,
     DECIMAL_BYTES_MAX = 24,
+    NAME_BYTES_MAX = 256,
     DESCRIPTORS_MAX = 5
 };
 
@@ -118,6 +123,14 @@ struct attributes {
     uint64_t userns_fd;
 };
 
+/* As much of struct statx as is looked at. */
+struct status_head {
+    uint32_t mask;
+    uint32_t block_size;
+    uint64_t attributes;
+    uint8_t rest[240];
+};
+
 struct open_how_v0 {
     uint64_t flags;
     uint64_t mode;
@@ -146,6 +159,30 @@ static void fail(enum stage stage)
     _exit(1);
 }
 
+/* The same for kernels before 5.6, one name after the other. */
+static int open_directory_by_steps(const char *path)
+{
+    char name[NAME_BYTES_MAX];
+    int fd = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
+    while (fd >= 0 && *(path += strspn(path, "/")) != 0) {
+        size_t length = strcspn(path, "/");
+        if (length >= sizeof name || (length == 2 && path[0] == '.' && path[1] == '.')) {
+            errno = ELOOP;
+            close(fd);
+            return -1;
+        }
+        memcpy(name, path, length);
+        name[length] = 0;
+        path += length;
+        int next_fd = openat(fd, name, O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+        int error = errno;
+        close(fd);
+        errno = error;
+        fd = next_fd;
+    }
+    return fd;
+}
+
 /* The path of the tree's root, opened as a directory without following any symlink. */
 static int open_directory(const char *path)
 {
@@ -153,7 +190,8 @@ static int open_directory(const char *path)
         .flags = O_PATH | O_DIRECTORY | O_CLOEXEC,
         .resolve = NO_SYMLINKS | NO_MAGICLINKS,
     };
-    return (int)syscall(SYS_OPENAT2, AT_FDCWD, path, &how, sizeof how);
+    int fd = (int)syscall(SYS_OPENAT2, AT_FDCWD, path, &how, sizeof how);
+    return fd < 0 && errno == ENOSYS ? open_directory_by_steps(path) : fd;
 }
 
 static bool is_wanted(int fd)
@@ -209,6 +247,20 @@ static int detached_tree(int source_fd)
     return to_clone ? clone_tree(source_fd) : source_fd;
 }
 
+/* The same for kernels before 5.2: they are told the flags once more. */
+static bool resize_by_remount(int target_fd, const struct size *size)
+{
+    char options[sizeof "size=" + DECIMAL_BYTES_MAX] = "size=";
+    struct statvfs status;
+    if (fstatvfs(target_fd, &status) != 0 || fchdir(target_fd) != 0)
+        return false;
+    unsigned long flags = status.f_flag & (MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_NOATIME | MS_NODIRATIME);
+    if (status.f_flag & ST_RELATIME)
+        flags |= MS_RELATIME;
+    memcpy(options + strlen(options), size->bytes, strlen(size->bytes) + 1);
+    return mount("none", ".", "none", MS_REMOUNT | flags, options) == 0;
+}
+
 /* Only what is mounted at the target itself, and only its size: its flags stay as they are. */
 static void resize(const struct size *size)
 {
@@ -216,9 +268,53 @@ static void resize(const struct size *size)
     if (target_fd < 0)
         fail(OPENING_TARGET);
     int picked_fd = (int)syscall(SYS_FSPICK, target_fd, "", PICK_CLOEXEC | PICK_NO_FOLLOW | PICK_EMPTY_PATH);
+    if (picked_fd < 0 && errno == ENOSYS) {
+        if (!resize_by_remount(target_fd, size))
+            fail(RESIZING);
+        return;
+    }
     if (picked_fd < 0 || syscall(SYS_FSCONFIG, picked_fd, CONFIG_SET_STRING, "size", size->bytes, 0) != 0 ||
         syscall(SYS_FSCONFIG, picked_fd, CONFIG_RECONFIGURE, NULL, NULL, 0) != 0)
         fail(RESIZING);
+}
+
+static bool is_mount_root(int fd)
+{
+    struct status_head status = {0};
+    return syscall(SYS_statx, fd, "", AT_EMPTY_PATH, 0, &status) == 0 && (status.attributes & ATTRIBUTE_MOUNT_ROOT) != 0;
+}
+
+/* The file that the engine mounted, to be written to: of a copy of that mount, for the engine's own is read-only. */
+static int open_hostname_file(int own_fds)
+{
+    struct open_how_v0 how = {.flags = O_PATH | O_CLOEXEC, .resolve = NO_SYMLINKS | NO_MAGICLINKS};
+    struct attributes attributes = {.clear = ATTR_RDONLY};
+    char number[DECIMAL_BYTES_MAX];
+    int seen_fd = (int)syscall(SYS_OPENAT2, AT_FDCWD, "/etc/hostname", &how, sizeof how);
+    if (seen_fd < 0 || !is_mount_root(seen_fd))
+        return -1;
+    int copy_fd = (int)syscall(SYS_OPEN_TREE, seen_fd, "", OPEN_TREE_CLONE_TREE | (unsigned)O_CLOEXEC | AT_EMPTY_PATH);
+    if (copy_fd < 0 || syscall(SYS_MOUNT_SETATTR, copy_fd, "", AT_EMPTY_PATH, &attributes, sizeof attributes) != 0)
+        return -1;
+    snprintf(number, sizeof number, "%d", copy_fd);
+    return openat(own_fds, number, O_RDWR | O_NONBLOCK | O_CLOEXEC);
+}
+
+/* The name that the container was made with is in a file as well. What is no mount of the engine's, or cannot be written,
+ * stays as it is: the name that counts is the kernel's. */
+static void write_hostname_file(int own_fds)
+{
+    char line[HOSTNAME_BYTES_MAX + 1];
+    char last = 0;
+    size_t length = strlen(request.hostname);
+    struct stat status;
+    int fd = open_hostname_file(own_fds);
+    memcpy(line, request.hostname, length);
+    /* Docker ends the line, and Podman does not. */
+    if (fd >= 0 && fstat(fd, &status) == 0 && pread(fd, &last, 1, status.st_size - 1) == 1 && last == '\n')
+        line[length++] = last;
+    if (fd >= 0 && pwrite(fd, line, length, 0) == (ssize_t)length && ftruncate(fd, (off_t)length) != 0)
+        _exit(1);
 }
 
 static void carry_out(void)
@@ -228,6 +324,8 @@ static void carry_out(void)
     int uts_fd = request.flags & SET_HOSTNAME ? descriptors[next++] : -1;
     int userns_fd = request.flags & ENTER_USER_NS ? descriptors[next++] : -1;
 
+    /* Inside, /proc is the container's. */
+    int own_fds = uts_fd >= 0 ? open("/proc/self/fd", O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;
     if (userns_fd >= 0 && setns(userns_fd, CLONE_NEWUSER) != 0)
         fail(ENTERING);
     int tree_fd = source_fd >= 0 ? detached_tree(source_fd) : -1;
@@ -239,6 +337,8 @@ static void carry_out(void)
         resize(&request.sizes[i]);
     if (uts_fd >= 0 && sethostname(request.hostname, strlen(request.hostname)) != 0)
         fail(NAMING);
+    if (uts_fd >= 0)
+        write_hostname_file(own_fds);
     answer(DONE, 0);
 }
 

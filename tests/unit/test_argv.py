@@ -113,6 +113,17 @@ def test_hardening_is_in_every_run_whatever_is_asked_for(client: Client, spec: C
 
 
 @every_client
+def test_only_docker_is_not_told_that_a_mount_is_read_only_which_is_so_already(client: Client) -> None:
+    """Its runtime would take off nosuid and nodev; Podman's would make what it is told nothing of writable."""
+    told = {
+        sealed: argv._mount(client, Mount(source="/a", target="/b", read_only=True, sealed=sealed))
+        for sealed in (True, False)
+    }
+    assert "readonly" in told[False]
+    assert ("readonly" in told[True]) == (client.engine is EngineName.PODMAN)
+
+
+@every_client
 @given(spec=specs)
 def test_every_limit_that_is_asked_for_reaches_the_engine(client: Client, spec: ContainerSpec) -> None:
     flags, _ = split(client, argv.run_argv(client, spec))

@@ -142,6 +142,15 @@ async def test_the_host_name_is_set(inside: subprocess.Popen[bytes], late: Mount
         await late.change(inside.pid, hostname="x" * 64)
 
 
+async def test_the_file_with_the_host_name_is_written_only_where_an_engine_has_mounted_it(
+    inside: subprocess.Popen[bytes], late: Mounter, way: str
+) -> None:
+    """Else it is the image's, or of a process that is in no container the host's."""
+    before = Path("/etc/hostname").read_bytes() if Path("/etc/hostname").exists() else None
+    await late.change(inside.pid, hostname="renamed")
+    assert (Path("/etc/hostname").read_bytes() if before is not None else None) == before
+
+
 async def test_a_tmpfs_gets_another_size(inside: subprocess.Popen[bytes], late: Mounter, tmp_path: Path) -> None:
     """And keeps its flags. Only what is a tmpfs itself, at exactly that path."""
     box = tmp_path / "box"

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -120,10 +121,11 @@ class Left(NamedTuple):
     processes: int
 
 
-def left(daemon: Daemon, engine: str) -> Left:
+def left(daemon: Daemon, engine: str, marks: set[str]) -> Left:
+    """Args: ``marks`` are in the lines of those mounts that are of this daemon: others mount things as well."""
     process = psutil.Process(daemon.pid)
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        mounts = sum(1 for _ in file)
+        mounts = sum(any(mark in line for mark in marks) for line in file)
     containers = daemon.containers(engine)
     cgroups = sum(1 for root, _, _ in os.walk("/sys/fs/cgroup") for key in containers if key in root)
     return Left(
@@ -142,8 +144,11 @@ def test_claims_one_after_the_other_leave_nothing(
 ) -> None:
     cycles = CYCLES_SOAK if request.config.getoption("--soak") else CYCLES
 
+    marks = {f"{project.parent}/", f"{own.directory}/"}
+
     def cycle() -> None:
         box = claim(own, workspace={"path": str(project)}, limits={"memory": "48m", "pids": 50}, name="mine")
+        marks.update({box["container_id"], *_layer_of(box)})
         assert own.run(box, "true").end["status"] == "ok"
         own.remove(box)
 
@@ -155,7 +160,7 @@ def test_claims_one_after_the_other_leave_nothing(
         wait_until(
             lambda: len(psutil.Process(own.pid).children(recursive=True)) <= helper, "no client of the engine runs"
         )
-        return left(own, engine)
+        return left(own, engine, marks)
 
     cycle()
     before = settled()
@@ -207,6 +212,12 @@ def test_racing_and_dying_callers_and_daemons_lose_no_slot_and_share_none(
     known = {row["container_id"] for row in rows}
     wait_until(lambda: set(own.containers(engine)) <= known | _ids(own), "no container is nobody's")
     say(f"{engine}: {callers} callers, {CRASHES} crashes: {len(answered)} served, none twice, none lost")
+
+
+def _layer_of(box: dict[str, Any]) -> list[str]:
+    """What the mounts of a container's root are known by on the host, where it has some."""
+    table = Path(f"/proc/{box['pid']}/mountinfo").read_text()
+    return re.findall(r"^\S+ \S+ \S+ \S+ / .*[,]upperdir=([^,\s]+)/diff", table, re.MULTILINE)
 
 
 def _ids(daemon: Daemon) -> set[str]:

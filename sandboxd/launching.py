@@ -438,6 +438,18 @@ class Launcher:
             with contextlib.suppress(Failure):
                 self.pools.resized(name, ends_drain=False)
         self._keep_wanted()
+        self.pools.outdate(self._successor_of)
+
+    def _successor_of(self, recipe: Recipe) -> Recipe | None:
+        """What is claimed where a recipe was, by the settings that are in force now; it itself if it still fits."""
+        try:
+            engine = self._engines.get(EngineName(recipe.engine))
+            if not self.templates.unfit(recipe, engine.info):
+                return recipe
+            return self._own_recipe(recipe.template)
+        except (Failure, RuntimeFailure):
+            # An engine that is silent now, or a template that no claim could use: neither is mended by a new slot.
+            return recipe
 
     def keep_pools(self) -> None:
         """Have the pools that the configuration wants, with the slots of a former daemon."""

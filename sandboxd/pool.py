@@ -62,6 +62,8 @@ class Slots:
         self.failed_s = 0.0
         self.failure = ""
         self.drained = False
+        self.outdated = False
+        """Its template has changed: no claim will ask for it again."""
         self.target = 0
 
     @property
@@ -458,8 +460,28 @@ class Pools:
     def _let_go(self, recipe: Recipe, bucket: Slots, now_s: float) -> None:
         """Forget a variant that nobody has asked for lately; a template's own stays for its figures."""
         recently = any(now_s - asked_s <= bucket.settings.idle_s for asked_s in bucket.asked_s)
-        if not recently and recipe.prebound is not None:
+        if bucket.outdated or (not recently and recipe.prebound is not None):
             del self._buckets[recipe]
+
+    def outdate(self, successor_of: Callable[[Recipe], Recipe | None]) -> None:
+        """Let slots go that no claim can use any more, for their template has changed.
+
+        Args:
+            successor_of: What is claimed instead of a recipe: itself, where that is as it was, or none. It inherits
+                the demand, and so has as many slots made.
+        """
+        for recipe, bucket in list(self._buckets.items()):
+            successor = successor_of(recipe)
+            if successor == recipe or bucket.waiters:
+                continue
+            bucket.outdated = bucket.drained = True
+            for slot in list(bucket.warm):
+                self._drop(bucket, slot)
+            heir = None if successor is None else self._bucket(successor)
+            if heir is not None:
+                heir.asked_s = deque(sorted((*heir.asked_s, *bucket.asked_s)), maxlen=ASKED_MAX)
+            bucket.asked_s.clear()
+        self._wake()
 
     def _retire(self, bucket: Slots, slot_id: str) -> None:
         for slot in [each for each in bucket.warm if each.record.id == slot_id]:

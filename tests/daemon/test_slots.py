@@ -101,6 +101,29 @@ async def test_a_template_that_is_gone_from_the_configuration_costs_its_slots_an
         await emptied(world)
 
 
+async def test_slots_go_when_settings_that_are_read_again_change_their_template(world: World) -> None:
+    """And only then: neither another setting nor an engine that is silent at that moment costs a slot."""
+    await slot_of(world)
+    async with world.managed(CONFIG) as manager:
+        (slot,) = [manager.register(row) for row in world.journal.sandboxes()]
+        recipe = world.launcher._own_recipe("mine")
+        assert recipe is not None
+        world.launcher.pools.adopt(recipe, slot, age_s=0.0)
+        more = msgspec.structs.replace(CONFIG.templates["mine"], pool_max=7)
+        world.launcher.reconfigure(Config(templates={"mine": more}))
+        other = Config(templates={"mine": Template(image="localhost/other")})
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(world.launcher._engines, "get", _no_engine)
+            world.launcher.reconfigure(other)
+        assert [list(bucket.warm) for bucket in world.launcher.pools.buckets() if bucket.recipe == recipe] == [[slot]]
+        world.launcher.reconfigure(other)
+        await emptied(world)
+
+
+def _no_engine(_: object) -> Any:
+    raise EngineUnavailable("cannot reach podman")
+
+
 def hand_out(monkeypatch: pytest.MonkeyPatch, launcher: Launcher, slots: list[Sandbox]) -> None:
     monkeypatch.setattr(launcher.pools, "take", lambda _: slots.pop(0) if slots else None)
 

@@ -289,6 +289,29 @@ async def test_no_slots_are_made_without_memory_for_them() -> None:
         assert not world.made
 
 
+async def test_slots_of_a_template_that_has_changed_are_replaced_by_as_many() -> None:
+    """One that was being made is let go as well, and what nobody can claim any more is not in the list."""
+    world = World()
+    changed = msgspec.structs.replace(RECIPE, network=Network.FULL)
+    other = msgspec.structs.replace(RECIPE, template="other")
+    async with world.running() as pools:
+        for _ in range(2):
+            assert pools.take(RECIPE) is None
+        assert pools.take(other) is None
+        await world.until(lambda: [len(bucket.warm) for bucket in pools.buckets()] == [3, 2])
+        world.may_fill = anyio.Event()
+        old = [slot for slot in world.made if pools._buckets[RECIPE].made_s.get(slot.record.id) is not None]
+        assert pools.take(RECIPE) in old
+        await world.until(lambda: world.at_once)
+        pools.outdate(lambda recipe: changed if recipe == RECIPE else recipe)
+        world.may_fill.set()
+        await world.until(lambda: len(world.discarded) >= 3)
+        await world.until(lambda: [bucket.recipe for bucket in pools.buckets()] == [other, changed])
+        await world.until(lambda: len(pools.buckets()[1].warm) >= 3)
+        assert len(pools.buckets()[0].warm) == 2, "the other template has not changed"
+        assert pools.take(changed) not in old
+
+
 async def test_a_template_has_no_more_slots_than_it_may_in_all_its_variants() -> None:
     world = World()
     world.settings = msgspec.structs.replace(world.settings, slots_max=3)

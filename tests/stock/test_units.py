@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -95,6 +96,29 @@ def test_systemd_knows_how_it_is_and_that_it_is_alive(ctl: Ctl) -> None:
     assert found["lingers"] is True
     assert "listening on" in ctl("service", "logs", "--lines", "200").stdout, journal()
     assert ctl("daemon", "logs").stdout
+
+
+def test_its_messages_are_in_the_journal_with_their_fields(ctl: Ctl) -> None:
+    """Over the journal's own protocol, not as lines of a stream: they can be selected by what they are about."""
+    ctl.json("daemon", "start")
+    argv = [
+        "journalctl",
+        "--user",
+        "--unit=sandboxd",
+        "--identifier=sandboxd",
+        "--output=json",
+        "--quiet",
+        "--no-pager",
+    ]
+
+    def told() -> list[dict[str, str]]:
+        rows = [json.loads(line) for line in run(*argv, "PRIORITY=6").splitlines()]
+        return [row for row in rows if str(row["MESSAGE"]).startswith("listening on")]
+
+    last = wait_until(told, "it was told")[-1]
+    assert last["_TRANSPORT"] == "journal"
+    assert last["CODE_FILE"].endswith("sandboxd/daemon.py")
+    assert last["LOGGER"]
 
 
 def test_systemd_has_it_read_its_settings_again(ctl: Ctl, tmp_path: Path) -> None:

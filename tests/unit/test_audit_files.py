@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sandboxd.audit import files as audit_files
@@ -59,6 +59,7 @@ def lines_of(log: AuditFiles, number: int = 1) -> list[dict[str, Any]]:
 # --- lines
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40))
 def test_whatever_a_caller_chose_is_one_line_of_printable_ascii(text: str) -> None:
     """A name with a newline in it must not look like two lines, and none may move a cursor."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sandboxd import logs
@@ -211,6 +211,7 @@ def test_what_a_request_s_task_says_is_about_that_request(journal: Journal) -> N
 # --- one message is one line
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_no_message_looks_like_two_or_moves_a_cursor(text: str) -> None:
     line = logs.one_line(text)
@@ -228,6 +229,7 @@ def test_a_sandbox_cannot_forge_a_message(stderr: TextIO) -> None:
     assert r"\x1b[2J" in written(stderr)
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(["MESSAGE", "METHOD", "A_B"]), st.text(max_size=40), min_size=1))
 def test_no_value_can_pretend_to_be_a_field(fields: dict[str, str]) -> None:
     assert parsed(logs.datagram(fields)) == fields

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtimes.model import Network, User
@@ -54,6 +54,7 @@ def test_a_histogram_has_each_time_in_its_bucket_and_all_above() -> None:
     assert found.value("_sum", engine="podman") == pytest.approx(5.061)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=20), st.text(max_size=20))
 def test_whatever_is_in_a_label_or_a_sentence_comes_out_as_it_went_in(label: str, about: str) -> None:
     """A template may be called anything; a line must stay a line."""

@@ -12,7 +12,7 @@ from sandboxd.protocol import ConfigEntry
 FOLLOWED = frozenset({"defaults", "pool", "paths", "capacity", "templates"})
 """Sections whose settings are looked at anew each time."""
 
-FOLLOWED_KEYS = frozenset({"daemon.sandboxes_max"})
+FOLLOWED_KEYS = frozenset({"daemon.sandboxes_max", "daemon.log_level"})
 """The same of other sections, of which the rest is built into something when the daemon starts."""
 
 FIXED = frozenset({"defaults.image", "defaults.services", "pool.fills_max", "pool.image_look", "capacity.pack_cpus"})

@@ -22,6 +22,7 @@ KNOWN = {
 }
 ELSEWHERE = {
     "daemon/shutdown": "there would be nobody to ask afterwards: tests/daemon/test_daemon.py",
+    "daemon/handover": "the same: tests/daemon/test_handover.py",
     "image/build": "asks mirrors and registries: tests/engine",
 }
 EXAMPLES = 8

@@ -121,7 +121,9 @@ class Trail:
         with self._changed:
             while self._lasting and self._lasting[0].ended:
                 self._lasting.popleft()
-            self._lasting.append(begun)
+            if len(self._lasting) < self._queued_max:
+                # Else the writer hangs, and what would be noted now is noted at its end, if there is room then.
+                self._lasting.append(begun)
             if self._idle:
                 self._idle = False
                 self._changed.notify_all()

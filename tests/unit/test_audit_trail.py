@@ -183,6 +183,22 @@ def test_a_request_that_lasts_is_written_down_before_its_end(trail: Trail, tmp_p
     assert wait_until(kinds, f"it was written after {UNDERWAY_S} s") == [("underway", 2)]
 
 
+def test_a_disk_that_hangs_behind_a_request_that_lasts_costs_no_memory_without_end(
+    tmp_path: Path, disk: Disk
+) -> None:
+    """Each request that has ended behind it would be remembered until the disk answers."""
+    with trail_in(tmp_path, queued_max=50) as trail:
+        disk.free.clear()
+        trail.lasting(Note(kind="underway", fields={"pid": 1}))
+        trail.take(note(0))
+        assert disk.asked.wait(PATIENCE_S)
+        for number in range(500):
+            trail.lasting(note(number)).ended = True
+        assert len(trail._lasting) <= 50
+        disk.free.set()
+        assert trail.flush(timeout_s=PATIENCE_S)
+
+
 # --- which arguments
 
 

@@ -1500,7 +1500,7 @@ class SecretInfo(Reply, frozen=True):
     origin: str
     """The command, or the credential's name; empty: it is kept in a file of the daemon's own."""
     sandboxes: list[str]
-    """Ids of those that it was given to."""
+    """Ids of those that it was given to, or whose requests it is added to."""
 
 
 class SecretList(Reply, frozen=True):

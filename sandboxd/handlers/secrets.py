@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from sandboxd import protocol, running
+from sandboxd.attaching import injected_secrets
 from sandboxd.failures import InvalidArgument
 from sandboxd.handlers.table import Handler
 from sandboxd.manager import Manager
+from sandboxd.sandbox import Sandbox
 from sandboxd.secret_store import SecretStore
 from sandboxd.server import Context
+
+
+def _secrets_of(sandbox: Sandbox) -> set[str]:
+    """The names of those that it was given, and of those that are added to its requests."""
+    egress = sandbox.record.egress
+    return {*sandbox.record.secrets, *(() if egress is None else injected_secrets(egress))}
 
 
 class SecretHandlers:
@@ -52,9 +60,7 @@ class SecretHandlers:
                     source=known.source,
                     origin=known.origin,
                     sandboxes=[
-                        sandbox.record.id
-                        for sandbox in self._manager.present()
-                        if known.name in sandbox.record.secrets
+                        sandbox.record.id for sandbox in self._manager.present() if known.name in _secrets_of(sandbox)
                     ],
                 )
                 for known in self._secrets.known()

@@ -111,6 +111,24 @@ def test_a_secret_is_never_repeated(ctl: Ctl) -> None:
     assert "hunter2" not in done.stderr + shown.stdout + shown.stderr
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--shell",),
+        ("--command", "pass 'show"),
+        ("--command", "a", "--file", "b"),
+        ("--command", "a", "--credential", "b"),
+        ("--command", " "),
+    ],
+)
+def test_a_source_of_a_secret_that_cannot_be_meant_is_refused_before_anybody_is_asked(
+    ctl: Ctl, words: tuple[str, ...]
+) -> None:
+    done = ctl("secret", "set", "token", *words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("verb", [("create",), ("run", "-i")])
 def test_a_bad_limit_is_one_line_and_exit_code_2(ctl: Ctl, verb: tuple[str, ...]) -> None:
     """It says what is allowed, and there is nothing else to read."""

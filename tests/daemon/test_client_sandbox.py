@@ -90,9 +90,11 @@ def test_options_that_cannot_be_meant_are_refused(client: Any, options: dict[str
 
 
 def test_rules_services_and_secrets_are_lists_of_the_request() -> None:
-    options: CreateOptions = {"allow": ("pypi",), "services": ["chroma=private"], "secrets": []}
+    rule = "api.example.com X: {token}"
+    options: CreateOptions = {"allow": ("pypi",), "inject": (rule,), "services": ["chroma=private"], "secrets": []}
     assert create_params(None, None, None, options) == {
         "allow": ["pypi"],
+        "inject": [rule],
         "services": ["chroma=private"],
         "secrets": [],
         "limits": {},

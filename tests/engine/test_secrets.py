@@ -113,6 +113,8 @@ def test_what_is_added_to_requests_arrives_there_and_the_sandbox_never_sees_it(
         fetch = f"no_proxy= busybox wget -q -O - --header 'X-Token: mine' http://127.0.0.1:{server.port}/"
         assert trusting.sh(box, fetch) == "hello"
         assert server.heard == [f"Bearer {CANARY}"]
+        (row,) = trusting.call("secret/list")["secrets"]
+        assert row["sandboxes"] == [box["id"]]
         known = trusting.call("network/get", sandbox=box["id"])
         assert (known["inject"], known["requests"], known["denied"]) == ([rule], 1, 0)
         assert CANARY not in trusting.sh(box, SEEN_INSIDE)

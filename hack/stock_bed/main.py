@@ -29,7 +29,7 @@ BEDS: dict[str, Callable[[Root], AbstractContextManager[Bed]]] = {
 PATIENCE_S = {"machine": 120, "namespaces": 30}
 """For one step of a test."""
 
-TESTS_S_MAX = {"machine": 420, "namespaces": 180}
+TESTS_S_MAX = {"machine": 540, "namespaces": 240}
 ALL_TESTS_S_MAX = 1800
 TESTS = "tests/stock"
 BEFORE_A_REBOOT, AFTER_A_REBOOT = f"{TESTS}/test_zzz_going_down.py", f"{TESTS}/boot/test_after.py"

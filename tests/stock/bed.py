@@ -93,6 +93,14 @@ def identity(daemon: Daemon) -> list[str]:
     ]
 
 
+def podman_is_usable(daemon: Daemon) -> bool:
+    """Asks it, where it was not before."""
+    (podman,) = (engine for engine in daemon.call("daemon/info")["engines"] if engine["name"] == "podman")
+    if not podman["usable"]:
+        daemon.call("daemon/doctor")
+    return bool(podman["usable"])
+
+
 def delegated() -> str:
     uid = os.getuid()
     path = Path(f"/sys/fs/cgroup/user.slice/user-{uid}.slice/user@{uid}.service/cgroup.controllers")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.daemons import IMAGE, Daemon
-from tests.stock.bed import BED, identity
+from tests.engine.daemons import IMAGE, Daemon, wait_until
+from tests.stock.bed import BED, identity, podman_is_usable
 
 collect_ignore_glob = [] if BED else ["test_*.py"]
 collect_ignore = ["boot"]
@@ -32,6 +32,8 @@ def daemon(tmp_path_factory: pytest.TempPathFactory, figures: list[str]) -> Iter
     daemon = Daemon(tmp_path_factory.mktemp("daemon"))
     try:
         daemon.start()
+        # Asked for the first time on an emulated machine, Podman may take longer than it is waited for.
+        wait_until(lambda: podman_is_usable(daemon), "Podman answers")
         figures.extend(identity(daemon))
         daemon.call("image/build", source="busybox", reference=IMAGE, engine="podman")
         yield daemon

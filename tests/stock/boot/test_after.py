@@ -40,6 +40,10 @@ def test_nobody_has_to_log_in_or_to_start_it(ctl: Ctl) -> None:
 
 
 def test_each_is_told_as_what_it_is(ctl: Ctl, told: dict[str, Any]) -> None:
+    # Of an engine that does not answer yet, which right after a boot may take a while, nothing is known.
+    wait_until(
+        lambda: {row["state"] for row in ctl.json("ls")["sandboxes"]} == {"stopped"}, "all are known to have stopped"
+    )
     found = {name: ctl.json("inspect", name) for name in NAMES}
     assert {name: box["state"] for name, box in found.items()} == dict.fromkeys(NAMES, "stopped")
     assert {name: box["container_id"] for name, box in found.items()} == told["boxes"]

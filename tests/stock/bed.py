@@ -82,14 +82,14 @@ def identity(daemon: Daemon) -> list[str]:
     """What this bed is, a line each."""
     release = platform.freedesktop_os_release()
     engines = {engine["name"]: engine for engine in daemon.call("daemon/info")["engines"]}
-    podman, docker = engines["podman"], engines["docker"]
+    podman = engines["podman"]
+    assert podman["usable"], podman["reason"]
     kind = "rootless" if podman["rootless"] else "rootful"
     return [
         f"distribution: {release['PRETTY_NAME']}",
         f"kernel: {platform.release()}",
         f"cgroup: {podman['cgroup_version']}, controllers delegated: {delegated() or 'none'}",
         f"podman: {podman['server_version']}, {kind}, as uid {os.getuid()}",
-        f"docker: {docker['server_version'] or docker['reason']}",
     ]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.daemons import IMAGE, Daemon, wait_until
-from tests.stock.bed import BED, identity, podman_is_usable
+from tests.stock.bed import BED, identity, podman_is_usable, sudo
 
 collect_ignore_glob = [] if BED else ["test_*.py"]
 collect_ignore = ["boot"]
@@ -28,7 +28,11 @@ def figures() -> list[str]:
 
 @pytest.fixture(scope="session")
 def daemon(tmp_path_factory: pytest.TempPathFactory, figures: list[str]) -> Iterator[Daemon]:
-    """The daemon that most tests share, started by hand. In the end nothing of it may be left."""
+    """The daemon that most tests share, started by hand. In the end nothing of it may be left.
+
+    Docker is there only for the tests of it: on an emulated machine its start takes all that there is for a while.
+    """
+    sudo("systemctl stop docker.socket docker.service")
     daemon = Daemon(tmp_path_factory.mktemp("daemon"))
     try:
         daemon.start()

@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 
 from tests.engine.daemons import IMAGE, Daemon
-from tests.stock.bed import BED, POLICY, limits, run
+from tests.stock.bed import BED, POLICY, limits, run, sudo
 
 ASKED = {"limits": {"memory": "64m", "cpus": "0.5", "pids": 50}} if BED == "machine" else {}
 
 
 @pytest.fixture(scope="module")
-def box(daemon: Daemon) -> Iterator[dict[str, Any]]:
-    run("docker", "info")
+def box(daemon: Daemon, figures: list[str]) -> Iterator[dict[str, Any]]:
+    sudo("systemctl start docker.socket")
+    server = run("docker", "version", "--format={{.Server.Version}}").strip()
+    figures.append(f"docker: {server}, rootful, for a member of its group")
     daemon.call("daemon/doctor")
     daemon.call("image/build", source="busybox", reference=IMAGE, engine="docker")
     project = daemon.directory / "docker-project"
@@ -25,6 +27,7 @@ def box(daemon: Daemon) -> Iterator[dict[str, Any]]:
     with daemon.box("docker", workspace={"path": str(project)}, limits_policy=POLICY, **ASKED) as box:
         yield {**box, "project": str(project)}
     run("docker", "rmi", IMAGE)
+    sudo("systemctl stop docker.socket docker.service")
 
 
 def test_it_is_the_systems_and_may_be_used(daemon: Daemon, box: dict[str, Any]) -> None:

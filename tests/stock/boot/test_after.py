@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.engine.daemons import wait_until
-from tests.stock.bed import COMMAND_ENDED, ended_with_the_host, run
+from tests.stock.bed import COMMAND_ENDED, ended_with_the_host, run, sudo
 from tests.stock.boot.left import DEGRADED, NAMES, OUTSIDE, PROJECT, TOLD, lasting, mounts_at_home, processes
 from tests.stock.installed import SOCKET, Ctl, show
 
@@ -27,6 +27,7 @@ def told() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ctl() -> Ctl:
+    sudo("systemctl stop docker.socket docker.service")
     return lasting()
 
 

@@ -13,10 +13,10 @@ import psutil
 import pytest
 
 from tests.engine.daemons import PATIENCE_S, Daemon, running, wait_until
-from tests.stock.bed import BED, POLICY, quick_bed
+from tests.stock.bed import BED, POLICY, podman_is_usable, quick_bed
 
 CLAIMS = 3 if BED == "machine" else 15
-ASKED = {"limits": {"memory": "48m", "cpus": "0.5", "pids": 40}} if BED == "machine" else {}
+ASKED = {"limits": {"memory": "96m", "cpus": "0.5", "pids": 40}} if BED == "machine" else {}
 WITHOUT_PRIVILEGES = "0000000000000000"
 
 
@@ -27,6 +27,7 @@ def pooled(daemon: Daemon, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     env = {"SANDBOXD_POOL_MAX": "2", "SANDBOXD_POOL_MIN": "1", "SANDBOXD_DEFAULTS_ENGINE": "podman"}
     pooled = Daemon(tmp_path_factory.mktemp("pooled"), env={**env, "SANDBOXD_DEFAULTS_LIMITS_POLICY": POLICY})
     with running(pooled, ("podman",)):
+        wait_until(lambda: podman_is_usable(pooled), "Podman answers")
         yield pooled
         pooled.remove_everything()
         pooled.call("pool/drain", template="default")

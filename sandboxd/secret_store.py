@@ -37,6 +37,9 @@ SECRETS_MAX = 256
 TOLD_S_MAX = 60.0
 """How long the output of a command is good for requests that come one after the other."""
 
+FAILED_S_MAX = 5.0
+"""How long a command that gave nothing is not run again: requests come as fast as a sandbox likes."""
+
 PART_CHARS_MIN = 8
 """Of a variable's value: shorter secrets are refused only where they are all of it, for they are words, too."""
 
@@ -75,6 +78,8 @@ class SecretStore:
         self._digests: dict[str, bytes] = {}
         """Of the values that are known: of a command's, once it was run."""
         self._told: dict[str, tuple[float, bytes]] = {}
+        self._failed: dict[str, tuple[float, Failure]] = {}
+        """When, and why."""
         self._running: collections.defaultdict[str, anyio.Lock] = collections.defaultdict(anyio.Lock)
         for name in self._names():
             self._learn(name)
@@ -134,6 +139,7 @@ class SecretStore:
         await anyio.to_thread.run_sync(write_private, self._path(name), value)
         self._sources.forget(name)
         self._told.pop(name, None)
+        self._failed.pop(name, None)
         self._digests[name] = self._digest(value)
 
     async def put_source(self, name: str, *, command: Sequence[str] = (), credential: str = "") -> None:
@@ -151,6 +157,7 @@ class SecretStore:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path(name))
         self._told.pop(name, None)
+        self._failed.pop(name, None)
         self._digests[name] = self._digest(value)
 
     def _check_new(self, name: str) -> None:
@@ -177,6 +184,7 @@ class SecretStore:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path(name))
         self._told.pop(name, None)
+        self._failed.pop(name, None)
         self._digests.pop(name, None)
         if name in self._names():
             self._learn(name)
@@ -240,7 +248,15 @@ class SecretStore:
             at_s, value = self._told.get(name, (0.0, b""))
             if value and time.monotonic() - at_s < TOLD_S_MAX:
                 return value
-            return await self._fetch(name)
+            failed = self._failed.pop(name, None)
+            if failed is not None and time.monotonic() - failed[0] < FAILED_S_MAX:
+                self._failed[name] = failed
+                raise failed[1].with_traceback(None)
+            try:
+                return await self._fetch(name)
+            except Failure as error:
+                self._failed[name] = (time.monotonic(), error)
+                raise
 
     async def _fetch(self, name: str) -> bytes:
         source = self._source(name)

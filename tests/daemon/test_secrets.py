@@ -193,6 +193,29 @@ async def test_requests_one_after_the_other_or_at_once_do_not_run_a_command_each
     assert counter.read_text() == "xxx"
 
 
+async def test_a_command_that_fails_is_not_run_for_each_request_and_at_once_when_it_is_set_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sandbox asks as often as it likes, and each run is a process of the host's."""
+    counter, value = tmp_path / "runs", tmp_path / "value"
+    store = SecretStore(str(tmp_path / "secrets"), env=os.environ)
+    value.write_text("value")
+    code = f"open({str(counter)!r}, 'a').write('x'); print(open({str(value)!r}).read())"
+    await store.put_source("token", command=printing(code))
+    value.unlink()
+    for _ in range(3):
+        with pytest.raises(failures.Failure):
+            await store.reveal("token")
+    assert counter.read_text() == "xx"
+    monkeypatch.setattr(secret_store, "FAILED_S_MAX", 0.0)
+    with pytest.raises(failures.Failure):
+        await store.reveal("token")
+    assert counter.read_text() == "xxx"
+    monkeypatch.undo()
+    await store.put("token", b"of my own")
+    assert await store.reveal("token") == b"of my own"
+
+
 async def test_a_commands_value_in_a_variable_is_refused_once_it_is_known(tmp_path: Path) -> None:
     store = SecretStore(str(tmp_path), env=os.environ)
     await store.put_source("token", command=["echo", CANARY.decode()])

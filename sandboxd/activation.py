@@ -5,13 +5,15 @@ Sources: sd_listen_fds(3), sd_notify(3). Both are a few lines, so no library is 
 
 from __future__ import annotations
 
+import array
 import logging
 import os
 import socket
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 
 from runtimes.process import SERVICE_VARIABLES
 from sandboxd.failures import InvalidArgument
+from sandboxd.kept_inputs import PREFIX, KeptInputs
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +23,7 @@ HANDOVER_NAME = "sandboxd-handover"
 FIRST_FD = 3
 """Where passed descriptors begin: SD_LISTEN_FDS_START."""
 
-LISTEN_FDS_MAX = 64
+LISTEN_FDS_MAX = 999
 
 TELL_S_MAX = 1.0
 """A service manager whose queue is full must not hold up who serves."""
@@ -40,8 +42,11 @@ class Activation:
         watchdog_s: float | None = None,
         *,
         handed_over: bool = False,
+        kept: Mapping[str, int] | None = None,
     ) -> None:
         self.listening = listening
+        self.kept = KeptInputs(kept or {})
+        """What a daemon before has left."""
         self.handed_over = handed_over
         """The socket is from the daemon before us, and not a service manager's own."""
         self.watchdog_s = watchdog_s
@@ -53,7 +58,11 @@ class Activation:
         """Whether there is somebody to be told."""
         return bool(self._notify_address)
 
-    def tell(self, state: str) -> None:
+    def store(self, name: str, descriptor: int) -> None:
+        """Have the service manager keep a copy of a descriptor, and pass it to the next daemon under this name."""
+        self.tell(f"FDSTORE=1\nFDNAME={name}", [descriptor])
+
+    def tell(self, state: str, descriptors: Sequence[int] = ()) -> None:
         """Tell the service manager, as in ``READY=1``. Nothing where none listens; that is never a failure."""
         if not self._notify_address:
             return
@@ -63,7 +72,8 @@ class Activation:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
             sender.settimeout(TELL_S_MAX)
             try:
-                sender.sendto(state.encode(), address)
+                rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
+                sender.sendmsg([state.encode()], [rights] if descriptors else [], 0, address)
             except OSError as error:
                 logger.warning("cannot tell the service manager %s: %s", state, error)
 
@@ -75,7 +85,7 @@ def take_over(environ: MutableMapping[str, str]) -> Activation:
         environ: ``os.environ``. What was taken from it is gone from it.
 
     Raises:
-        InvalidArgument: something else was passed than one listening Unix stream socket.
+        InvalidArgument: something else was passed than one listening Unix stream socket and what a daemon has left.
     """
     told = {name: environ.pop(name) for name in SERVICE_VARIABLES if name in environ}
     own = str(os.getpid())
@@ -83,13 +93,16 @@ def take_over(environ: MutableMapping[str, str]) -> Activation:
     # A daemon that a client started from within a service has that service's variables, and is not that service.
     if address[:1] not in {"/", "@"} or told.get("SYSTEMD_EXEC_PID", own) != own:
         address = ""
-    listening = _listening_socket(told) if told.get("LISTEN_PID") == own else None
+    passed = _passed(told) if told.get("LISTEN_PID") == own else []
+    kept = {name: number for name, number in passed if name.startswith(PREFIX)}
+    others = [(name, number) for name, number in passed if name not in kept]
     watched = address and told.get("WATCHDOG_PID", own) == own
     return Activation(
-        listening,
+        _listening_socket([number for _, number in others]),
         address,
         _seconds(told.get("WATCHDOG_USEC", "")) if watched else None,
-        handed_over=listening is not None and told.get("LISTEN_FDNAMES") == HANDOVER_NAME,
+        handed_over=[name for name, _ in others] == [HANDOVER_NAME],
+        kept=kept,
     )
 
 
@@ -99,17 +112,25 @@ def _seconds(usec: str) -> float | None:
     return int(usec) / 1e6 if fits and int(usec) else None
 
 
-def _listening_socket(told: MutableMapping[str, str]) -> socket.socket | None:
+def _passed(told: Mapping[str, str]) -> list[tuple[str, int]]:
+    """What was passed, by its names, in the order of the numbers."""
     text = told.get("LISTEN_FDS", "")
     count = int(text) if text.isascii() and text.isdigit() and len(text) <= len(str(LISTEN_FDS_MAX)) else 0
-    if count == 0:
-        return None
-    for number in range(FIRST_FD, FIRST_FD + count):
+    names = told.get("LISTEN_FDNAMES", "").split(":")
+    numbers = range(FIRST_FD, FIRST_FD + count)
+    for number in numbers:
         os.set_inheritable(number, False)
+    return list(zip(names + ["unknown"] * (count - len(names)), numbers, strict=False))
+
+
+def _listening_socket(numbers: Sequence[int]) -> socket.socket | None:
+    if not numbers:
+        return None
     try:
-        listening = socket.socket(fileno=FIRST_FD)
+        listening = socket.socket(fileno=numbers[0])
     except OSError as error:
         raise _refusal("it passed something else than a socket", None) from error
+    count = len(numbers)
     if count > 1:
         raise _refusal(f"it passed {count} sockets", listening)
     if listening.family != socket.AF_UNIX or listening.type != socket.SOCK_STREAM:

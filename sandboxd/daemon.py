@@ -43,7 +43,7 @@ from runtimes.quantities import parse_memory
 from runtimes.usernet import UserNetworks
 from runtimes.userns import open_swapped_userns
 from sandboxd import __version__, logs, reloading
-from sandboxd.activation import Activation, take_over
+from sandboxd.activation import HANDOVER_NAME, Activation, take_over
 from sandboxd.attaching import Attachments
 from sandboxd.audit.auditor import Auditor
 from sandboxd.audit.files import AuditFiles
@@ -202,6 +202,7 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
     config, entries = _load_config(env)
     logs.set_level(config.daemon.log_level)
     with contextlib.ExitStack() as held:
+        held.callback(activation.kept.close)
         ground = _prepare(listener, env, state, config, held)
         stop = anyio.Event()
         async with anyio.create_task_group() as tasks:
@@ -216,7 +217,9 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
             uplinks = Uplinks(background, ground.engines, UserNetworks(ground.owner, env))
             secrets = SecretStore(os.path.join(state, "secrets"), env.get("CREDENTIALS_DIRECTORY"), env)
             attachments = Attachments(background, services, Outside(), uplinks, secrets.reveal)
-            manager = ground.manager(background, attachments=attachments, secrets=secrets)
+            manager = ground.manager(
+                background, kept_inputs=activation.kept, attachments=attachments, secrets=secrets
+            )
             launcher = ground.launcher(
                 manager, background, services=services, attachments=attachments, secrets=secrets
             )
@@ -271,7 +274,7 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 config=lambda: DaemonConfig(entries=list(settings.entries)),
                 reload=settings.reload,
                 shut_down=stop.set,
-                hand_over=functools.partial(_hand_over, listener),
+                hand_over=functools.partial(_hand_over, listener, manager),
             )
             families = (
                 SandboxHandlers(manager, launcher, lifetimes, capacity),
@@ -302,6 +305,7 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                     looking.start_soon(ground.engines.refresh)
                     looking.start_soon(_wait_for_left_clients, ground.owner)
                 await recovery.recover()
+                activation.kept.close_others([sandbox.record.id for sandbox in manager.all()])
                 boxes.allow()
                 await uplinks.sweep({each.record.id: each.pid for each in manager.all() if each.pid is not None})
             launcher.keep_pools()
@@ -328,6 +332,8 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                     await dispatcher.drain(deadline_s=DRAIN_DEADLINE_S)
             async with supervision.busy("", "stopping: what is being removed is waited for"):
                 await manager.finish_removals(deadline_s=REMOVALS_DEADLINE_S)
+            for name, descriptor in manager.inputs():
+                activation.store(name, descriptor)
             manager.disconnect_all()
             auditor.tell("ended", pid=os.getpid())
             tasks.cancel_scope.cancel()
@@ -519,12 +525,13 @@ async def _serving(listener: Listener, dispatcher: Dispatcher, auditor: Auditor)
         serving.cancel_scope.cancel()
 
 
-def _hand_over(listener: Listener) -> int | None:
+def _hand_over(listener: Listener, manager: Manager) -> list[tuple[str, int]]:
     """See ``DaemonHandlers``."""
     if listener.stays:
-        return None
+        return []
     listener.leave_open()
-    return os.dup(listener.socket.fileno())
+    left = [(HANDOVER_NAME, listener.socket.fileno()), *manager.inputs()]
+    return [(name, os.dup(descriptor)) for name, descriptor in left]
 
 
 async def _watch_signals(stop: anyio.Event, settings: _Settings) -> None:

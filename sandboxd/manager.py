@@ -32,6 +32,7 @@ from sandboxd.engine_records import EngineRecords
 from sandboxd.engines import EngineRoom
 from sandboxd.failures import Conflict, Failure, InvalidArgument, NoSuchSandbox, SandboxGone
 from sandboxd.journal import Journal, SandboxRecord
+from sandboxd.kept_inputs import KEPT_MAX, KeptInputs, name_of
 from sandboxd.lifecycle import Event, State, next_state
 from sandboxd.limits import Host, output_bytes_max, passable
 from sandboxd.sandbox import Sandbox, Tell, container_id_of, nobody_listens
@@ -94,12 +95,14 @@ class Manager:
         late_calls: bool = True,
         secrets: SecretStore,
         tell: Tell | None = None,
+        kept_inputs: KeptInputs | None = None,
     ) -> None:
         self._attachments = attachments
         self._secrets = secrets
         self._inotify = inotify
         self._output_bytes_max = output_bytes_max(config.defaults)
         self._caller = caller
+        self._kept_inputs = kept_inputs or KeptInputs({})
         self._places = places
         self._journal = journal
         self.owner = journal.owner()
@@ -204,6 +207,18 @@ class Manager:
         except (NoSuchSandbox, InvalidArgument):
             return None
 
+    def inputs(self) -> list[tuple[str, int]]:
+        """The stdins of commands in the background, by the names under which the next daemon finds them again."""
+        found = [
+            (name_of(sandbox.record.id, command.id), descriptor)
+            for sandbox in self.all()
+            for command in sandbox.commands.running()
+            if command.background
+            and command.outlet is not None
+            and (descriptor := command.outlet.input_fd) is not None
+        ]
+        return found[:KEPT_MAX]
+
     # --- having and forgetting --------------------------------------------------------------------------
 
     def register(self, record: SandboxRecord) -> Sandbox:
@@ -217,6 +232,7 @@ class Manager:
                 os.path.join(self._places.spools_dir, record.id), self._inotify, cap_bytes=self._output_bytes_max
             ),
             on_init_lost=self._on_init_lost,
+            kept_inputs=self._kept_inputs,
         )
         sandbox.on_told = self._tell
         sandbox.on_changed = functools.partial(self._changed, sandbox)

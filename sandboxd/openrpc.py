@@ -94,9 +94,9 @@ NOTIFICATIONS: tuple[tuple[str, type[msgspec.Struct], str], ...] = (
         "From the daemon, before the reply to `commands/run` with `follow`, or to `commands/connect`.",
     ),
     (
-        "daemon/listening",
-        protocol.DaemonListening,
-        "From the daemon, before the reply to `daemon/handover`, with the listening socket unless that is systemd's.",
+        "daemon/left",
+        protocol.DaemonLeft,
+        "From the daemon, before the reply to `daemon/handover`: what goes on, unless systemd has it.",
     ),
     (
         "files/opened",
@@ -256,7 +256,7 @@ one `sendmsg` whose data begins with the frame and whose control message holds t
 exactly as many as its params say: three (stdin, stdout, stderr) for `commands/run` and `commands/start` with
 `"stdio": "descriptors"` and no `pty`, one for `files/write` with `"descriptor": true`, one for every `files/upload`
 and `files/download`, else none. Others are closed unseen. `files/opened` brings one to the client,
-and `daemon/listening`.
+and `daemon/left`.
 
 """
 

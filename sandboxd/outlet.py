@@ -175,6 +175,11 @@ class Outlet:
         os.write(self._terminal_writer, data)
         return Copied.SOME if data else Copied.OVER
 
+    @property
+    def input_fd(self) -> int | None:
+        """The writing end of its stdin, which stays ours; None: it has none that is open, or a terminal."""
+        return self._input_fd if self._terminal_writer is None else None
+
     # --- input ----------------------------------------------------------------------------------------
 
     async def send(self, data: bytes) -> None:

@@ -1773,10 +1773,11 @@ class DaemonConfig(Reply, frozen=True):
     entries: list[ConfigEntry]
 
 
-class DaemonListening(Reply, frozen=True):
-    """Carries the listening socket, for the daemon that comes next."""
+class DaemonLeft(Reply, frozen=True):
+    """Carries something for the daemon that comes next."""
 
-    path: str
+    name: str
+    """``sandboxd-handover`` for the listening socket, else that of the stdin of a command."""
 
 
 class DaemonReloaded(Reply, frozen=True):
@@ -2056,7 +2057,7 @@ METHODS: tuple[Method, ...] = (
         "daemon/handover",
         NoParams,
         Acknowledged,
-        "Stop the daemon, and send `daemon/listening` first: who connects waits for the next daemon.",
+        "Stop the daemon, and send `daemon/left` first: who connects waits for the next daemon.",
     ),
     Method("daemon/shutdown", NoParams, Acknowledged, "Stop the daemon; sandboxes stay."),
     Method("audit/query", AuditQueryParams, AuditEntries, "Who asked for what, and what came of it.", reads=True),

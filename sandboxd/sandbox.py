@@ -46,6 +46,7 @@ from sandboxd.commands import Command, CommandTable, format_command_id, remainin
 from sandboxd.events import kind_of
 from sandboxd.failures import Conflict, NotFound, SandboxGone
 from sandboxd.journal import CommandRecord, Journal, SandboxRecord
+from sandboxd.kept_inputs import KeptInputs
 from sandboxd.lifecycle import Event, State, next_state
 from sandboxd.outlet import Outlet, reopened
 from sandboxd.protocol import CommandEnd
@@ -107,8 +108,10 @@ class Sandbox:
         background: Background,
         spools: SpoolDirectory,
         on_init_lost: Callable[[Sandbox], None],
+        kept_inputs: KeptInputs,
     ) -> None:
         self.record = record
+        self._kept_inputs = kept_inputs
         self.directory = directory
         self.lock = anyio.Lock()
         self.gone = anyio.Event()
@@ -585,6 +588,8 @@ class Sandbox:
                 undo.callback(outlet.close)
                 if master is not None:
                     outlet.take_terminal(master, self.spools.append(record.id, Stream.BOTH), self.background)
+                elif (descriptor := self._kept_inputs.take(self.record.id, record.id)) is not None:
+                    outlet.take_input(descriptor)
             except NotFound:
                 return None
             undo.pop_all()

@@ -10,7 +10,7 @@ import sys
 import time
 
 from sandboxd import __version__
-from sandboxd.cli import install, own_service, render, verb, versions
+from sandboxd.cli import install, own_service, render, units, verb, versions
 from sandboxd.cli.session import FAILURE, call, request, say, show, show_json
 from sandboxd.cli.verb import Verb
 from sandboxd.client import Connection, NotRunning, RpcError, starting
@@ -109,15 +109,23 @@ def _stop(arguments: argparse.Namespace) -> int:
 
 def _restart(arguments: argparse.Namespace) -> int:
     """Whoever connects meanwhile waits: the socket is handed over, or is systemd's."""
-    listening: list[int] = []
+    if own_service.runs(os.environ):
+        # So that systemd keeps for the next daemon what this one leaves.
+        connection = _connect_if_running()
+        if connection is not None:
+            with connection:
+                _say_ended(_count_attached(connection))
+        install.systemctl(os.environ, "restart", units.SERVICE_UNIT)
+        return _start(arguments)
+    left: dict[str, int] = {}
     try:
-        _say_ended(_shut_down(listening))
-        if not listening:
+        _say_ended(_shut_down(left))
+        if not left:
             return _start(arguments)
-        with starting.start(socket_path(os.environ), os.environ, listening[0]) as connection:
+        with starting.start(socket_path(os.environ), os.environ, left) as connection:
             return _show_info(call(connection, "daemon/info"), arguments)
     finally:
-        for number in listening:
+        for number in left.values():
             os.close(number)
 
 
@@ -199,11 +207,11 @@ def _commands(count: int) -> str:
     return f"{count} attached command{'' if count == 1 else 's'}"
 
 
-def _shut_down(listening: list[int] | None = None) -> int | None:
+def _shut_down(left: dict[str, int] | None = None) -> int | None:
     """Ask it to stop, and wait until its process is gone; return how many attached commands ended, None: no daemon.
 
     Args:
-        listening: Gets its listening socket, if it is its own to give away; None: nobody comes after it.
+        left: Gets its listening socket, if it is its own to give away, and what else is to go on; None: nobody comes.
 
     Raises:
         RpcError: It is still there.
@@ -218,7 +226,7 @@ def _shut_down(listening: list[int] | None = None) -> int | None:
         process = _open_process(pid)
         try:
             ended = _count_attached(connection)
-            if listening is None or not _take_socket(connection, listening):
+            if left is None or not _take_what_is_left(connection, left):
                 connection.call("daemon/shutdown", {}, timeout_s=STOP_TIMEOUT_S)
             try:
                 # No such request was sent, so nothing but the end of the connection ends this.
@@ -240,12 +248,13 @@ def _shut_down(listening: list[int] | None = None) -> int | None:
     return ended
 
 
-def _take_socket(connection: Connection, listening: list[int]) -> bool:
-    """Have it stop and give its listening socket away. False: it is older than that."""
+def _take_what_is_left(connection: Connection, left: dict[str, int]) -> bool:
+    """Have it stop, and give away what the next one goes on with. False: it is older than that."""
 
     def take(message: Message) -> None:
-        if message.content["method"] == "daemon/listening":
-            listening.extend(connection.take_descriptors(message, 1))
+        if message.content["method"] == "daemon/left":
+            for number in connection.take_descriptors(message, 1):
+                left[message.content["params"]["name"]] = number
 
     try:
         connection.call("daemon/handover", {}, on_notification=take, timeout_s=STOP_TIMEOUT_S)

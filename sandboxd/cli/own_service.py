@@ -51,6 +51,16 @@ def state(env: Mapping[str, str]) -> dict[str, Any]:
     return found
 
 
+def runs(env: Mapping[str, str]) -> bool:
+    """Whether the daemon that runs is that of the units."""
+    if not install.installed(env):
+        return False
+    try:
+        return _properties(env, units.SERVICE_UNIT, "ActiveState").get("ActiveState") == "active"
+    except RpcError:
+        return False
+
+
 def _properties(env: Mapping[str, str], unit: str, *names: str) -> dict[str, str]:
     said = install.systemctl(env, "show", f"--property={','.join(names)}", unit)
     return {name: value for name, _, value in (line.partition("=") for line in said.splitlines())}

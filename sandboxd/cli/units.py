@@ -62,6 +62,7 @@ Restart=on-failure
 TimeoutStartSec=120
 TimeoutStopSec=60
 WatchdogSec=60
+FileDescriptorStoreMax=256
 OOMPolicy=continue
 LimitCORE=0
 KeyringMode=private

@@ -43,8 +43,9 @@ if os.fork() == 0:
     os.setsid()
     os.chdir("/")
     os.closerange(int(sys.argv[1]) + 1, 1 << 20)
-    if int(sys.argv[1]) > 3:
-        os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1", LISTEN_FDNAMES=sys.argv[2])
+    if sys.argv[2]:
+        passed = str(int(sys.argv[1]) - 3)
+        os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=passed, LISTEN_FDNAMES=sys.argv[2])
     os.execv(sys.argv[3], sys.argv[3:])
 """
 
@@ -58,13 +59,13 @@ def connect_or_start(env: Mapping[str, str]) -> Connection:
         return start(path, env)
 
 
-def start(path: str, env: Mapping[str, str], listening: int | None = None) -> Connection:
+def start(path: str, env: Mapping[str, str], left: Mapping[str, int] | None = None) -> Connection:
     """Start the daemon, wait until it listens, and connect.
 
     Args:
         path: Its socket.
         env: Its environment.
-        listening: The socket itself, from a daemon that has ended; the caller's to close.
+        left: What a daemon that has ended has left, by its names, first the socket itself; the caller's to close.
 
     Raises:
         RpcError: It did not start; what it said is in the error.
@@ -79,18 +80,18 @@ def start(path: str, env: Mapping[str, str], listening: int | None = None) -> Co
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         # Whoever connects to a socket that was handed over waits for the daemon that is started here.
-        if listening is None:
+        if not left:
             with contextlib.suppress(NotRunning):
                 return Connection.connect(path)
         log = os.path.join(directory, DAEMON_LOG_NAME)
         deadline = time.monotonic() + READY_TIMEOUT_S
-        _wait_until_ready(_spawn(log, env, listening), log, deadline)
+        _wait_until_ready(_spawn(log, env, left or {}), log, deadline)
         return _connect(path, deadline)
     finally:
         os.close(lock)
 
 
-def _spawn(log: str, env: Mapping[str, str], listening: int | None) -> int:
+def _spawn(log: str, env: Mapping[str, str], left: Mapping[str, int]) -> int:
     """Start the process in a session of its own; return the pipe on which it says that it is ready."""
     with contextlib.ExitStack() as passed:
         try:
@@ -102,14 +103,14 @@ def _spawn(log: str, env: Mapping[str, str], listening: int | None) -> int:
             raise _failed(f"{log}: {error.strerror}", "set SANDBOXD_STATE_DIR") from None
         read_end, write_end = os.pipe()
         passed.callback(os.close, write_end)
-        numbers = [null, output, output, *([] if listening is None else [listening]), write_end]
+        numbers = [null, output, output, *left.values(), write_end]
         ready = len(numbers) - 1
         places = []
         for number in numbers:
             # Above the numbers that are about to be taken, so that none of them is overwritten first.
             places.append(fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, len(numbers)))
             passed.callback(os.close, places[-1])
-        launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(ready), HANDOVER_NAME]
+        launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(ready), ":".join(left)]
         argv = [*launch, *COMMAND, "--ready-fd", str(ready)]
         actions = [(os.POSIX_SPAWN_DUP2, number, place) for place, number in enumerate(places)]
         launcher = os.posix_spawn(sys.executable, argv, dict(env), file_actions=actions)

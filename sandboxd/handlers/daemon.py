@@ -40,8 +40,8 @@ class DaemonHandlers:
         config: Says which settings are in force.
         reload: Reads them again.
         shut_down: Begins the end of the daemon.
-        hand_over: Leaves the listening socket to the next daemon, and returns a copy of it for whoever starts that,
-            which the caller closes. None: a service manager has it, and starts the next one.
+        hand_over: Leaves the listening socket to the next daemon, and returns copies of it and of what else is to go
+            on, by their names, for whoever starts that; the caller closes them. None where a service manager does.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class DaemonHandlers:
         config: Callable[[], protocol.DaemonConfig],
         reload: Callable[[], protocol.DaemonReloaded],
         shut_down: Callable[[], None],
-        hand_over: Callable[[], int | None],
+        hand_over: Callable[[], list[tuple[str, int]]],
     ) -> None:
         self._manager = manager
         self._engines = engines
@@ -139,9 +139,8 @@ class DaemonHandlers:
 
     async def handover(self, _: protocol.NoParams, context: Context) -> protocol.Acknowledged:
         """Begin the end, with somebody to come."""
-        socket = self._hand_over()
-        listening = protocol.DaemonListening(path=self._daemon.socket)
-        context.notify("daemon/listening", listening, () if socket is None else (socket,))
+        for name, descriptor in self._hand_over():
+            context.notify("daemon/left", protocol.DaemonLeft(name=name), (descriptor,))
         self._shut_down()
         return protocol.Acknowledged()
 

@@ -642,7 +642,6 @@ class Stub:
         return p.DaemonReloaded(changed=["defaults.memory"], waiting=["chroma.port"])
 
     async def daemon_handover(self, params: p.NoParams, context: Context) -> p.Acknowledged:
-        context.notify("daemon/listening", p.DaemonListening(path="/nowhere"))
         self.stopping.set()
         return p.Acknowledged()
 

@@ -135,6 +135,7 @@ def test_followers_go_on_at_their_byte_when_the_daemon_is_restarted(
             script = f"i=0; while [ $i -lt 500 ]; do echo line $i; i=$((i+1)); [ $i -ne 100 ] || {wait}; done"
             command = mortal.ctl("exec", "-d", box["id"], "sh", "-c", script).stdout.decode().strip()
             shell = started(mortal, box, "sh")
+            reading = start(mortal, box, "sh", "-c", "while read x; do echo got $x; done; echo end", stdin="pipe")
             argv = mortal.ctl_argv("logs", "-f", box["id"], command)
             with (
                 ended(subprocess.Popen(argv, stdout=subprocess.PIPE, env=mortal.env)) as follower,
@@ -152,5 +153,8 @@ def test_followers_go_on_at_their_byte_when_the_daemon_is_restarted(
                 terminal.wait_for(b"\r\n54\r\n")
                 terminal.type(b"exit 3\r")
                 assert client.wait(PATIENCE_S) == 3
+            typed(mortal, reading, b"line\n")
+            mortal.call("commands/close_stdin", **reading)
+            assert followed(mortal, "commands/connect", **reading)[1] == {"stdout": b"got line\nend\n"}
     finally:
         assert mortal.ctl("daemon", "stop").returncode == 0

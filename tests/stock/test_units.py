@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import pytest
 
 from runtimes.process import SERVICE_VARIABLES
 from sandboxd.cli import units
+from sandboxd.client import Connection
 from tests.engine.daemons import wait_until
 from tests.stock.bed import POLICY, quick_bed, run
 from tests.stock.installed import SOCKET, UNITS, Ctl, journal, show
@@ -148,6 +150,7 @@ def test_a_sandbox_of_the_service_outlives_it(ctl: Ctl) -> None:
     script = "for n in $(seq 1 1000); do echo $n; sleep 0.2; done"
     command = ctl("exec", "-d", box["id"], "sh", "-c", script).stdout.strip()
     first = int(show("sandboxd.service", "MainPID"))
+    reading = ctl("exec", "-di", box["id"], "sh", "-c", "while read x; do echo got $x; done; echo end").stdout.strip()
 
     run("systemctl", "--user", "restart", "sandboxd.service")
 
@@ -156,6 +159,12 @@ def test_a_sandbox_of_the_service_outlives_it(ctl: Ctl) -> None:
     assert Path(f"/proc/{box['pid']}").exists()
     written = len(ctl("logs", box["id"], command).stdout.split())
     wait_until(lambda: len(ctl("logs", box["id"], command).stdout.split()) > written, "the command goes on")
+    # Its stdin went through systemd's descriptor store.
+    ref = {"sandbox": box["id"], "command_id": reading}
+    with Connection.connect(str(SOCKET)) as connection:
+        connection.call("commands/send_stdin", {**ref, "data": base64.b64encode(b"line\n").decode()})
+        connection.call("commands/close_stdin", ref)
+    wait_until(lambda: ctl("logs", box["id"], reading).stdout == "got line\nend\n", "it read what was typed")
     assert ctl("exec", box["id"], "true").returncode == 0
     assert ctl("rm", box["id"]).returncode == 0, journal()
     wait_until(lambda: not Path(f"/proc/{monitor}").exists(), "nothing watches a container that is gone")

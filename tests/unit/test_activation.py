@@ -129,3 +129,46 @@ def test_anything_else_is_refused(kind: str, tmp_path: Path) -> None:
     with socket.socket(family, socket.SOCK_DGRAM if kind == "datagram" else socket.SOCK_STREAM) as passed:
         assert taken(passed.fileno()).startswith("invalid_argument|it passed")
         assert taken(passed.fileno()).endswith("|sandboxctl daemon install")
+
+
+LEFT = """
+import os, socket, sys
+from sandboxd.activation import take_over
+with socket.socket(socket.AF_UNIX) as listening:
+    listening.bind(sys.argv[1])
+    listening.listen()
+    (_, writing), (reading, _) = os.pipe(), os.pipe()
+    # First out of the way: the numbers that are given may be among those that are taken.
+    for place, number in enumerate((listening.fileno(), writing, reading)):
+        os.dup2(number, 100 + place)
+for place in range(3):
+    os.dup2(100 + place, 3 + place)
+names = "sandboxd-handover:stdin.sb-a.00000000002a:stdin.sb-a.00000000002b"
+taken = take_over({"LISTEN_FDS": "3", "LISTEN_PID": str(os.getpid()), "LISTEN_FDNAMES": names})
+kept = taken.kept
+print(taken.handed_over, taken.listening.fileno(), *(kept.take("sb-a", number) for number in (42, 42, 43)))
+"""
+
+
+def test_what_a_daemon_before_has_left_comes_by_its_names(tmp_path: Path) -> None:
+    """A socket, and the stdins of two commands, of which one is no writing end and so is not taken for one."""
+    argv = [sys.executable, "-c", LEFT, str(tmp_path / "s")]
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout == "True 3 4 None None\n"
+
+
+def test_what_is_stored_goes_with_its_name(notified: tuple[str, socket.socket]) -> None:
+    """To a service manager that passes it to the next daemon."""
+    path, manager = notified
+    read_end, write_end = os.pipe()
+    try:
+        take_over({"NOTIFY_SOCKET": path}).store("stdin.sb-a.00000000002a", write_end)
+        said, (copy,), _, _ = socket.recv_fds(manager, 100, 4)
+        assert said == b"FDSTORE=1\nFDNAME=stdin.sb-a.00000000002a"
+        os.write(copy, b"through it")
+        os.close(copy)
+        assert os.read(read_end, 100) == b"through it"
+    finally:
+        os.close(read_end)
+        os.close(write_end)

@@ -25,7 +25,7 @@ def test_the_page_says_which_requests_carry_descriptors() -> None:
     """A request with one too few is refused, and nothing else says how many."""
     section = openrpc.markdown(SOURCE).partition("## Descriptors")[2].partition("##")[0]
     assert {method.name for method in protocol.METHODS if method.descriptors} == set(
-        re.findall(r"`((?!files/opened|daemon/listening)[a-z]+/[a-z_]+)`", section)
+        re.findall(r"`((?!files/opened|daemon/left)[a-z]+/[a-z_]+)`", section)
     )
 
 

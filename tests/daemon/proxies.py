@@ -107,9 +107,6 @@ class FakeOutside(Outside):
         self.looked_up: list[str] = []
         self.connected_to: list[Address] = []
 
-    def trust(self) -> ssl.SSLContext:
-        return ssl.create_default_context(cafile=AUTHORITY)
-
     async def look_up(self, host: str) -> Sequence[Address]:
         self.looked_up.append(host)
         answers = self.names[host]

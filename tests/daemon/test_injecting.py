@@ -9,7 +9,7 @@ import pytest
 
 from sandboxd.egress_rules import Egress, parse_rules
 from sandboxd.network import streams
-from tests.daemon.proxies import door, injecting, said_to, tls_server
+from tests.daemon.proxies import AUTHORITY, door, injecting, said_to, tls_server
 
 pytestmark = pytest.mark.anyio
 
@@ -22,6 +22,12 @@ ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello"
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def trusting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The authority of the tests' server is one of this system's, as far as this process goes."""
+    monkeypatch.setenv("SSL_CERT_FILE", AUTHORITY)
 
 
 class Plain:

@@ -60,6 +60,10 @@ def helpers(daemon: Daemon) -> set[int]:
     }
 
 
+def slots_of(daemon: Daemon) -> int:
+    return sum(row["warm"] + row["filling"] for row in daemon.call("pool/list")["pools"])
+
+
 def test_full_is_opened_and_closed_while_it_runs(daemon: Daemon, engine: str, page: str) -> None:
     with daemon.box(engine) as box:
         seen(daemon, box, daemon.call("network/get", sandbox=box["id"]), "none")
@@ -138,6 +142,8 @@ def test_what_speaks_for_a_podman_sandbox_is_started_again_when_it_is_killed(dae
         switch(daemon, box, "full")
         (helper,) = helpers(daemon) - before
         os.kill(helper, signal.SIGKILL)
+        # The interface of the one that was killed may be there for another moment.
+        wait_until(lambda: helpers(daemon) - before - {helper}, "another one has come")
         wait_until(lambda: daemon.call("network/get", sandbox=box["id"])["verified"], "it has its network again")
         assert fetched(daemon, box, page) == "hello"
         assert helper not in helpers(daemon)
@@ -155,4 +161,5 @@ def test_a_warm_slot_is_claimed_as_full(page: str, engine: str, daemon: Daemon, 
         seen(own, box, own.call("network/get", sandbox=box["id"]), "full")
         assert fetched(own, box, page) == "hello"
         own.call("pool/drain")
+        wait_until(lambda: slots_of(own) == 0, "no slot is there, nor under way")
         wait_until(lambda: len(own.containers(engine)) == 1, "the slots are gone")

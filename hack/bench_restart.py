@@ -36,6 +36,9 @@ def measure(directory: Path, engine: str, count: int, image: str) -> Measured:
         with ThreadPoolExecutor(CREATED_AT_ONCE) as threads:
             for box in list(threads.map(lambda _: daemon.create(engine, limits=LIMITS), range(count))):
                 daemon.call("commands/start", sandbox=box["id"], argv=["sleep", "100000"], stdio="spool")
+        before_s = _cpu_s(daemon)
+        time.sleep(IDLE_S)
+        idle = (_cpu_s(daemon) - before_s) / IDLE_S
         ready_ms, ready_cpu_ms = [], []
         for _ in range(RESTARTS):
             daemon.kill()
@@ -52,9 +55,6 @@ def measure(directory: Path, engine: str, count: int, image: str) -> Measured:
                 began_s = time.perf_counter()
                 connection.call("sandbox/metrics", {})
                 stats_ms.append((time.perf_counter() - began_s) * 1000)
-        before_s = _cpu_s(daemon)
-        time.sleep(IDLE_S)
-        idle = (_cpu_s(daemon) - before_s) / IDLE_S
         return Measured(ready_ms, ready_cpu_ms, stats_ms, psutil.Process(daemon.pid).memory_info().rss, idle)
     finally:
         if not daemon.running:

@@ -108,7 +108,7 @@ class CapacityExceeded(Failure):
 
 
 class NotEnoughSpace(Failure):
-    """The sandbox's disk, its quota or its tmpfs is full."""
+    """A disk is full, or a quota, or a tmpfs: the sandbox's, or ours."""
 
     type = "not_enough_space"
     code = -32014

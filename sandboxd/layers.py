@@ -14,6 +14,7 @@ What is in ``tree`` is the sandbox's. All functions here may take long, and belo
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import stat
@@ -23,7 +24,7 @@ from typing import TypeVar
 import msgspec
 
 from runtimes import beneath, mounts
-from sandboxd.failures import Conflict, Failure, NotFound, Unsupported
+from sandboxd.failures import Conflict, Failure, NotEnoughSpace, NotFound, Unsupported
 from sandboxd.trees import (
     DEPTH_MAX,
     PERMISSIONS,
@@ -296,7 +297,8 @@ def _said(brief: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise Failure(brief, detail=error.strerror or str(error), hint="df -h, and SANDBOXD_STATE_DIR") from error
+        failure = NotEnoughSpace if error.errno in (errno.ENOSPC, errno.EDQUOT) else Failure
+        raise failure(brief, detail=error.strerror or str(error), hint="df -h, and SANDBOXD_STATE_DIR") from error
 
 
 class _Copying:

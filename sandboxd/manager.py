@@ -507,7 +507,11 @@ class Manager:
         except ContainerNotFound:
             self.note(sandbox, Event.VANISHED, f"{engine.name} no longer has its container")
         except RuntimeFailure as error:
-            self.note(sandbox, Event.UNREACHABLE, str(error))
+            if not sandbox.connected:
+                self.note(sandbox, Event.UNREACHABLE, str(error))
+            elif sandbox.record.state is not State.PAUSED:
+                # Its init is there, and so is what runs in it. What its engine cannot say now, a sweep asks again.
+                sandbox.change(Event.ADOPTED)
         else:
             if facts.state is ContainerState.RUNNING:
                 await self.adopt(sandbox, engine, container_id)

@@ -6,6 +6,7 @@ import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import anyio
 import pytest
@@ -325,6 +326,32 @@ async def test_a_pause_that_the_engine_refuses_changes_nothing(world: World) -> 
             await manager.resume(box, Timings())
         assert caught.value.hint == f"sandboxctl start {box.record.id}"
         assert "pause" not in world.engine.calls
+
+
+@pytest.mark.parametrize(
+    ("verb", "state"), [("pause", State.RUNNING), ("stop", State.RUNNING), ("resume", State.PAUSED)]
+)
+async def test_an_engine_that_refuses_and_cannot_say_why_costs_nothing_that_runs(
+    world: World, verb: str, state: State
+) -> None:
+    """Its init answers: to take it for lost would end the record of every command in it."""
+    async with world.managed() as manager:
+        await world.container_of(record(state=State.BROKEN))
+        await world.recovery.recover()
+        (box,) = manager.all()
+        box._channel = SimpleNamespace(close=lambda: None)
+        box.put(state=state)
+        world.engine.fail_next(verb, REFUSED)
+        world.engine.fail_next("inspect", UNAVAILABLE)
+        call = {
+            "pause": lambda: manager.pause(box, Timings()),
+            "stop": lambda: manager.stop(box, 0),
+            "resume": lambda: manager.resume(box, Timings()),
+        }[verb]
+        with pytest.raises(EngineRefused):
+            await call()
+        assert box.connected
+        assert box.record.state is state
 
 
 async def test_a_kill_waits_for_no_engine(world: World) -> None:

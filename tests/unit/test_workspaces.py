@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +11,8 @@ import msgspec
 import pytest
 
 from runtimes.model import EngineInfo, EngineName, User
-from sandboxd.failures import InvalidArgument, Unsupported
+from sandboxd import layers
+from sandboxd.failures import Failure, InvalidArgument, Unsupported
 from sandboxd.protocol import WorkspaceParams
 from sandboxd.workspace import Identity, OpenedPath, Rules
 from sandboxd.workspaces import Bounds, Opened, Workspaces, _conflict_failure, project_paths
@@ -82,3 +85,14 @@ def test_a_conflict_tells_of_each_path_in_one_line() -> None:
         sandbox, {b"a\nhint: rm -r .\x1b[2J": "it was changed", "é\xff".encode() + b"\xff": "gone"}
     )
     assert failure.detail == "a\\nhint: rm -r .\\x1b[2J: it was changed; é\u00ff\\xff: gone"
+
+
+@pytest.mark.parametrize(
+    ("number", "type_"),
+    [(errno.ENOSPC, "not_enough_space"), (errno.EDQUOT, "not_enough_space"), (errno.EIO, "internal")],
+)
+def test_a_full_disk_is_said_to_be_full(number: int, type_: str) -> None:
+    """Whoever has a copy made can do something about that."""
+    with pytest.raises(Failure) as caught, layers._said("cannot copy the project"):
+        raise OSError(number, os.strerror(number))
+    assert caught.value.type == type_

@@ -62,6 +62,10 @@ class Activation:
         """Have the service manager keep a copy of a descriptor, and pass it to the next daemon under this name."""
         self.tell(f"FDSTORE=1\nFDNAME={name}", [descriptor])
 
+    def unstore(self, name: str) -> None:
+        """Have the service manager close its copy."""
+        self.tell(f"FDSTOREREMOVE=1\nFDNAME={name}")
+
     def tell(self, state: str, descriptors: Sequence[int] = ()) -> None:
         """Tell the service manager, as in ``READY=1``. Nothing where none listens; that is never a failure."""
         if not self._notify_address:

@@ -306,6 +306,8 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                     looking.start_soon(_wait_for_left_clients, ground.owner)
                 await recovery.recover()
                 activation.kept.close_others([sandbox.record.id for sandbox in manager.all()])
+                for name in activation.kept.names:
+                    activation.unstore(name)
                 boxes.allow()
                 await uplinks.sweep({each.record.id: each.pid for each in manager.all() if each.pid is not None})
             launcher.keep_pools()

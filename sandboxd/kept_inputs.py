@@ -33,6 +33,8 @@ class KeptInputs:
 
     def __init__(self, descriptors: Mapping[str, int]) -> None:
         self._descriptors = dict(descriptors)
+        self.names = tuple(descriptors)
+        """All that came. Whoever keeps copies of them is to let go of those: while one is open, no stdin ends."""
 
     def take(self, sandbox_id: str, command_id: int) -> int | None:
         """The writing end of a command's stdin, the caller's from now on; None: none was left."""

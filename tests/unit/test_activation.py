@@ -146,6 +146,7 @@ for place in range(3):
 names = "sandboxd-handover:stdin.sb-a.00000000002a:stdin.sb-a.00000000002b"
 taken = take_over({"LISTEN_FDS": "3", "LISTEN_PID": str(os.getpid()), "LISTEN_FDNAMES": names})
 kept = taken.kept
+assert list(kept.names) == names.split(":")[1:]
 print(taken.handed_over, taken.listening.fileno(), *(kept.take("sb-a", number) for number in (42, 42, 43)))
 """
 
@@ -159,7 +160,7 @@ def test_what_a_daemon_before_has_left_comes_by_its_names(tmp_path: Path) -> Non
 
 
 def test_what_is_stored_goes_with_its_name(notified: tuple[str, socket.socket]) -> None:
-    """To a service manager that passes it to the next daemon."""
+    """To a service manager that passes it on, and must let go of its own copy then: else no stdin ends."""
     path, manager = notified
     read_end, write_end = os.pipe()
     try:
@@ -169,6 +170,8 @@ def test_what_is_stored_goes_with_its_name(notified: tuple[str, socket.socket]) 
         os.write(copy, b"through it")
         os.close(copy)
         assert os.read(read_end, 100) == b"through it"
+        take_over({"NOTIFY_SOCKET": path}).unstore("stdin.sb-a.00000000002a")
+        assert manager.recv(100) == b"FDSTOREREMOVE=1\nFDNAME=stdin.sb-a.00000000002a"
     finally:
         os.close(read_end)
         os.close(write_end)

@@ -157,6 +157,33 @@ def find_argv(client: Client, container_id: str) -> list[str]:
     return client.call("ps", "--all", "--no-trunc", "--quiet", f"--filter=id={_container(container_id)}")
 
 
+_EVENTS = {
+    EngineName.DOCKER: ("start", "die", "pause", "unpause", "destroy"),
+    EngineName.PODMAN: ("start", "died", "pause", "unpause", "remove"),
+}
+"""Those that ``parse.container_event`` knows."""
+
+
+def events_argv(client: Client, *, owner: str) -> list[str]:
+    """Print what happens to the containers of this owner from now on, one JSON value per line, until it is ended."""
+    match client.engine:
+        case EngineName.DOCKER:
+            row = "[{{json .Actor.ID}},{{json .Action}}]"
+        case EngineName.PODMAN:
+            row = "json"
+        case _:
+            assert_never(client.engine)
+    filters = (f"--filter=event={event}" for event in _EVENTS[client.engine])
+    return client.call(
+        "events", "--filter=type=container", events_filter_argument(owner), *filters, f"--format={row}"
+    )
+
+
+def events_filter_argument(owner: str) -> str:
+    """The argument of ``events_argv`` that names the owner, by which it is told from all other processes."""
+    return f"--filter=label={LABEL_OWNER}={_identity(owner)}"
+
+
 def inspect_argv(client: Client, container_id: str) -> list[str]:
     """Print a JSON list of one container."""
     return client.call("container", "inspect", _container(container_id))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import anyio
@@ -21,6 +21,7 @@ from runtimes.argv import (
     Client,
     connect_argv,
     disconnect_argv,
+    events_argv,
     exec_argv,
     find_argv,
     image_id_argv,
@@ -47,6 +48,7 @@ from runtimes.errors import (
 from runtimes.model import (
     CONTAINER_NAME_PREFIX,
     Capabilities,
+    ContainerEvent,
     ContainerFacts,
     ContainerSpec,
     ContainerState,
@@ -57,7 +59,7 @@ from runtimes.model import (
     Limits,
     Network,
 )
-from runtimes.process import CLIENTS_AT_ONCE_MAX, Finished, OnCancel, client_environment, run
+from runtimes.process import CLIENTS_AT_ONCE_MAX, Finished, OnCancel, client_environment, run, start
 from runtimes.whales import Whales
 
 PING_S_MAX = 10.0
@@ -65,6 +67,9 @@ QUESTION_S_MAX = 20.0
 """Lists, inspections and the like: tens of milliseconds on an idle host."""
 CHANGE_S_MAX = 60.0
 """Create, start, remove, update: up to a second on an idle host, many times that on a busy disk."""
+
+EVENT_BYTES_MAX = 256 * 1024
+"""One event with all labels of its container."""
 
 NETWORK_HELPERS = ("slirp4netns", "pasta", "rootlessport")
 """Programs that give a rootless container its network. When one does not come up, the client's exit status is the
@@ -192,6 +197,24 @@ class CliEngine(ABC):
     async def list_containers(self, *, owner: str) -> list[ContainerSummary]:
         """See ``Engine.list_containers``."""
         return await self._list(owner=owner)
+
+    async def follow(self, *, owner: str, told: Callable[[ContainerEvent], None]) -> None:
+        """See ``Engine.follow``."""
+        words = events_argv(self._client, owner=owner)
+        client = start(words, what=self._what("events"), env=self._env)
+        said = ""
+        try:
+            async for line in client.lines(bytes_max=EVENT_BYTES_MAX):
+                if line[:1] not in (b"{", b"["):
+                    # Both streams come out here, and what is no event is a complaint.
+                    said = parse.complaint(line)
+                    continue
+                event = parse.container_event(self.name, line)
+                if event is not None:
+                    told(event)
+        finally:
+            await client.close(grace_s=0)
+        raise EngineUnavailable(f"cannot follow the events of {self.name.value}", detail=said, hint=self._info.hint)
 
     async def inspect(self, container_id: str) -> ContainerFacts:
         """See ``Engine.inspect``.

@@ -6,8 +6,10 @@ itself, and only then is it known whether there is a container.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 
 import anyio
 
@@ -36,6 +38,16 @@ async def wait_for_clients(argument: str, *, deadline_s: float) -> int:
     finally:
         for pidfd in pidfds:
             os.close(pidfd)
+    return len(pidfds)
+
+
+def end_clients(argument: str) -> int:
+    """Kill the processes of ours that were started with ``argument``, which change nothing; return how many."""
+    pidfds = _pidfds(argument)
+    for pidfd in pidfds:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        os.close(pidfd)
     return len(pidfds)
 
 

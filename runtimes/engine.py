@@ -18,10 +18,11 @@ Rules that hold for every method:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from runtimes.model import (
+    ContainerEvent,
     ContainerFacts,
     ContainerSpec,
     ContainerSummary,
@@ -110,6 +111,21 @@ class Engine(Protocol):
 
     async def list_containers(self, *, owner: str) -> list[ContainerSummary]:
         """All containers, running or not, whose owner label is exactly ``owner``. One engine call."""
+        ...
+
+    async def follow(self, *, owner: str, told: Callable[[ContainerEvent], None]) -> None:
+        """Tell what happens to the containers of this owner, whoever does it, from about now on. Never returns.
+
+        What happens before it begins, or after it has ended, is not told: look for yourself then. It takes no turn.
+
+        Args:
+            owner: Whose containers.
+            told: Called with each event; must be cheap.
+
+        Raises:
+            EngineUnavailable: it has ended: the engine has, or it keeps no events.
+            UnreadableAnswer: what it says is no event.
+        """
         ...
 
     async def inspect(self, container_id: str) -> ContainerFacts:

@@ -167,6 +167,23 @@ class ContainerSummary(msgspec.Struct, frozen=True, kw_only=True):
     it is not ours to remove."""
 
 
+class Happening(enum.StrEnum):
+    """What an engine says has happened to a container."""
+
+    STARTED = "started"
+    ENDED = "ended"
+    PAUSED = "paused"
+    RESUMED = "resumed"
+    REMOVED = "removed"
+
+
+class ContainerEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that happened, whoever did it."""
+
+    container_id: str
+    happening: Happening
+
+
 class ContainerFacts(msgspec.Struct, frozen=True, kw_only=True):
     """The engine's inspect of one container, reduced to what we ask of it."""
 

@@ -19,10 +19,12 @@ from runtimes.model import (
     LABEL_NOTE,
     LABEL_OWNER,
     LABEL_SANDBOX,
+    ContainerEvent,
     ContainerFacts,
     ContainerState,
     ContainerSummary,
     EngineName,
+    Happening,
     Limits,
     Network,
     User,
@@ -46,6 +48,16 @@ _STATES = {
     "stopped": ContainerState.EXITED,
 }
 
+_HAPPENINGS = {
+    "start": Happening.STARTED,
+    "die": Happening.ENDED,
+    "died": Happening.ENDED,
+    "pause": Happening.PAUSED,
+    "unpause": Happening.RESUMED,
+    "destroy": Happening.REMOVED,
+    "remove": Happening.REMOVED,
+}
+
 _ESCAPE_SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|.)?")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _NOISE = re.compile(r'time="[^"]*" level=(?:debug|info|warning) |Run \'docker .* --help\'|See \'docker .* --help\'')
@@ -67,6 +79,11 @@ class _PodmanRow(msgspec.Struct, rename="pascal"):
     state: _Word
     labels: dict[str, Any] | None = None
     names: tuple[_Label, ...] = ()
+
+
+class _PodmanEvent(msgspec.Struct, rename="pascal"):
+    status: _Word
+    id: _ContainerId = msgspec.field(name="ID")
 
 
 class _State(msgspec.Struct, rename="pascal"):
@@ -205,6 +222,20 @@ def containers(engine: EngineName, answer: bytes) -> list[ContainerSummary]:
         case _:
             assert_never(engine)
     return [row for row in rows if row.sandbox_id and row.owner]
+
+
+def container_event(engine: EngineName, line: bytes) -> ContainerEvent | None:
+    """One line of ``events_argv``; None where it is of no interest."""
+    match engine:
+        case EngineName.DOCKER:
+            container_id, word = _decode(line, tuple[_ContainerId, _Word], "an event")
+        case EngineName.PODMAN:
+            event = _decode(line, _PodmanEvent, "an event")
+            container_id, word = event.id, event.status
+        case _:
+            assert_never(engine)
+    happening = _HAPPENINGS.get(word)
+    return None if happening is None else ContainerEvent(container_id=container_id, happening=happening)
 
 
 def container_facts(answer: bytes) -> ContainerFacts:

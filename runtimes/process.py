@@ -374,6 +374,29 @@ class Running:
             await anyio.wait_readable(self._pidfd)
         return status
 
+    async def lines(self, *, bytes_max: int) -> AsyncIterator[bytes]:
+        """What it prints, line by line, without their ends, until nobody has its output open any more.
+
+        Raises:
+            UnreadableAnswer: a line is longer than ``bytes_max``.
+        """
+        begun = b""
+        while True:
+            try:
+                chunk = os.read(self.output, _READ_BYTES)
+            except BlockingIOError:
+                await anyio.wait_readable(self.output)
+                continue
+            if not chunk:
+                return
+            *whole, begun = (begun + chunk).split(b"\n")
+            for line in whole:
+                yield line
+            if len(begun) > bytes_max:
+                raise UnreadableAnswer(
+                    "cannot read what a client says", detail=f"a line of more than {bytes_max} bytes"
+                )
+
     def signal(self, number: signal.Signals) -> None:
         """Signal it and what it forked; nothing if it has ended."""
         if self._process.poll() is None:

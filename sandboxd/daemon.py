@@ -27,7 +27,7 @@ import anyio.abc
 import psutil
 
 from runtimes import clients, detect, seccomp
-from runtimes.argv import owner_label_argument
+from runtimes.argv import events_filter_argument, owner_label_argument
 from runtimes.cli_engine import OnCall
 from runtimes.docker import DockerEngine
 from runtimes.engine import Engine
@@ -51,6 +51,7 @@ from sandboxd.audit.trail import Trail
 from sandboxd.background import Background
 from sandboxd.capacity import Capacity
 from sandboxd.config import SIZE_BYTES_MAX, Config, load_config, metrics_address
+from sandboxd.engine_events import EngineEvents
 from sandboxd.engines import EngineRoom
 from sandboxd.events import EventLog
 from sandboxd.failures import Conflict, Exit, Failure, Unauthorized
@@ -325,6 +326,8 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 supervision.ready(tasks)
                 if ready_fd is not None:
                     _tell(ready_fd, "ready")
+                clients.end_clients(events_filter_argument(ground.owner))
+                tasks.start_soon(EngineEvents(manager, ground.engines, background).run)
                 await stop.wait()
                 logger.info("stopping")
                 launcher.pools.close()

@@ -135,7 +135,7 @@ class Manager:
         self._sandboxes: dict[str, Sandbox] = {}
         self._tell: Tell = tell or nobody_listens
         self.watchers: list[Callable[[Sandbox], None]] = []
-        """Called with each sandbox whenever it has changed, or is gone; must be cheap."""
+        """Called with each sandbox whenever it is new, has changed, or is gone; must be cheap."""
         self._removing: set[str] = set()
         """The sandboxes that a task in the background removes."""
         self.on_slot_lost: Callable[[Sandbox], None] = self.remove_soon
@@ -237,6 +237,7 @@ class Manager:
         sandbox.on_told = self._tell
         sandbox.on_changed = functools.partial(self._changed, sandbox)
         self._sandboxes[record.id] = sandbox
+        self._changed(sandbox)
         return sandbox
 
     def _changed(self, sandbox: Sandbox) -> None:
@@ -500,7 +501,13 @@ class Manager:
                 if sandbox.record.state is not State.REMOVING:
                     raise
 
-    async def _look(self, sandbox: Sandbox, engine: Engine, container_id: str) -> None:
+    async def look(self, sandbox: Sandbox, *, why: str) -> None:
+        """Ask the engine what became of a sandbox, and write it down where it is news. Called under its lock."""
+        if sandbox.record.id not in self._sandboxes or sandbox.record.container_id is None:
+            return
+        await self._look(sandbox, self.engine_of(sandbox), sandbox.record.container_id, why=why)
+
+    async def _look(self, sandbox: Sandbox, engine: Engine, container_id: str, *, why: str = "") -> None:
         """Ask the engine what became of a container, and write it down. Connects again if it runs."""
         try:
             facts = await engine.inspect(container_id)
@@ -514,9 +521,11 @@ class Manager:
                 sandbox.change(Event.ADOPTED)
         else:
             if facts.state is ContainerState.RUNNING:
-                await self.adopt(sandbox, engine, container_id)
+                if not (sandbox.connected and sandbox.record.state is State.RUNNING):
+                    await self.adopt(sandbox, engine, container_id, why=why)
             elif facts.state is ContainerState.PAUSED:
-                sandbox.change(Event.PAUSE, reason=reconcile.PAUSED)
+                if sandbox.record.state is not State.PAUSED:
+                    sandbox.change(Event.PAUSE, reason=reconcile.PAUSED)
             else:
                 # Of one that was to stop it matters to nobody how its init took it.
                 asked = sandbox.record.state is State.STOPPING

@@ -11,17 +11,20 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from runtimes.engine import Engine
 from runtimes.errors import ContainerNotFound, EngineRefused, ImageNotFound, Unsupported
 from runtimes.model import (
+    ContainerEvent,
     ContainerFacts,
     ContainerSpec,
     ContainerState,
     ContainerSummary,
     EngineInfo,
     EngineName,
+    Happening,
     ImageFacts,
     Limits,
 )
@@ -138,6 +141,43 @@ async def remove_sandbox_takes_both_labels_exactly(bench: Bench) -> None:
     assert await bench.engine.remove_sandbox(spec.sandbox_id, owner=bench.owner) == 1
     assert await bench.engine.remove_sandbox(spec.sandbox_id, owner=bench.owner) == 0
     assert [row.container_id for row in await bench.engine.list_containers(owner=bench.owner)] == [kept]
+
+
+async def what_happens_to_its_containers_is_told_whoever_does_it(bench: Bench) -> None:
+    """And of nobody else's."""
+    container_id = await bench.engine.create(bench.spec())
+    told: list[ContainerEvent] = []
+    others: list[ContainerEvent] = []
+    over: list[str] = []
+    seen = {happening: anyio.Event() for happening in Happening}
+
+    def tell(event: ContainerEvent) -> None:
+        told.append(event)
+        seen[event.happening].set()
+
+    async def follow(owner: str, told: Callable[[ContainerEvent], None]) -> None:
+        await bench.engine.follow(owner=owner, told=told)
+        over.append(owner)
+        tasks.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(follow, bench.owner, tell)
+        tasks.start_soon(follow, bench.owner + "x", others.append)
+        with anyio.fail_after(60):
+            while not told:
+                # From when on it tells, nobody says.
+                await bench.engine.stop(container_id, grace_s=0)
+                await bench.engine.start(container_id)
+                await anyio.lowlevel.checkpoint()
+            await seen[Happening.STARTED].wait()
+            await bench.engine.stop(container_id, grace_s=0)
+            await seen[Happening.ENDED].wait()
+            await bench.engine.remove(container_id)
+            await seen[Happening.REMOVED].wait()
+        tasks.cancel_scope.cancel()
+    assert over == [], "nobody had ended it"
+    assert {event.container_id for event in told} == {container_id}
+    assert others == []
 
 
 async def inspect_tells_what_it_was_told(bench: Bench) -> None:
@@ -283,6 +323,7 @@ CLAUSES = [
     what_is_paused_can_be_removed,
     remove_ends_a_running_container_and_is_idempotent,
     remove_sandbox_takes_both_labels_exactly,
+    what_happens_to_its_containers_is_told_whoever_does_it,
     inspect_tells_what_it_was_told,
     inspect_reports_every_limit_that_was_asked_for,
     update_says_which_limits_it_could_not_change,
@@ -341,6 +382,8 @@ class NullEngine:
 
     async def list_containers(self, *, owner: str) -> list[ContainerSummary]:
         return []
+
+    async def follow(self, *, owner: str, told: Callable[[ContainerEvent], None]) -> None: ...
 
     async def inspect(self, container_id: str) -> ContainerFacts:
         return ContainerFacts(

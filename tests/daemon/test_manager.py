@@ -64,6 +64,8 @@ class World:
         self.boxes.mkdir()
         self.journal = Journal.open(str(directory / "journal.sqlite3"))
         self.bin_dir = str(directory / "programs" / "now")
+        self.room: EngineRoom
+        self.background: Background
         self.manager: Manager
         self.launcher: Launcher
         self.recovery: Recovery
@@ -89,8 +91,9 @@ class World:
             layers_dir=str(self.boxes.parent / "layers"),
             private_dirs=(),
         )
+        self.room = room
         async with anyio.create_task_group() as tasks:
-            background = Background(tasks)
+            self.background = background = Background(tasks)
             services = ServiceRoom(config or Config(), str(self.boxes.parent / "services"), list)
             settings = config or Config()
             host = Host(cpus_online=(0, 1), memory_bytes=2**33, swap_bytes=0, pid_max=2**22, nr_open=2**20)

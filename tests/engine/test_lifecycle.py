@@ -11,7 +11,7 @@ import pytest
 
 from tests.engine import kernel
 from tests.engine.conftest import Box
-from tests.engine.daemons import PATIENCE_S, Daemon, ended, wait_until
+from tests.engine.daemons import IMAGE, PATIENCE_S, Daemon, ended, wait_until
 
 pytestmark = pytest.mark.engine
 
@@ -116,6 +116,21 @@ def test_a_container_that_was_stopped_behind_our_back_is_stopped_and_can_be_star
         assert "137" in daemon.call("sandbox/get", sandbox=box["id"])["state_reason"]
         assert daemon.call("sandbox/start", sandbox=box["id"])["verified"] is True
         assert daemon.sh(box, "echo up") == "up\n"
+
+
+def test_an_image_that_was_removed_is_missed_by_new_sandboxes_alone(daemon: Daemon, engine: str) -> None:
+    """What runs goes on, is started again and removed; a new one is told what to type."""
+    image = f"localhost/sandboxd/removed:{engine}"
+    daemon.client(engine, "tag", IMAGE, image)
+    with daemon.box(engine, image=image) as box:
+        daemon.client(engine, "rmi", image)
+        assert daemon.sh(box, "echo on") == "on\n"
+        refusal = daemon.refusal("sandbox/create", engine=engine, image=image)
+        assert (refusal.type, refusal.hint) == ("prerequisite_missing", f"{engine} pull {image}")
+        daemon.call("sandbox/stop", sandbox=box["id"], grace=0)
+        daemon.call("sandbox/start", sandbox=box["id"])
+        assert daemon.sh(box, "echo again") == "again\n"
+    assert box["container_id"] not in daemon.containers(engine)
 
 
 def test_an_ephemeral_sandbox_goes_with_its_connection(daemon: Daemon, engine: str) -> None:

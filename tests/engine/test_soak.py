@@ -192,11 +192,12 @@ def test_a_thousand_commands_leave_nothing_behind(own: Daemon, engine: str, soak
             say(f"after {count} in the background, in {took_s:.1f} s, {kept_count} ends kept: {background}")
         wait_until(lambda: spools(own) == 0, "spools went with the sandbox")
         wait_until(lambda: figures(own, idle).descriptors < before.descriptors, "descriptors went with it")
+        # One that looks around now and then may be there at any moment.
+        wait_until(lambda: figures(own, idle).children <= before.children, "no client of an engine was left behind")
         after = figures(own, idle)
         say(f"after the sandbox: {after}")
     for seen in (foreground, background, after):
         assert seen.threads <= THREADS_IDLE_MAX
-        assert seen.children == before.children
         assert seen.inside == 1
         assert seen.rss_bytes - before.rss_bytes < RSS_GROWTH_BYTES_MAX
 

@@ -13,6 +13,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Sequence
 
+import anyio
 import anyio.lowlevel
 import msgspec
 
@@ -20,12 +21,14 @@ from runtimes.argv import Client, exec_argv, host_path, image_reference, run_arg
 from runtimes.errors import ContainerNotFound, EngineRefused, ImageNotFound, RuntimeFailure, Unsupported
 from runtimes.model import (
     Capabilities,
+    ContainerEvent,
     ContainerFacts,
     ContainerSpec,
     ContainerState,
     ContainerSummary,
     EngineInfo,
     EngineName,
+    Happening,
     ImageFacts,
     Limits,
     Network,
@@ -98,6 +101,7 @@ class FakeEngine:
         self._launch = launch
         self._containers: dict[str, _Container] = {}
         self._images = {_full(reference): secrets.token_hex(32) for reference in images}
+        self._followers: list[tuple[str, Callable[[ContainerEvent], None]]] = []
         self._failures: dict[str, list[RuntimeFailure]] = {}
         self._hanging: dict[str, anyio.Event] = {}
 
@@ -115,7 +119,14 @@ class FakeEngine:
 
     def end(self, container_id: str, *, exit_code: int = 0) -> None:
         """PID 1 of this container ends by itself."""
-        self._stop(self._containers[container_id], exit_code)
+        container = self._containers[container_id]
+        self._stop(container, exit_code)
+        self._happened(container_id, container, Happening.ENDED)
+
+    @property
+    def followers(self) -> int:
+        """How many follow what happens."""
+        return len(self._followers)
 
     @property
     def name(self) -> EngineName:
@@ -162,12 +173,14 @@ class FakeEngine:
         container = self._find(container_id)
         if container.state is not ContainerState.RUNNING:
             self._start(container)
+            self._happened(container_id, container, Happening.STARTED)
 
     async def stop(self, container_id: str, *, grace_s: int) -> None:
         await self._enter("stop")
         container = self._find(container_id)
         if container.state is ContainerState.RUNNING:
             self._stop(container, 128 + signal.SIGTERM)
+            self._happened(container_id, container, Happening.ENDED)
 
     async def pause(self, container_id: str) -> None:
         await self._enter("pause")
@@ -186,12 +199,15 @@ class FakeEngine:
         container.state = state
         if container.process is not None:
             container.process.send_signal(signal.SIGSTOP if state is ContainerState.PAUSED else signal.SIGCONT)
+        paused = state is ContainerState.PAUSED
+        self._happened(container_id, container, Happening.PAUSED if paused else Happening.RESUMED)
 
     async def remove(self, container_id: str) -> None:
         await self._enter("remove")
         container = self._containers.pop(container_id, None)
         if container is not None:
             self._stop(container, 128 + signal.SIGKILL)
+            self._happened(container_id, container, Happening.REMOVED)
 
     async def remove_sandbox(self, sandbox_id: str, *, owner: str) -> int:
         await self._enter("remove_sandbox")
@@ -218,6 +234,19 @@ class FakeEngine:
             for container_id, container in self._containers.items()
             if container.spec.owner == owner
         ]
+
+    async def follow(self, *, owner: str, told: Callable[[ContainerEvent], None]) -> None:
+        await self._enter("follow")
+        self._followers.append((owner, told))
+        try:
+            await anyio.sleep_forever()
+        finally:
+            self._followers.remove((owner, told))
+
+    def _happened(self, container_id: str, container: _Container, happening: Happening) -> None:
+        for owner, told in self._followers:
+            if owner == container.spec.owner:
+                told(ContainerEvent(container_id=container_id, happening=happening))
 
     async def inspect(self, container_id: str) -> ContainerFacts:
         await self._enter("inspect")

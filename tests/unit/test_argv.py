@@ -21,6 +21,7 @@ from runtimes.model import (
     LABEL_SANDBOX,
     ContainerSpec,
     EngineName,
+    Happening,
     Limits,
     Mount,
     Network,
@@ -291,6 +292,16 @@ def test_containers_are_listed_by_exact_label(client: Client) -> None:
     }
     with pytest.raises(Unsupported):
         argv.list_argv(client, owner="")
+
+
+@every_client
+def test_only_what_happens_to_our_containers_is_followed(client: Client) -> None:
+    """By label: another daemon's events are none of ours, and each line costs."""
+    words = argv.events_argv(client, owner="me")
+    assert f"--filter=label={LABEL_OWNER}=me" in words
+    assert argv.events_filter_argument("me") in words
+    assert "--filter=type=container" in words
+    assert len([word for word in words if word.startswith("--filter=event=")]) == len(Happening)
 
 
 @every_client

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ import anyio
 import pytest
 
 from runtimes.argv import Client, owner_label_argument, run_argv
-from runtimes.clients import wait_for_clients
+from runtimes.clients import end_clients, wait_for_clients
 from runtimes.model import ContainerSpec, EngineName, User
 
 LeftBehind = Callable[..., "subprocess.Popen[bytes]"]
@@ -87,3 +88,12 @@ async def test_nobody_elses_clients_are_waited_for(left_behind: LeftBehind) -> N
     """Two daemons may use one engine."""
     left_behind(EngineName.PODMAN, "owner-of-another")
     assert await wait_for_clients(owner_label_argument("owner-of-mine"), deadline_s=10) == 0
+
+
+async def test_followers_of_a_killed_daemon_are_ended_and_nobody_elses(left_behind: LeftBehind) -> None:
+    """Nobody reads what they say, and each killed daemon would leave one more."""
+    ours, theirs = left_behind(EngineName.PODMAN, "owner-of-mine"), left_behind(EngineName.PODMAN, "owner-of-others")
+    assert end_clients(owner_label_argument("owner-of-mine")) == 1
+    assert ours.wait(timeout=10) == -signal.SIGKILL
+    assert theirs.poll() is None
+    assert end_clients(owner_label_argument("owner-of-mine")) == 0

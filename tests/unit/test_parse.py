@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 from runtimes import parse
 from runtimes.errors import UnreadableAnswer
-from runtimes.model import LABEL_OWNER, LABEL_SANDBOX, ContainerState, ContainerSummary, EngineName, Limits
+from runtimes.model import (
+    LABEL_OWNER,
+    LABEL_SANDBOX,
+    ContainerEvent,
+    ContainerState,
+    ContainerSummary,
+    EngineName,
+    Happening,
+    Limits,
+)
 
 ID = "0123456789abcdef" * 4
 IMAGE = "fedcba9876543210" * 4
@@ -254,3 +263,31 @@ def test_a_complaint_is_bounded_and_cannot_speak_to_a_terminal(stderr: bytes) ->
 )
 def test_versions_compare_as_numbers(text: str, numbers: tuple[int, int]) -> None:
     assert parse.version(text) == numbers
+
+
+def happened(engine: EngineName, word: str, container_id: str = ID) -> bytes:
+    if engine is EngineName.DOCKER:
+        return json.dumps([container_id, word]).encode()
+    return json.dumps({"ID": container_id, "Status": word, "Type": "container", "Attributes": {}}).encode()
+
+
+@every_engine
+def test_both_engines_say_in_their_words_what_happened(engine: EngineName) -> None:
+    """And what is of no interest is no event."""
+    words = {
+        EngineName.DOCKER: ("start", "die", "pause", "unpause", "destroy"),
+        EngineName.PODMAN: ("start", "died", "pause", "unpause", "remove"),
+    }[engine]
+    found = [parse.container_event(engine, happened(engine, word)) for word in words]
+    assert found == [ContainerEvent(container_id=ID, happening=happening) for happening in Happening]
+    assert parse.container_event(engine, happened(engine, "exec_die")) is None
+
+
+@every_engine
+@pytest.mark.parametrize("line", [b"", b"[]", b"{}", b"[1,2]", b"\xff", b"[" * 5000])
+def test_an_event_that_is_none_is_refused(engine: EngineName, line: bytes) -> None:
+    """An engine's word is untrusted like any other."""
+    with pytest.raises(UnreadableAnswer):
+        parse.container_event(engine, line)
+    with pytest.raises(UnreadableAnswer):
+        parse.container_event(engine, happened(engine, "start", "../../x"))

@@ -1,0 +1,102 @@
+"""What engines say of our containers, as it happens: whatever was done to one behind our back is looked at at once.
+
+What ends is noticed without them, for its init falls silent. They tell the rest: paused, let go on, started again,
+and removed while it was stopped. An event says only that it is time to look: what is written down is what the engine
+answers then. What an event stream has missed, the next sweep finds.
+
+An engine is followed while it has sandboxes: a follower is a process of some 5 MB.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import anyio
+from anyio import sleep
+
+from runtimes.engine import Engine
+from runtimes.errors import RuntimeFailure
+from runtimes.model import ContainerEvent, Happening
+from sandboxd.background import Background
+from sandboxd.engines import EngineRoom
+from sandboxd.lifecycle import State
+from sandboxd.manager import Manager
+from sandboxd.sandbox import Sandbox
+
+logger = logging.getLogger(__name__)
+
+PAUSE_S_MIN, PAUSE_S_MAX = 1.0, 300.0
+"""Before an engine is followed again that ended it: twice as long each time."""
+STEADY_S = 60.0
+"""Who was followed for so long is taken for one that can be."""
+
+_NEWS: dict[Happening, frozenset[State]] = {
+    Happening.STARTED: frozenset({State.STOPPED, State.BROKEN, State.LOST}),
+    Happening.ENDED: frozenset({State.RUNNING, State.PAUSED, State.BROKEN}),
+    Happening.PAUSED: frozenset({State.RUNNING, State.BROKEN}),
+    Happening.RESUMED: frozenset({State.PAUSED}),
+    Happening.REMOVED: frozenset({State.RUNNING, State.PAUSED, State.STOPPED, State.BROKEN}),
+}
+"""The states in which something that happens is news; in any other we did it, or know of it."""
+
+
+class EngineEvents:
+    """Follows the engines of one daemon."""
+
+    def __init__(self, manager: Manager, engines: EngineRoom, background: Background) -> None:
+        self._manager = manager
+        self._engines = engines
+        self._background = background
+        self._changed = anyio.Event()
+        manager.watchers.append(self._on_changed)
+
+    def _on_changed(self, _: Sandbox) -> None:
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Follow every engine that has sandboxes, for as long as it has. Never ends."""
+        followed: dict[str, anyio.CancelScope] = {}
+        async with anyio.create_task_group() as tasks:
+            while True:
+                self._changed = anyio.Event()
+                wanted = {sandbox.record.engine for sandbox in self._manager.all()}
+                for engine in self._engines.usable():
+                    name = engine.name.value
+                    if name in wanted and name not in followed:
+                        followed[name] = anyio.CancelScope()
+                        tasks.start_soon(self._follow, engine, followed[name])
+                for name in followed.keys() - wanted:
+                    followed.pop(name).cancel()
+                await self._changed.wait()
+
+    async def _follow(self, engine: Engine, scope: anyio.CancelScope) -> None:
+        pause_s = PAUSE_S_MIN
+        with scope:
+            while True:
+                began_s = time.monotonic()
+                try:
+                    await engine.follow(owner=self._manager.owner, told=self._on_event)
+                except RuntimeFailure as error:
+                    logger.info("%s; sweeps go on, and it is tried again in %g s", error, pause_s)
+                if time.monotonic() - began_s >= STEADY_S:
+                    pause_s = PAUSE_S_MIN
+                await sleep(pause_s)
+                pause_s = min(pause_s * 2, PAUSE_S_MAX)
+
+    def _on_event(self, event: ContainerEvent) -> None:
+        for sandbox in self._manager.all():
+            if sandbox.record.container_id == event.container_id:
+                self._background.start(self._look, sandbox, event.happening)
+
+    async def _look(self, sandbox: Sandbox, happening: Happening) -> None:
+        async with sandbox.lock:
+            # Whoever had the lock may have done it, and has written it down by now.
+            if sandbox.record.slot:
+                if happening is Happening.PAUSED:
+                    self._manager.on_slot_lost(sandbox)
+                return
+            if sandbox.record.state not in _NEWS[happening]:
+                return
+            logger.info("%s was %s, and not by us", sandbox.record.id, happening.value)
+            await self._manager.look(sandbox, why=f"its container was {happening.value}, and not by sandboxd")

@@ -1,0 +1,109 @@
+"""What is done to a container behind the daemon's back is noticed at once, and what the daemon does is no news."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import anyio
+import pytest
+
+from runtimes.errors import EngineUnavailable
+from sandboxd import engine_events, reconcile
+from sandboxd.engine_events import EngineEvents
+from sandboxd.lifecycle import State
+from sandboxd.manager import Manager
+from sandboxd.sandbox import Sandbox
+from sandboxd.timings import Timings
+from tests.daemon.test_manager import World, anyio_backend, no_patience, world
+from tests.unit.records import record
+
+pytestmark = pytest.mark.anyio
+
+__all__ = ["anyio_backend", "no_patience", "world"]
+
+
+@asynccontextmanager
+async def followed(world: World, state: State) -> AsyncIterator[tuple[Manager, Sandbox, str]]:
+    """A sandbox in this state, whose engine is followed."""
+    box = await world.container_of(record(state=state))
+    container_id = str(box.container_id)
+    if state is State.PAUSED:
+        await world.engine.pause(container_id)
+    if state is State.STOPPED:
+        world.engine.end(container_id)
+    async with world.managed() as manager:
+        await world.recovery.recover()
+        (sandbox,) = manager.all()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(EngineEvents(manager, world.room, world.background).run)
+            await anyio.wait_all_tasks_blocked()
+            yield manager, sandbox, container_id
+            tasks.cancel_scope.cancel()
+
+
+async def until(sandbox: Sandbox, state: State) -> None:
+    with anyio.fail_after(10):
+        while sandbox.record.state is not state:
+            await anyio.wait_all_tasks_blocked()
+
+
+async def test_what_is_removed_while_it_is_stopped_is_lost_at_once(world: World) -> None:
+    async with followed(world, State.STOPPED) as (_, sandbox, container_id):
+        await world.engine.remove(container_id)
+        await until(sandbox, State.LOST)
+        assert sandbox.record.state_reason == "podman no longer has its container"
+
+
+async def test_what_is_paused_is_paused_and_what_goes_on_is_looked_for(world: World) -> None:
+    """There is no init here: what cannot be reached says so."""
+    async with followed(world, State.PAUSED) as (_, sandbox, container_id):
+        await world.engine.resume(container_id)
+        await until(sandbox, State.BROKEN)
+        await world.engine.pause(container_id)
+        await until(sandbox, State.PAUSED)
+        assert sandbox.record.state_reason == reconcile.PAUSED
+
+
+async def test_what_we_do_is_not_news(world: World) -> None:
+    """Nothing is asked for the sake of it, and no reason of ours is overwritten."""
+    async with followed(world, State.STOPPED) as (manager, sandbox, _):
+        world.engine.calls.clear()
+        await manager.remove(sandbox, Timings())
+        await anyio.wait_all_tasks_blocked()
+        assert "inspect" not in world.engine.calls
+        await world.assert_empty()
+
+
+async def test_an_engine_without_sandboxes_is_not_followed(world: World) -> None:
+    """A follower is a process: an idle daemon has none."""
+    async with followed(world, State.STOPPED) as (manager, sandbox, _):
+        assert world.engine.calls.count("follow") == 1
+        assert world.engine.followers == 1
+        await manager.remove(sandbox, Timings())
+        with anyio.fail_after(10):
+            while world.engine.followers:
+                await anyio.wait_all_tasks_blocked()
+
+
+async def test_an_engine_that_ends_it_is_followed_again_and_not_too_often(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was restarted; or it keeps no events, and then that costs next to nothing."""
+    pauses: list[float] = []
+
+    async def sleep(pause_s: float) -> None:
+        pauses.append(pause_s)
+        await anyio.lowlevel.checkpoint()
+
+    monkeypatch.setattr(engine_events, "sleep", sleep)
+    for _ in range(12):
+        world.engine.fail_next("follow", EngineUnavailable("cannot follow the events of podman"))
+    async with followed(world, State.STOPPED) as (_, sandbox, container_id):
+        with anyio.fail_after(10):
+            while not world.engine.followers:
+                await anyio.wait_all_tasks_blocked()
+        assert pauses[:3] == [1.0, 2.0, 4.0]
+        assert max(pauses) == engine_events.PAUSE_S_MAX
+        await world.engine.remove(container_id)
+        await until(sandbox, State.LOST)

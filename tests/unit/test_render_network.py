@@ -1,0 +1,33 @@
+"""What `sandboxctl network` says of a mode: whether the kernel shows it, and nothing that nobody saw."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sandboxd.cli import render_network
+
+TAP = {"name": "tap0", "received_bytes": 1, "sent_bytes": 2}
+
+
+@pytest.mark.parametrize(
+    ("mode", "interfaces", "verified", "line"),
+    [
+        ("full", [TAP], True, "full (verified: tap0)"),
+        ("none", [], True, "none (verified: no interface)"),
+        ("none", [TAP], False, "none (NOT verified: tap0)"),
+        ("full", None, False, "full (not verified: nobody can look)"),
+    ],
+)
+def test_a_mode_is_told_with_what_the_kernel_shows(mode: str, interfaces: Any, verified: bool, line: str) -> None:
+    info = {
+        "mode": mode,
+        "interfaces": interfaces,
+        "verified": verified,
+        "proxy": None,
+        **dict.fromkeys(("allow", "deny", "services", "denials", "problems", "inject", "injections"), ()),
+        **dict.fromkeys(("requests", "denied", "connections", "sent_bytes", "received_bytes"), 0),
+    }
+    first = render_network.network(info, 0).splitlines()[0]
+    assert first.removeprefix("mode").strip() == line

@@ -492,20 +492,18 @@ class Manager:
             settled = sandbox.record.state not in (State.CREATING, State.REMOVING, State.STOPPED)
             if sandbox.record.id not in self._sandboxes or sandbox.connected or not settled:
                 return
-            if sandbox.record.container_id is None:
-                return
-            try:
-                await self._look(sandbox, self.engine_of(sandbox), sandbox.record.container_id)
-            except Conflict:
-                # Condemned while the engine was asked: what became of it matters to nobody any more.
-                if sandbox.record.state is not State.REMOVING:
-                    raise
+            await self.look(sandbox)
 
-    async def look(self, sandbox: Sandbox, *, why: str) -> None:
+    async def look(self, sandbox: Sandbox, *, why: str = "") -> None:
         """Ask the engine what became of a sandbox, and write it down where it is news. Called under its lock."""
         if sandbox.record.id not in self._sandboxes or sandbox.record.container_id is None:
             return
-        await self._look(sandbox, self.engine_of(sandbox), sandbox.record.container_id, why=why)
+        try:
+            await self._look(sandbox, self.engine_of(sandbox), sandbox.record.container_id, why=why)
+        except Conflict:
+            # Condemned while the engine was asked: what became of it matters to nobody any more.
+            if sandbox.record.state is not State.REMOVING:
+                raise
 
     async def _look(self, sandbox: Sandbox, engine: Engine, container_id: str, *, why: str = "") -> None:
         """Ask the engine what became of a container, and write it down. Connects again if it runs."""

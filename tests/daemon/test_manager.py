@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -403,16 +404,20 @@ async def test_a_kill_waits_for_nothing_that_is_under_way(world: World) -> None:
         await world.assert_empty()
 
 
+@pytest.mark.parametrize("why", ["", "its container was paused"], ids=["init silent", "engine told"])
 async def test_what_becomes_of_a_sandbox_that_is_removed_while_the_engine_is_asked_is_no_defect(
-    world: World, caplog: pytest.LogCaptureFixture
+    world: World, caplog: pytest.LogCaptureFixture, why: str
 ) -> None:
-    """Its init was silent, so the engine is asked; meanwhile its user has it removed."""
+    """Its init was silent, or its engine told of something, so the engine is asked; meanwhile its user removes it."""
     async with world.managed() as manager:
         await world.container_of(record(state=State.BROKEN))
         await world.recovery.recover()
         (box,) = manager.all()
         world.engine.hang("inspect")
-        manager._on_init_lost(box)
+        if why:
+            manager._background.start(functools.partial(manager.look, box, why=why))
+        else:
+            manager._on_init_lost(box)
         while "inspect" not in world.engine.calls:
             await anyio.lowlevel.checkpoint()
         manager.remove_soon(box)

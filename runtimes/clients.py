@@ -41,9 +41,9 @@ async def wait_for_clients(argument: str, *, deadline_s: float) -> int:
     return len(pidfds)
 
 
-def end_clients(argument: str) -> int:
-    """Kill the processes of ours that were started with ``argument``, which change nothing; return how many."""
-    pidfds = _pidfds(argument)
+def end_followers(argument: str) -> int:
+    """Kill those of ours that follow an engine's events, and were started with ``argument``; return how many."""
+    pidfds = _pidfds("events", argument)
     for pidfd in pidfds:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
@@ -51,9 +51,9 @@ def end_clients(argument: str) -> int:
     return len(pidfds)
 
 
-def _pidfds(argument: str) -> list[int]:
+def _pidfds(*arguments: str) -> list[int]:
     """Straight from /proc: hundreds of sandboxes are thousands of processes, and a start waits for this."""
-    wanted = os.fsencode(argument)
+    wanted = {os.fsencode(argument) for argument in arguments}
     pidfds = []
     for name in os.listdir("/proc"):
         if not name.isdigit():
@@ -61,7 +61,7 @@ def _pidfds(argument: str) -> list[int]:
         try:
             with open(f"/proc/{name}/cmdline", "rb") as file:
                 words = file.read(CMDLINE_BYTES_MAX).split(b"\0")
-            if wanted in words and os.stat(f"/proc/{name}").st_uid == os.geteuid():
+            if wanted.issubset(words) and os.stat(f"/proc/{name}").st_uid == os.geteuid():
                 pidfds.append(os.pidfd_open(int(name)))
         except OSError:
             continue

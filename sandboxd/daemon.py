@@ -326,7 +326,7 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 supervision.ready(tasks)
                 if ready_fd is not None:
                     _tell(ready_fd, "ready")
-                clients.end_clients(events_filter_argument(ground.owner))
+                clients.end_followers(events_filter_argument(ground.owner))
                 tasks.start_soon(EngineEvents(manager, ground.engines, background).run)
                 await stop.wait()
                 logger.info("stopping")

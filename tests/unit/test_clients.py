@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 import anyio
 import pytest
 
-from runtimes.argv import Client, owner_label_argument, run_argv
-from runtimes.clients import end_clients, wait_for_clients
+from runtimes.argv import Client, events_argv, events_filter_argument, list_argv, owner_label_argument, run_argv
+from runtimes.clients import end_followers, wait_for_clients
 from runtimes.model import ContainerSpec, EngineName, User
 
 LeftBehind = Callable[..., "subprocess.Popen[bytes]"]
@@ -90,10 +90,26 @@ async def test_nobody_elses_clients_are_waited_for(left_behind: LeftBehind) -> N
     assert await wait_for_clients(owner_label_argument("owner-of-mine"), deadline_s=10) == 0
 
 
-async def test_followers_of_a_killed_daemon_are_ended_and_nobody_elses(left_behind: LeftBehind) -> None:
-    """Nobody reads what they say, and each killed daemon would leave one more."""
-    ours, theirs = left_behind(EngineName.PODMAN, "owner-of-mine"), left_behind(EngineName.PODMAN, "owner-of-others")
-    assert end_clients(owner_label_argument("owner-of-mine")) == 1
-    assert ours.wait(timeout=10) == -signal.SIGKILL
-    assert theirs.poll() is None
-    assert end_clients(owner_label_argument("owner-of-mine")) == 0
+def test_followers_of_a_killed_daemon_are_ended_and_nobody_elses() -> None:
+    """Nobody reads what they say, and each killed daemon would leave one more. Who lists containers is none."""
+    client = Client(engine=EngineName.PODMAN, program=sys.executable, global_flags=("-c", UNTIL_STDIN_ENDS))
+    started = [
+        subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for words in (
+            events_argv(client, owner="owner-of-mine"),
+            events_argv(client, owner="owner-of-others"),
+            list_argv(client, owner="owner-of-mine"),
+        )
+    ]
+    try:
+        for process in started:
+            assert process.stdout is not None
+            process.stdout.readline()
+        assert end_followers(events_filter_argument("owner-of-mine")) == 1
+        assert started[0].wait(timeout=10) == -signal.SIGKILL
+        assert [process.poll() for process in started[1:]] == [None, None]
+        assert end_followers(events_filter_argument("owner-of-mine")) == 0
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()

@@ -179,7 +179,7 @@ class JournalUnusable(Failure):
     """What is to be begun cannot be written down: the journal is damaged, or the disk is full."""
 
     type = "journal_unusable"
-    code = -32015
+    code = -32019
 
 
 class CommandNotStarted(Failure):

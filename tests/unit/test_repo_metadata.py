@@ -54,6 +54,14 @@ def test_every_package_is_shipped_and_typed(project: dict[str, Any]) -> None:
     assert sorted(shipped) == sorted(project["tool"]["mypy"]["packages"]) == ["images", "runtimes", "sandboxd"]
 
 
+def test_every_decision_has_a_number_of_its_own() -> None:
+    """They are called by it; two that were written at the same time would both be 16."""
+    pages = sorted((ROOT / "docs/adr").iterdir())
+    assert [int(page.name[:4]) for page in pages] == list(range(1, len(pages) + 1))
+    for page in pages:
+        assert page.read_text().startswith(f"# {int(page.name[:4])}. "), page.name
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)

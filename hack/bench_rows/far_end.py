@@ -3,10 +3,10 @@
 
 Who runs it: hack/bench, which has it enter the network of a sandbox with nsenter. When: in those rows.
 
-    hack/bench_network.py serve FD...            serve the listening sockets, and one of its own, whose port it prints
-    hack/bench_network.py ask PORT URL [PROXY]   fetch the URL, by a connection of its own each time, as often and in
-                                                 as many threads as a line of stdin says, and print the seconds
-    hack/bench_network.py get PORT               the same, with a `get` of the stock client of ChromaDB
+    far_end.py serve FD...            serve the listening sockets, and one of its own, whose port it prints
+    far_end.py ask PORT URL [PROXY]   fetch the URL, by a connection of its own each time, as often and in
+                                      as many threads as a line of stdin says, and print the seconds
+    far_end.py get PORT               the same, with a `get` of the stock client of ChromaDB
 
 The server sends as many zeros as a line asks for. To `GET` it answers as HTTP does.
 """

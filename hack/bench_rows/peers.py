@@ -4,7 +4,7 @@
 Who runs it: hack/bench, with an interpreter that can import llm-sandbox or SWE-ReX. When: in its rows `run` and
 `files`.
 
-    hack/bench_peers.py llm-sandbox|swe-rex CONTAINER DIRECTORY
+    hack/bench_rows/peers.py llm-sandbox|swe-rex CONTAINER DIRECTORY
 
 The first line on stdout is `ready`, or why it cannot be measured; after that there is a line of seconds for each line
 of stdin. CONTAINER is a running container of Docker's with a directory /tmp/many, DIRECTORY one on the host with the

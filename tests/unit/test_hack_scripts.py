@@ -238,6 +238,6 @@ class TestEveryScript:
 def test_a_peer_that_is_not_installed_is_said_to_be_so(peer: str, tmp_path: Path) -> None:
     """And not left out of the figures without a word."""
     (tmp_path / "small").write_text("x")
-    words = [sys.executable, "-I", "-S", ROOT / "hack/bench_peers.py", peer, "container", tmp_path]
+    words = [sys.executable, "-I", "-S", ROOT / "hack/bench_rows/peers.py", peer, "container", tmp_path]
     done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=True)
     assert done.stdout.startswith("not installed (No module named ")

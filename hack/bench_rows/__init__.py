@@ -1,0 +1,1 @@
+"""The rows of hack/bench, a module per family, and what they stand on."""

@@ -1,0 +1,209 @@
+"""Sandboxes: made cold, claimed from slots, and what slots cost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from bench_rows.ground import KIBIBYTE, NUMBERS, SCRATCH_OWNER, SLOTS, Bench
+from runtimes import argv
+from runtimes.cli_engine import CliEngine
+from runtimes.model import ContainerSpec, Limits, Mount, Tmpfs, User
+from runtimes.seccomp import profile_path
+from sandboxd.client import Connection, RpcError
+from sandboxd.config import DEFAULT_IMAGE
+
+CLIENTS = 16
+BURST, BURST_SLOTS = 100, 10
+
+
+def engine_run(bench: Bench, engine: CliEngine) -> float:
+    """Seconds of the engine's own ``run -d`` with the flags of a sandbox, the project among them."""
+    client = engine.client_of(engine.info)
+    spec = ContainerSpec(
+        sandbox_id=f"bench{os.getpid()}x{next(NUMBERS)}",
+        owner=SCRATCH_OWNER,
+        image=DEFAULT_IMAGE,
+        command=("/bin/sleep", "60"),
+        user=User(uid=1000, gid=1000),
+        limits=Limits(memory_bytes_max=2**30, cpu_millis=1000, pids_max=512, shm_bytes_max=2**26, nofile_max=4096),
+        mounts=(Mount(source=bench.project, target="/workspace"),),
+        tmpfs=tuple(
+            Tmpfs(target=target, size_bytes_max=2**26, executable=True)
+            for target in ("/tmp", "/home/sandbox", "/run")
+        ),
+        seccomp_profile=profile_path(),
+        nproc_max=engine.info.nproc_hard_max,
+    )
+    started = time.perf_counter()
+    finished = subprocess.run(argv.run_argv(client, spec), capture_output=True, check=True)
+    elapsed = time.perf_counter() - started
+    container_id = finished.stdout.decode().split()[-1]
+    subprocess.run(argv.remove_argv(client, [container_id]), capture_output=True, check=True)
+    return elapsed
+
+
+def bench_create(bench: Bench, engine: CliEngine) -> None:
+    """A cold create over the socket, against the engine's own ``run -d`` with the same flags."""
+
+    def theirs() -> float:
+        return engine_run(bench, engine)
+
+    with bench.connection() as connection:
+
+        def ours() -> float:
+            started = time.perf_counter()
+            workspace = {"path": bench.project}
+            created = connection.call("sandbox/create", {"engine": engine.name.value, "workspace": workspace})
+            elapsed = time.perf_counter() - started
+            connection.call("sandbox/kill", {"sandbox": created["id"], "wait": True})
+            return elapsed
+
+        bench.compare("cold create", engine.name.value, ours, theirs, than="run -d", target="diff <= 30 ms")
+
+
+class Pool:
+    """The slots of one engine, and claims of them: each with a project, variables and limits of its own."""
+
+    def __init__(self, bench: Bench, engine: CliEngine) -> None:
+        self.bench = bench
+        self.template = f"warm-{engine.name.value}"
+        self.request = {
+            "template": self.template,
+            "workspace": {"path": bench.project},
+            "limits": {"memory": "256m", "cpus": 0.5, "pids": 100},
+            "env": {"NAME": "value"},
+            "launch": "warm",
+        }
+        self.claimed: list[object] = []
+
+    def warm(self, connection: Connection, count: int) -> None:
+        """Have that many, and nothing being made beside them."""
+        connection.call("pool/warm", {"template": self.template, "count": count, "timeout": 300})
+        while any(row["filling"] for row in connection.call("pool/list", {})["pools"]):
+            time.sleep(0.05)
+
+    def claim(self, connection: Connection, **changes: object) -> float:
+        started = time.perf_counter()
+        sandbox = connection.call("sandbox/create", {**self.request, **changes})
+        elapsed = time.perf_counter() - started
+        if sandbox["launch"] != "warm" or not sandbox["verified"]:
+            raise SystemExit(f"bench: no warm claim: {sandbox['launch']} {sandbox['miss_reason']}")
+        self.claimed.append(sandbox["id"])
+        return elapsed
+
+    def remove_all(self, connection: Connection) -> None:
+        for sandbox in self.claimed:
+            connection.call("sandbox/kill", {"sandbox": sandbox})
+        for sandbox in self.claimed:
+            with contextlib.suppress(RpcError):
+                connection.call("sandbox/kill", {"sandbox": sandbox, "wait": True})
+        self.claimed.clear()
+
+
+def bench_claim(bench: Bench, engine: CliEngine) -> None:
+    """A warm claim with project, variables and limits, beside the engine's ``run -d`` with the same flags."""
+    pool, name = Pool(bench, engine), engine.name.value
+    with bench.connection() as connection:
+        claims, runs = [], []
+        for _ in range(bench.rounds):
+            pool.warm(connection, 4)
+            claims += [pool.claim(connection) * 1000 for _ in range(4)]
+            pool.remove_all(connection)
+            runs.append(engine_run(bench, engine) * 1000)
+        target = "p50 <= 3 ms, p99 <= 15 ms, ratio <= 0.0125"
+        bench.book("claim", name, claims, than=f"{name} run -d", theirs=runs, target=target)
+
+        crowd: list[float] = []
+        for _ in range(max(1, bench.rounds // 2)):
+            pool.warm(connection, CLIENTS)
+            with contextlib.ExitStack() as connected, ThreadPoolExecutor(CLIENTS) as threads:
+                clients = [connected.enter_context(bench.connection()) for _ in range(CLIENTS)]
+                crowd += [elapsed * 1000 for elapsed in threads.map(pool.claim, clients)]
+            pool.remove_all(connection)
+        bench.book(
+            f"claim, {CLIENTS} clients", name, crowd, than=f"{name} run -d", theirs=runs, target="p99 <= 25 ms"
+        )
+
+
+def bench_claim_process(bench: Bench, engine: CliEngine) -> None:
+    """``sandboxctl run`` as a whole process, a command in it included, against the engine's ``run --rm``."""
+    pool, name = Pool(bench, engine), engine.name.value
+    client = engine.client_of(engine.info)
+    words = ("run", "--template", pool.template, "--launch", "warm", "--memory", "256m", "-w", bench.project, "true")
+    theirs = client.call(
+        "run", "--rm", "--network=none", "--read-only", "--ulimit=nofile=4096:4096",
+        *([f"--ulimit=nproc={engine.info.nproc_hard_max}"] if engine.info.nproc_hard_max else []),
+        "--memory=256m", f"--volume={bench.project}:/workspace", DEFAULT_IMAGE, "true",
+    )  # fmt: skip
+    with bench.connection() as connection:
+
+        def ours() -> float:
+            pool.warm(connection, 1)
+            before = {row["id"] for row in connection.call("sandbox/list", {})["sandboxes"]}
+            elapsed = bench.seconds(bench.ctl(*words), quiet=True)
+            pool.claimed += [
+                row["id"] for row in connection.call("sandbox/list", {})["sandboxes"] if row["id"] not in before
+            ]
+            pool.remove_all(connection)
+            return elapsed
+
+        def others() -> float:
+            return bench.seconds(theirs)
+
+        bench.compare("run, process", name, ours, others, than=f"{name} run --rm", target="less", rounds=bench.rounds)
+
+
+def bench_burst(bench: Bench, engine: CliEngine) -> None:
+    """A hundred claims at once over a pool of ten, each waiting for its turn: how quickly slots come after."""
+    pool, name = Pool(bench, engine), engine.name.value
+    with bench.connection() as connection:
+        connection.call("pool/resize", {"template": pool.template, "max": BURST_SLOTS})
+        pool.warm(connection, BURST_SLOTS)
+        with contextlib.ExitStack() as connected, ThreadPoolExecutor(BURST) as threads:
+            clients = [connected.enter_context(bench.connection()) for _ in range(BURST)]
+            started = time.perf_counter()
+            waiting = partial(pool.claim, launch="wait", wait="10m")
+            served = sorted(elapsed * 1000 for elapsed in threads.map(waiting, clients))
+            elapsed_s = time.perf_counter() - started
+        pool.remove_all(connection)
+        connection.call("pool/resize", {"template": pool.template, "max": SLOTS})
+    bench.book(f"burst, first {BURST_SLOTS}", name, served[:BURST_SLOTS], target="served from what is warm")
+    bench.book(f"burst, all {BURST}", name, served, target="first come, first served")
+    made = BURST - BURST_SLOTS
+    bench.note({"row": "refill", "engine": name, "slots_per_s": round(made / elapsed_s, 2), "n": made})
+
+
+def bench_slot(bench: Bench, engine: CliEngine) -> None:
+    """What an idle slot costs: the memory of its init, and of what its engine keeps beside it."""
+    pool = Pool(bench, engine)
+    with bench.connection() as connection:
+        connection.call("pool/drain", {"template": pool.template})
+        time.sleep(2)
+        before = resident()
+        pool.warm(connection, BURST_SLOTS)
+        made = {pid: size for pid, size in resident().items() if pid not in before}
+    entry: dict[str, object] = {
+        "row": "idle slot",
+        "engine": engine.name.value,
+        "pss_bytes": sum(made.values()) // BURST_SLOTS,
+        "processes": len(made) / BURST_SLOTS,
+        "n": BURST_SLOTS,
+        "target": "podman 0.4 MB and docker 2.6 MB, and init",
+    }
+    bench.note(entry)
+
+
+def resident() -> dict[int, int]:
+    """Proportional set size of every process, in bytes."""
+    sizes = {}
+    for path in Path("/proc").glob("[0-9]*/smaps_rollup"):
+        with contextlib.suppress(OSError):
+            rows = (line.split() for line in path.read_text().splitlines())
+            sizes[int(path.parent.name)] = next((int(row[1]) * KIBIBYTE for row in rows if row[0] == "Pss:"), 0)
+    return sizes

@@ -28,7 +28,6 @@ from sandboxd.commands import format_command_id
 from sandboxd.egress_rules import Egress, parse_rules
 from sandboxd.failures import CapacityExceeded, Conflict, Failure, InvalidArgument, NotFound
 from sandboxd.injections import Injection, parse_injections, secrets_in
-from sandboxd.journal import EgressRecord, ForwardRecord, GrantRecord
 from sandboxd.lifecycle import State
 from sandboxd.network import culprit
 from sandboxd.network.egress import PROXY_PORT, EgressProxy, Ledger
@@ -37,6 +36,7 @@ from sandboxd.network.injecting import Injector, Reveal
 from sandboxd.network.outside import Outside
 from sandboxd.network.streams import Door
 from sandboxd.protocol import NetworkMode, NetworkSetParams
+from sandboxd.records import EgressRecord, ForwardRecord, GrantRecord
 from sandboxd.sandbox import Sandbox
 from sandboxd.services.room import Serve, ServiceRoom
 from sandboxd.uplinks import Uplinks

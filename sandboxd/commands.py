@@ -25,9 +25,9 @@ from runtimes.init.channel import InitChannel, RequestRefused, SpawnFailed
 from runtimes.init.wire import Exited, Gone, InitError, InvalidSpawn, Scope, SpawnRequest, SpawnTooLarge
 from sandboxd.background import Background
 from sandboxd.failures import Conflict, NotFound, Timeout
-from sandboxd.journal import CommandRecord
 from sandboxd.outlet import Outlet
 from sandboxd.protocol import CommandEnd, CommandInfo
+from sandboxd.records import CommandRecord
 from sandboxd.timings import now_ms
 
 logger = logging.getLogger(__name__)

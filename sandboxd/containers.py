@@ -11,8 +11,8 @@ from runtimes.engine import Engine
 from runtimes.errors import CgroupUnreadable, ImageNotFound
 from runtimes.model import ContainerSpec, EngineInfo, Mount, Network, Tmpfs
 from sandboxd import note
-from sandboxd.journal import SandboxRecord
 from sandboxd.limits import passable
+from sandboxd.records import SandboxRecord
 from sandboxd.sandbox import INSIDE_BIN, INSIDE_RESOLVER, INSIDE_RUN, TMPFS_TARGETS, Sandbox, container_id_of
 from sandboxd.staging import Staging
 from sandboxd.timings import Timings

@@ -11,8 +11,8 @@ import msgspec
 from runtimes import quantities
 from runtimes.quantities import QuantityError
 from sandboxd.failures import InvalidArgument
-from sandboxd.journal import LifetimeRecord
 from sandboxd.lifecycle import Event, State
+from sandboxd.records import LifetimeRecord
 
 WARNING_MS_MAX = 30_000
 """How long before the end it is announced: this, or half of the time that there is in all."""

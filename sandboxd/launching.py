@@ -25,7 +25,7 @@ from sandboxd.config import Config
 from sandboxd.enforcing import check_enforceable, require_proof
 from sandboxd.engines import EngineRoom, require_pausable
 from sandboxd.failures import CapacityExceeded, Conflict, Failure, InvalidArgument, LimitNotEnforceable, PoolExhausted
-from sandboxd.journal import EgressRecord, Journal, LifetimeRecord, SandboxRecord
+from sandboxd.journal import Journal
 from sandboxd.lifecycle import Event, State
 from sandboxd.limits import Host, resolve
 from sandboxd.manager import ID_PREFIX, Caller, Manager
@@ -33,6 +33,7 @@ from sandboxd.planner import PoolSettings
 from sandboxd.pool import Pools
 from sandboxd.protocol import SandboxCreateParams
 from sandboxd.recipe import Recipe
+from sandboxd.records import EgressRecord, LifetimeRecord, SandboxRecord
 from sandboxd.running import seconds
 from sandboxd.sandbox import Sandbox
 from sandboxd.secret_store import SecretStore

@@ -22,10 +22,10 @@ from sandboxd.background import Background
 from sandboxd.engines import require_pausable
 from sandboxd.expiry import Standing, Verdict
 from sandboxd.failures import Failure, InvalidArgument
-from sandboxd.journal import LifetimeRecord
 from sandboxd.lifecycle import State
 from sandboxd.manager import Manager
 from sandboxd.protocol import SandboxTimeoutParams
+from sandboxd.records import LifetimeRecord
 from sandboxd.sandbox import Sandbox
 from sandboxd.timings import Timings, now_ms
 

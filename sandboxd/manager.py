@@ -31,10 +31,11 @@ from sandboxd.enforcing import Enforcer, require_proof
 from sandboxd.engine_records import EngineRecords
 from sandboxd.engines import EngineRoom
 from sandboxd.failures import Conflict, Failure, InvalidArgument, NoSuchSandbox, SandboxGone
-from sandboxd.journal import Journal, SandboxRecord
+from sandboxd.journal import Journal
 from sandboxd.kept_inputs import KEPT_MAX, KeptInputs, name_of
 from sandboxd.lifecycle import Event, State, next_state
 from sandboxd.limits import Host, output_bytes_max, passable
+from sandboxd.records import SandboxRecord
 from sandboxd.sandbox import Sandbox, Tell, container_id_of, nobody_listens
 from sandboxd.secret_store import SecretStore
 from sandboxd.spool import SpoolDirectory

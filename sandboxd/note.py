@@ -10,7 +10,7 @@ from __future__ import annotations
 import msgspec
 
 from runtimes.model import Limits, Network, User
-from sandboxd.journal import MountRecord, SandboxRecord, WorkspaceRecord
+from sandboxd.records import MountRecord, SandboxRecord, WorkspaceRecord
 
 CHARS_MAX = 16 * 1024
 """Of a label; what is longer, for its many mounts, is left out: the journal has it."""

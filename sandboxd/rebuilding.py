@@ -19,8 +19,8 @@ from runtimes.errors import CgroupUnreadable
 from runtimes.model import ContainerFacts, ContainerSummary, Limits, Network
 from sandboxd import note
 from sandboxd.config import DEFAULT_TEMPLATE
-from sandboxd.journal import SandboxRecord
 from sandboxd.lifecycle import State
+from sandboxd.records import SandboxRecord
 from sandboxd.timings import now_ms
 
 CLAIM_NAME = "claim"

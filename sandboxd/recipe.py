@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from runtimes.model import Network, User
-from sandboxd.journal import WorkspaceRecord
+from sandboxd.records import WorkspaceRecord
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,8 +13,8 @@ from enum import StrEnum
 import msgspec
 
 from runtimes.model import ContainerState, ContainerSummary
-from sandboxd.journal import SandboxRecord
 from sandboxd.lifecycle import State
+from sandboxd.records import SandboxRecord
 
 PAUSED = "its container is paused, and not by sandboxd"
 WENT_DOWN = "the host went down, or its user was logged out, while it ran"

@@ -23,11 +23,11 @@ from runtimes.quantities import QuantityError
 from sandboxd.admission import cpu_environment
 from sandboxd.commands import Command, deadline_at_ms, format_command_id, shown_argv
 from sandboxd.failures import CapacityExceeded, CommandNotStarted, Conflict, InvalidArgument, Unsupported
-from sandboxd.journal import CommandRecord
 from sandboxd.lifecycle import State
 from sandboxd.network.egress import PROXY_ENV
 from sandboxd.outlet import Outlet, opening
 from sandboxd.protocol import CommandEnd, CommandParams
+from sandboxd.records import CommandRecord
 from sandboxd.sandbox import HOME, INSIDE_BIN, Sandbox, container_id_of
 from sandboxd.timings import Timings, now_ms
 from sandboxd.workspace import TARGET

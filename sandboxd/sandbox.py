@@ -45,12 +45,13 @@ from sandboxd.background import Background
 from sandboxd.commands import Command, CommandTable, format_command_id, remaining_s
 from sandboxd.events import kind_of
 from sandboxd.failures import Conflict, NotFound, SandboxGone
-from sandboxd.journal import CommandRecord, Journal, SandboxRecord
+from sandboxd.journal import Journal
 from sandboxd.kept_inputs import KeptInputs
 from sandboxd.lifecycle import Event, State, next_state
 from sandboxd.outlet import Outlet, reopened
 from sandboxd.protocol import CommandEnd
 from sandboxd.rebuilding import CLAIM_NAME
+from sandboxd.records import CommandRecord, SandboxRecord
 from sandboxd.spool import SpoolDirectory
 from sandboxd.spool_plan import Stream
 from sandboxd.timings import now_ms

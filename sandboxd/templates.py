@@ -7,11 +7,11 @@ import msgspec
 from runtimes.model import EngineInfo, Network
 from runtimes.quantities import parse_duration_ms, parse_memory
 from sandboxd.config import DEFAULT_TEMPLATE, SIZE_BYTES_MAX, Config, Defaults, Template, template_defaults
-from sandboxd.journal import SandboxRecord
 from sandboxd.limits import Host, ResolvedLimits, resolve
 from sandboxd.planner import PoolSettings
 from sandboxd.protocol import LimitsParams, TemplateInfo
 from sandboxd.recipe import Recipe, differences
+from sandboxd.records import SandboxRecord
 
 SLOT_BYTES = 16 * 1024 * 1024
 """What an idle slot costs the host at most: init, the engine's monitor, the kernel's share."""

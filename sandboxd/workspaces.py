@@ -29,10 +29,10 @@ from sandboxd.applying import Outcome, Owner, Transfer, apply, reversed_changes
 from sandboxd.config import SIZE_BYTES_MAX
 from sandboxd.config import Workspaces as WorkspaceSettings
 from sandboxd.failures import Conflict, Failure, InvalidArgument, NotFound, Unsupported
-from sandboxd.journal import MountRecord, SandboxRecord, WorkspaceRecord
 from sandboxd.layers import SKIPPED_SHOWN_MAX, Base, Layers, conflicts
 from sandboxd.lifecycle import State
 from sandboxd.protocol import MountParams, WorkspaceParams
+from sandboxd.records import MountRecord, SandboxRecord, WorkspaceRecord
 from sandboxd.sandbox import Sandbox
 from sandboxd.trees import Budget, Change, LayerKind, Seen, Stopped, Trees, changes
 from sandboxd.workspace import (

@@ -8,9 +8,9 @@ from sandboxd.attaching import Attachments, is_as_wanted, listening_inside, mode
 from sandboxd.failures import NotFound
 from sandboxd.handlers.table import Handler
 from sandboxd.injections import parse_injections, secrets_in
-from sandboxd.journal import ForwardRecord, GrantRecord
 from sandboxd.manager import Manager
 from sandboxd.network.egress import PROXY_URL
+from sandboxd.records import ForwardRecord, GrantRecord
 from sandboxd.sandbox import Sandbox
 from sandboxd.secret_store import SecretStore
 from sandboxd.server import Context

@@ -15,8 +15,8 @@ from sandboxd.background import Background
 from sandboxd.config import SIZE_BYTES_MAX, Config, loopback_address
 from sandboxd.config import Service as ServiceSetting
 from sandboxd.failures import Conflict, InvalidArgument, NotFound, Unsupported
-from sandboxd.journal import GrantRecord
 from sandboxd.network.streams import Traffic, relay
+from sandboxd.records import GrantRecord
 from sandboxd.services import backup, chroma
 from sandboxd.services.chroma import Chroma, chroma_spec
 from sandboxd.services.chroma_scope import parse_scopes

@@ -22,12 +22,12 @@ from sandboxd.background import Background
 from sandboxd.config import Config
 from sandboxd.config import Service as ServiceSetting
 from sandboxd.failures import Conflict, Failure, InvalidArgument, NotFound, Unsupported
-from sandboxd.journal import EgressRecord, ForwardRecord, GrantRecord, SandboxRecord
 from sandboxd.lifecycle import State
 from sandboxd.network import streams
 from sandboxd.network.egress import PROXY_PORT
 from sandboxd.network.outside import Outside
 from sandboxd.protocol import NetworkSetParams
+from sandboxd.records import EgressRecord, ForwardRecord, GrantRecord, SandboxRecord
 from sandboxd.services.room import ServiceRoom
 from tests.daemon.proxies import PATIENCE_S, door, listening, port_of, said_to
 from tests.unit.records import record

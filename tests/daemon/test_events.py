@@ -17,11 +17,12 @@ from anyio.from_thread import BlockingPortal
 
 from sandboxd.events import KEPT_MAX, EventLog
 from sandboxd.handlers.events import EventHandlers
-from sandboxd.journal import Journal, LifetimeRecord
+from sandboxd.journal import Journal
 from sandboxd.lifecycle import State
 from sandboxd.listener import open_listener
 from sandboxd.manager import Manager
 from sandboxd.protocol import Params
+from sandboxd.records import LifetimeRecord
 from sandboxd.server import Context
 from tests.daemon.rpc_peer import Peer, serving_on
 from tests.daemon.sandboxctl import CTL, environment

@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from runtimes.errors import EngineRefused, EngineUnavailable
-from sandboxd.journal import SandboxRecord
 from sandboxd.lifecycle import State
+from sandboxd.records import SandboxRecord
 from sandboxd.timings import Timings
 from tests.daemon.test_manager import REFUSED, UNAVAILABLE, World, anyio_backend, no_patience, world
 from tests.unit.records import record

@@ -14,10 +14,10 @@ from runtimes.errors import EngineRefused
 from sandboxd import expiry, lifetimes
 from sandboxd.background import Background
 from sandboxd.failures import InvalidArgument, Unsupported
-from sandboxd.journal import LifetimeRecord, SandboxRecord
 from sandboxd.lifecycle import State
 from sandboxd.lifetimes import Lifetimes
 from sandboxd.protocol import SandboxParams, SandboxTimeoutParams
+from sandboxd.records import LifetimeRecord, SandboxRecord
 from sandboxd.sandbox import Sandbox
 from sandboxd.timings import Timings, now_ms
 from tests.daemon.test_manager import World

@@ -22,13 +22,14 @@ from sandboxd.background import Background
 from sandboxd.config import Capacity, Config, Daemon, Template
 from sandboxd.engines import EngineRoom
 from sandboxd.failures import CapacityExceeded, Conflict, InvalidArgument, NotFound, SandboxGone
-from sandboxd.journal import EgressRecord, Journal, SandboxRecord
+from sandboxd.journal import Journal
 from sandboxd.launching import Launcher
 from sandboxd.lifecycle import State
 from sandboxd.limits import Host
 from sandboxd.manager import Caller, Manager, Places
 from sandboxd.network.outside import Outside
 from sandboxd.protocol import LimitsParams, SandboxCreateParams
+from sandboxd.records import EgressRecord, SandboxRecord
 from sandboxd.recovery import Recovery
 from sandboxd.secret_store import SecretStore
 from sandboxd.services.room import ServiceRoom

@@ -14,8 +14,9 @@ from runtimes.errors import EngineUnavailable
 from runtimes.model import ContainerFacts, ContainerSpec, Limits, Network, User
 from runtimes.netns import NetworkView
 from sandboxd import note, rebuilding
-from sandboxd.journal import Journal, SandboxRecord
+from sandboxd.journal import Journal
 from sandboxd.lifecycle import State
+from sandboxd.records import SandboxRecord
 from sandboxd.timings import Timings
 from tests.daemon.test_manager import IMAGE, UNAVAILABLE, World, anyio_backend, no_patience, world
 from tests.unit.records import record

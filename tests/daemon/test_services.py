@@ -23,8 +23,8 @@ from sandboxd.config import Chroma as ChromaSetting
 from sandboxd.config import Config
 from sandboxd.config import Service as ServiceSetting
 from sandboxd.failures import Conflict, Failure, InvalidArgument, NotFound, Unsupported
-from sandboxd.journal import GrantRecord
 from sandboxd.network import streams
+from sandboxd.records import GrantRecord
 from sandboxd.services import supervisor
 from sandboxd.services.room import ServiceRoom
 from sandboxd.services.supervisor import Service, ServiceState

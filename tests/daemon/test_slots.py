@@ -16,10 +16,10 @@ from runtimes.errors import CgroupUnreadable, EngineUnavailable
 from runtimes.model import Limits
 from sandboxd.config import Config, Template
 from sandboxd.failures import PoolExhausted, SandboxGone
-from sandboxd.journal import SandboxRecord
 from sandboxd.launching import Launcher
 from sandboxd.lifecycle import State
 from sandboxd.protocol import SandboxCreateParams
+from sandboxd.records import SandboxRecord
 from sandboxd.sandbox import Sandbox
 from sandboxd.timings import Timings
 from tests.daemon.test_manager import IMAGE, World

@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 
 from runtimes.model import ContainerState, ContainerSummary, Limits, Network, User
-from sandboxd.journal import SandboxRecord
 from sandboxd.lifecycle import State
+from sandboxd.records import SandboxRecord
 
 CONTAINER_ID = "c" * 64
 

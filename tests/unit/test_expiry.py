@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from sandboxd import expiry
 from sandboxd.expiry import Standing, judge
 from sandboxd.failures import InvalidArgument
-from sandboxd.journal import LifetimeRecord
 from sandboxd.lifecycle import Event, State
+from sandboxd.records import LifetimeRecord
 
 HOUR_MS = 3_600_000
 

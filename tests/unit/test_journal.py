@@ -17,9 +17,10 @@ import msgspec
 import pytest
 
 from sandboxd.failures import Failure, JournalUnusable, NotFound
-from sandboxd.journal import CommandRecord, Journal, LifetimeRecord
+from sandboxd.journal import Journal
 from sandboxd.journal_file import SCHEMA_VERSION
 from sandboxd.lifecycle import State
+from sandboxd.records import CommandRecord, LifetimeRecord
 from tests.unit.records import record
 
 PAGE_BYTES = 4096

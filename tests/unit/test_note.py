@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from sandboxd import note
-from sandboxd.journal import EgressRecord, MountRecord, SandboxRecord, WorkspaceRecord
+from sandboxd.records import EgressRecord, MountRecord, SandboxRecord, WorkspaceRecord
 from tests.unit.records import record
 
 

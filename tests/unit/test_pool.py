@@ -16,11 +16,11 @@ from runtimes.errors import EngineRefused
 from runtimes.model import Network, User
 from sandboxd.background import Background
 from sandboxd.failures import NotFound, PoolExhausted
-from sandboxd.journal import WorkspaceRecord
 from sandboxd.lifecycle import State
 from sandboxd.planner import PoolSettings
 from sandboxd.pool import Pools, Slots
 from sandboxd.recipe import Recipe
+from sandboxd.records import WorkspaceRecord
 from tests.unit.records import record
 
 pytestmark = pytest.mark.anyio

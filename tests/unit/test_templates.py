@@ -10,8 +10,8 @@ import pytest
 from runtimes.model import EngineInfo, EngineName, Limits, Network, User
 from sandboxd.config import load_config
 from sandboxd.failures import NotFound
-from sandboxd.journal import SandboxRecord, WorkspaceRecord
 from sandboxd.limits import Host
+from sandboxd.records import SandboxRecord, WorkspaceRecord
 from sandboxd.templates import SLOT_BYTES, Templates, made_with, opened_late
 from tests.fakes.fake_engine import ALL_CAPABILITIES
 from tests.unit.records import record

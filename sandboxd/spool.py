@@ -16,7 +16,7 @@ without writing, and allocate beyond its end. Hence:
   the way through a thread takes 56 us) and the file has no holes:
   it is short, and has as many bytes allocated as it is long.
 - A write through a shared mapping or by io_submit(2) makes no inotify event, so the size is also looked at every
-  ``UNSEEN_S_MAX`` while the command lives.
+  ``UNSEEN_S_MAX`` while the command lives; that of all spools at once, and whoever has nothing new is not woken.
 
 What one write adds, at most 2 GiB, cannot be punched before it has returned, and another may get in first.
 """
@@ -39,7 +39,7 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
-from runtimes.inotify import Inotify, WatchRefused
+from runtimes.inotify import Inotify, WatchRefused, shape_of
 from sandboxd.failures import CapacityExceeded, Failure, NotFound, Unauthorized, Unsupported
 from sandboxd.spool_plan import (
     CAP_BYTES,
@@ -357,7 +357,10 @@ class Spool:
                     )
                 )
                 try:
-                    await waiter.changed(status)
+                    # Still due: it could not be punched, and is tried again though nothing changes.
+                    still_due = _due(waiter.fd, self._bounds, punched_until)
+                    with anyio.move_on_after(UNSEEN_S_MAX if still_due else None):
+                        await waiter.changed(status)
                 except WatchRefused:
                     # The cap holds without a watch too, only less cheaply.
                     await waiter.pause(PAUSE_S_MAX)
@@ -502,17 +505,16 @@ class _Waiter:
                 await self._ended.wait()
 
     async def changed(self, seen: os.stat_result) -> None:
-        """Return when the file is not as it was seen, when it may have changed unseen, or at the end.
+        """Return when the file is not as it was seen, or at the end.
 
         Raises:
             WatchRefused: the kernel gives no watch.
         """
         self._watch.arm()
-        if self.ended or _shape(os.fstat(self.fd)) != _shape(seen):
+        if self.ended or self._watch.shape != shape_of(seen):
             await anyio.lowlevel.checkpoint()
             return
-        with anyio.move_on_after(UNSEEN_S_MAX):
-            await self._watch.wait()
+        await self._watch.wait_for_change(shape_of(seen), look_s=UNSEEN_S_MAX)
 
 
 # --- what takes the inode's lock: in threads only -----------------------------------------------------------
@@ -619,7 +621,7 @@ def _give_back(fd: int, bounds: Bounds, punched_until: int) -> None:
         if beyond <= bounds.ceiling_bytes:
             return
         _next_data(fd, seen.st_size)
-        if beyond > RESERVED_BYTES_MAX or _shape(os.fstat(fd)) == _shape(seen):
+        if beyond > RESERVED_BYTES_MAX or shape_of(os.fstat(fd)) == shape_of(seen):
             os.ftruncate(fd, seen.st_size)
             return
 
@@ -657,10 +659,6 @@ def _sweep(root: str, known: Mapping[str, Collection[int]], spared: Collection[s
 
 def _allocated(status: os.stat_result) -> int:
     return status.st_blocks * _SECTOR_BYTES
-
-
-def _shape(status: os.stat_result) -> tuple[int, int]:
-    return status.st_size, status.st_blocks
 
 
 def _hole(status: os.stat_result, bounds: Bounds, punched_until: int) -> Hole | None:

@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -109,3 +110,46 @@ async def test_closing_wakes_those_who_wait_and_leaves_no_descriptor(file: int) 
     with pytest.raises(WatchRefused, match="cannot follow a file") as refused:
         watch.arm()
     assert "max_user_watches" in refused.value.hint
+
+
+async def test_a_look_wakes_those_whose_file_has_changed_without_an_event_and_nobody_else(
+    file: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write through a mapping makes no event; and a hundred quiet files must not cost a wake-up each."""
+    monkeypatch.setattr(Inotify, "arm", lambda *_: 1)
+    other = os.open(tmp_path / "other", os.O_RDWR | os.O_CREAT)
+    with Inotify() as inotify, inotify.watch(file) as quiet, inotify.watch(other) as changed:
+        waiting = {
+            watch: asyncio.ensure_future(watch.wait_for_change(watch.shape, look_s=0.01))
+            for watch in (quiet, changed)
+        }
+        await anyio.wait_all_tasks_blocked()
+        os.write(other, b"x")
+        with anyio.fail_after(DEADLINE_S):
+            await waiting[changed]
+        assert not waiting[quiet].done()
+        waiting[quiet].cancel()
+        await asyncio.wait(waiting.values())
+        assert inotify.looked_at_count == 0
+    os.close(other)
+
+
+async def test_who_begins_to_wait_later_is_looked_at_by_the_same_timer(
+    file: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Inotify() as inotify, inotify.watch(file) as one, inotify.watch(file) as two:
+        begun: list[float] = []
+        loop = asyncio.get_running_loop()
+        call_later = loop.call_later
+
+        def counted(delay_s: float, *rest: Any) -> asyncio.TimerHandle:
+            begun.append(delay_s)
+            return call_later(delay_s, *rest)
+
+        monkeypatch.setattr(loop, "call_later", counted)
+        waiting = [asyncio.ensure_future(watch.wait_for_change(watch.shape, look_s=3600)) for watch in (one, two)]
+        await anyio.wait_all_tasks_blocked()
+        assert begun == [3600]
+        for watch in (one, two):
+            watch.wake()
+        await asyncio.wait(waiting)

@@ -473,6 +473,33 @@ async def test_growth_that_makes_no_event_is_seen(output: tuple[Spool, int], mon
             end.set()
 
 
+async def test_a_hole_that_cannot_be_punched_is_tried_again_though_nothing_is_written_any_more(
+    tmp_path: Path, inotify: Inotify, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A spool over its cap must not stay there because its command fell silent while the disk refused."""
+    monkeypatch.setattr(spool_module, "UNSEEN_S_MAX", 0.01)
+    refusals = iter([errno.ENOSPC] * 3)
+    probed: list[int] = []
+
+    def refusing(fd: int, start: int, end: int) -> None:
+        # The first is the look whether this file system can punch at all.
+        if probed and (code := next(refusals, None)) is not None:
+            raise OSError(code, os.strerror(code))
+        probed.append(fd)
+        punch_hole(fd, start, end)
+
+    spool, fd = SpoolDirectory(str(tmp_path / "full"), inotify, cap_bytes=CAP, punch=refusing).create(1, Stream.OUT)
+    end = anyio.Event()
+    with spool, anyio.fail_after(DEADLINE_S):
+        write_all(fd, bytes(2 * CAP))
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(spool.keep_bounded, end)
+            while allocated(fd) > CAP:
+                await anyio.lowlevel.checkpoint()
+            end.set()
+    os.close(fd)
+
+
 async def test_bounding_that_is_cancelled_leaves_nothing_behind(output: tuple[Spool, int], inotify: Inotify) -> None:
     spool, fd = output
     before = open_descriptors()

@@ -22,13 +22,13 @@ from runtimes.init import files_wire as wire
 from runtimes.init.file_pipeline import FilePipeline, taken_file
 from runtimes.init.file_worker import FileRefused
 from runtimes.init.files_wire import CommitReply, FileRefusal, Flag, OpenReply, TempReply
+from sandboxd.connection import Context
 from sandboxd.failures import CapacityExceeded, Conflict, Failure, InvalidArgument, Timeout
 from sandboxd.files import NEW_FILE_MODE, path_of
 from sandboxd.packing import Packing
 from sandboxd.protocol import FileDownloadParams, FileTransfer, FileUploadParams, SkippedEntry
 from sandboxd.running import require_running, seconds
 from sandboxd.sandbox import Sandbox
-from sandboxd.server import Context
 from sandboxd.streams import (
     EndedEarly,
     Incoming,

@@ -12,10 +12,10 @@ from sandboxd.audit import reading
 from sandboxd.audit.chain import Head
 from sandboxd.audit.files import OpenFile
 from sandboxd.audit.trail import Trail
+from sandboxd.connection import Context
 from sandboxd.failures import AuditUnavailable, Unsupported
 from sandboxd.handlers.table import Handler
 from sandboxd.manager import Manager
-from sandboxd.server import Context
 
 FLUSH_S_MAX = 5.0
 """How long is waited for lines that are not written yet; what cannot be written cannot be read, either."""

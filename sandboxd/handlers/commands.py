@@ -12,13 +12,13 @@ from runtimes.init.wire import PtySize, Scope
 from runtimes.model import EngineName
 from sandboxd import health, protocol, running
 from sandboxd.commands import Command, format_command_id
+from sandboxd.connection import Context
 from sandboxd.engines import EngineRoom
 from sandboxd.failures import CapacityExceeded, Conflict, InvalidArgument, Unsupported
 from sandboxd.handlers.table import Handler
 from sandboxd.manager import Manager
 from sandboxd.outlet import Outlet, OutputName
 from sandboxd.sandbox import Sandbox
-from sandboxd.server import Context
 from sandboxd.spool_plan import Chunk, Dropped, Truncated
 from sandboxd.timings import Timings
 

@@ -10,12 +10,12 @@ import psutil
 
 from runtimes.model import EngineInfo
 from sandboxd import __version__, doctor, protocol
+from sandboxd.connection import Context
 from sandboxd.engines import EngineRoom
 from sandboxd.handlers.table import Handler
 from sandboxd.image_builder import ImageBuilder
 from sandboxd.manager import Manager
 from sandboxd.recovery import Finding, Repaired
-from sandboxd.server import Context
 
 
 class Collect(Protocol):

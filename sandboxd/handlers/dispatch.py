@@ -12,10 +12,10 @@ from runtimes.errors import RuntimeFailure
 from runtimes.init.file_worker import FileRefused
 from runtimes.init.wire import InitError
 from sandboxd import files, protocol
+from sandboxd.connection import Context
 from sandboxd.failures import Conflict, Failure, Stopping
 from sandboxd.handlers.table import Handler
 from sandboxd.peers import Peer
-from sandboxd.server import Context
 from sandboxd.translation import failure_from, failure_of_host
 
 INTERRUPT_S_MAX = 10.0
@@ -66,7 +66,7 @@ class Dispatcher:
         return frozenset(self._handlers)
 
     async def __call__(self, method: str, params: protocol.Params, context: Context) -> msgspec.Struct:
-        """Carry out a request. See ``server.Dispatch``."""
+        """Carry out a request. See ``connection.Dispatch``."""
         observing = [
             ended for observe in self._observers if (ended := observe(method, params, context.peer)) is not None
         ]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from sandboxd import protocol
+from sandboxd.connection import Context
 from sandboxd.events import EventLog
 from sandboxd.handlers.table import Handler
 from sandboxd.manager import Manager
 from sandboxd.protocol import EventInfo, EventsLost
-from sandboxd.server import Context
 
 EVENT, LOST, BEGUN = "events/event", "events/lost", "events/begun"
 

@@ -9,10 +9,10 @@ import anyio
 
 from runtimes.init.files import FilesChannel
 from sandboxd import files, protocol, watching
+from sandboxd.connection import Context
 from sandboxd.failures import InvalidArgument
 from sandboxd.handlers.table import Handler
 from sandboxd.manager import Manager
-from sandboxd.server import Context
 from sandboxd.transfer import Transfers
 
 OPENED = "files/opened"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from sandboxd import protocol
+from sandboxd.connection import Context
 from sandboxd.handlers.table import Handler
 from sandboxd.measuring import Metrics
 from sandboxd.openmetrics import CONTENT_TYPE
-from sandboxd.server import Context
 
 
 class MetricsHandlers:

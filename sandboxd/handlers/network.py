@@ -5,6 +5,7 @@ from __future__ import annotations
 from runtimes.netns import Interface
 from sandboxd import protocol, running
 from sandboxd.attaching import Attachments, is_as_wanted, listening_inside, mode_of
+from sandboxd.connection import Context
 from sandboxd.failures import NotFound
 from sandboxd.handlers.table import Handler
 from sandboxd.injections import parse_injections, secrets_in
@@ -13,7 +14,6 @@ from sandboxd.network.egress import PROXY_URL
 from sandboxd.records import ForwardRecord, GrantRecord
 from sandboxd.sandbox import Sandbox
 from sandboxd.secret_store import SecretStore
-from sandboxd.server import Context
 from sandboxd.services.room import ServiceRoom
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from sandboxd import protocol
+from sandboxd.connection import Context
 from sandboxd.failures import InvalidArgument
 from sandboxd.handlers.table import Handler
 from sandboxd.launching import Launcher
 from sandboxd.pool import Slots
 from sandboxd.running import seconds
-from sandboxd.server import Context
 
 
 class PoolHandlers:

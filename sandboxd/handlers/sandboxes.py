@@ -10,6 +10,7 @@ from runtimes.errors import CgroupUnreadable
 from sandboxd import admission, expiry, health, limits, protocol, running
 from sandboxd.attaching import mode_of
 from sandboxd.capacity import Capacity
+from sandboxd.connection import Context
 from sandboxd.failures import InvalidArgument
 from sandboxd.handlers.table import Handler
 from sandboxd.launching import Launcher
@@ -18,7 +19,6 @@ from sandboxd.lifetimes import Lifetimes
 from sandboxd.manager import Manager
 from sandboxd.provoking import provoke
 from sandboxd.sandbox import Sandbox
-from sandboxd.server import Context
 from sandboxd.timings import Timings
 
 METADATA_CHARS_MAX = 64 * 1024

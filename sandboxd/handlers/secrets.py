@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from sandboxd import protocol, running
 from sandboxd.attaching import injected_secrets
+from sandboxd.connection import Context
 from sandboxd.failures import InvalidArgument
 from sandboxd.handlers.table import Handler
 from sandboxd.manager import Manager
 from sandboxd.sandbox import Sandbox
 from sandboxd.secret_store import SecretStore
-from sandboxd.server import Context
 
 
 def _secrets_of(sandbox: Sandbox) -> set[str]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from sandboxd import protocol
+from sandboxd.connection import Context
 from sandboxd.handlers.table import Handler
 from sandboxd.manager import Manager
-from sandboxd.server import Context
 from sandboxd.services.room import ServiceRoom
 from sandboxd.services.supervisor import Service
 

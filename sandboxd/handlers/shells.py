@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from sandboxd import health, protocol
 from sandboxd.commands import Command, format_command_id
+from sandboxd.connection import Context
 from sandboxd.handlers.commands import STARTED, follow
 from sandboxd.handlers.table import Handler
 from sandboxd.manager import Manager
-from sandboxd.server import Context
 from sandboxd.shells import Shell, Shells
 from sandboxd.timings import Timings
 

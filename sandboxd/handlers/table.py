@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from sandboxd.server import Context
+from sandboxd.connection import Context
 
 Handler = Callable[[Any, Context], Awaitable[msgspec.Struct]]
 """Request struct and its context in, reply struct out."""

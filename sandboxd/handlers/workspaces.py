@@ -6,9 +6,9 @@ from collections.abc import Collection, Mapping
 
 from sandboxd import diffing, protocol
 from sandboxd.applying import Outcome
+from sandboxd.connection import Context
 from sandboxd.handlers.table import Handler
 from sandboxd.manager import Manager
-from sandboxd.server import Context
 from sandboxd.timings import Timings
 from sandboxd.trees import Budget, Change, Trees
 from sandboxd.workspaces import project_paths

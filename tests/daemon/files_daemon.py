@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from runtimes.init.files import FilesChannel
+from sandboxd.connection import Limits
 from sandboxd.failures import NotFound
 from sandboxd.handlers.dispatch import Dispatcher
 from sandboxd.handlers.files import FileHandlers
 from sandboxd.lifecycle import State
 from sandboxd.listener import open_listener
-from sandboxd.server import Limits, serve
+from sandboxd.server import serve
 from tests.unit.init_files import Tree, tree
 
 SANDBOX = "box"

@@ -11,9 +11,10 @@ from typing import Any, Self
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
+from sandboxd.connection import Dispatch, Limits
 from sandboxd.framing import Decoder, Frame, encode
 from sandboxd.listener import open_listener
-from sandboxd.server import Dispatch, Limits, serve
+from sandboxd.server import serve
 
 PATIENCE_S = 10
 """A bound for what must happen; nothing here takes that long unless it is broken."""

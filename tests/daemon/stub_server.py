@@ -23,8 +23,9 @@ from anyio.abc import TaskGroup
 
 from sandboxd import failures
 from sandboxd import protocol as p
+from sandboxd.connection import Context
 from sandboxd.listener import AlreadyRunning, Listener, open_listener
-from sandboxd.server import Context, serve
+from sandboxd.server import serve
 
 LIMIT = p.LimitReport(
     name="memory", unit="bytes", requested=1 << 29, reported=None, effective=1 << 29, verified=True, reason=""

@@ -15,6 +15,7 @@ import msgspec
 import pytest
 from anyio.from_thread import BlockingPortal
 
+from sandboxd.connection import Context
 from sandboxd.events import KEPT_MAX, EventLog
 from sandboxd.handlers.events import EventHandlers
 from sandboxd.journal import Journal
@@ -23,7 +24,6 @@ from sandboxd.listener import open_listener
 from sandboxd.manager import Manager
 from sandboxd.protocol import Params
 from sandboxd.records import LifetimeRecord
-from sandboxd.server import Context
 from tests.daemon.rpc_peer import Peer, serving_on
 from tests.daemon.sandboxctl import CTL, environment
 from tests.daemon.test_daemon import without_engines

@@ -16,10 +16,10 @@ import anyio
 import pytest
 from msgspec import Struct
 
+from sandboxd.connection import Connection, Context, Limits
 from sandboxd.failures import NotFound
 from sandboxd.framing import encode
 from sandboxd.protocol import FRAME_BYTES_MAX, Acknowledged, CommandParams, CommandStarted, Params, SandboxGone
-from sandboxd.server import Context, Limits, _Connection
 from tests.daemon.rpc_peer import PATIENCE_S, Peer, Witnesses, serving, serving_on
 
 GONE = SandboxGone(id="s1", name=None, gone=False, timings_ms={})
@@ -430,13 +430,13 @@ def test_a_connection_that_fails_takes_only_itself(
 ) -> None:
     """An error of our own in one of them must not end the daemon, and with it everybody's."""
 
-    async def fail(_: _Connection) -> None:
+    async def fail(_: Connection) -> None:
         raise RuntimeError("a mistake of ours")
 
     with Peer(path) as before:
         assert before.ask("daemon/info")["result"] == {}
         with monkeypatch.context() as patched:
-            patched.setattr(_Connection, "_read", fail)
+            patched.setattr(Connection, "_read", fail)
             with Peer(path) as broken:
                 assert broken.is_closed()
         assert before.ask("daemon/info", request_id=2)["result"] == {}
@@ -457,7 +457,7 @@ def test_a_process_without_descriptors_takes_a_half_closed_peer_for_gone(
         assert other.ask("daemon/info")["result"] == {}
         peer.send("commands/wait", {"sandbox": "box", "command_id": "0" * 12})
         assert handlers.started.wait(PATIENCE_S)
-        monkeypatch.setattr("sandboxd.server.select.epoll", none_left)
+        monkeypatch.setattr("sandboxd.connection.select.epoll", none_left)
         peer.socket.shutdown(socket.SHUT_WR)
         assert handlers.cancelled.wait(PATIENCE_S)
         assert peer.is_closed()

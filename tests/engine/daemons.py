@@ -376,9 +376,9 @@ class _Page(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serving(address: str = "127.0.0.1") -> Iterator[int]:
-    """The port of a server on the host, by default on its loopback, that says ``hello``."""
-    with ThreadingHTTPServer((address, 0), _Page) as server:
+def serving(address: str = "127.0.0.1", page: type[BaseHTTPRequestHandler] = _Page) -> Iterator[int]:
+    """The port of a server on the host, by default on its loopback, that says ``hello`` unless told otherwise."""
+    with ThreadingHTTPServer((address, 0), page) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:

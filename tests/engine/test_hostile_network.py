@@ -6,10 +6,8 @@ import contextlib
 import shutil
 import socket
 import subprocess
-import threading
 import uuid
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +22,6 @@ TEN_GIBIBYTES = 10 * 2**30
 TAKEN_BYTES = 48 * 2**20
 RSS_GROWTH_BYTES_MAX = 32 * 2**20
 LORISES = 70
-
-
-@contextlib.contextmanager
-def served(handler: type[BaseHTTPRequestHandler]) -> Iterator[int]:
-    """The port of a server on the host's loopback."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.daemon_threads = True
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield server.server_address[1]
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 def fetched(daemon: Daemon, box: dict[str, Any], url: str) -> str:
@@ -91,7 +75,11 @@ class _Redirecting(BaseHTTPRequestHandler):
 
 def test_a_redirect_leads_to_no_place_that_no_rule_names(daemon: Daemon, engine: str) -> None:
     """To metadata, and to a port of the host that nobody granted: the client follows, and is judged again."""
-    with served(_Redirecting) as port, serving() as secret, daemon.box(engine, allow=[f"127.0.0.1:{port}"]) as box:
+    with (
+        serving(page=_Redirecting) as port,
+        serving() as secret,
+        daemon.box(engine, allow=[f"127.0.0.1:{port}"]) as box,
+    ):
         for place in ("169.254.169.254/latest/", f"127.0.0.1:{secret}/"):
             assert "403" in fetched(daemon, box, f"http://127.0.0.1:{port}/{place}")
         known = daemon.call("network/get", sandbox=box["id"])
@@ -119,7 +107,7 @@ class _Endless(BaseHTTPRequestHandler):
 
 def test_ten_gibibytes_pass_through_without_staying(daemon: Daemon, engine: str) -> None:
     process = psutil.Process(daemon.pid)
-    with served(_Endless) as port, daemon.box(engine, allow=[f"127.0.0.1:{port}"]) as box:
+    with serving(page=_Endless) as port, daemon.box(engine, allow=[f"127.0.0.1:{port}"]) as box:
         before = process.memory_info().rss
         taken = daemon.sh(
             box,

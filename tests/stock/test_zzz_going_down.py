@@ -9,7 +9,7 @@ import json
 
 from tests.engine.daemons import wait_until
 from tests.stock.bed import run
-from tests.stock.boot.left import DEGRADED, OUTSIDE, PLACE, PROJECT, TOLD, lasting
+from tests.stock.boot.left import DEGRADED, OUTSIDE, PLACE, PROJECT, TOLD, containers, lasting
 
 
 def test_sandboxes_are_left_working_layered_and_stopped() -> None:
@@ -39,7 +39,7 @@ def test_sandboxes_are_left_working_layered_and_stopped() -> None:
     told = {
         "command": command,
         "boxes": {name: ctl.json("inspect", name)["container_id"] for name in rows},
-        "containers": run("podman", "ps", "-aq", "--no-trunc").split(),
+        "containers": containers(),
     }
     TOLD.write_text(json.dumps(told))
     # What a person would have waited for: nothing else sees to it that a power cut finds it.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sqlite3
 from pathlib import Path
 
-from tests.stock.bed import POLICY
+from runtimes.model import LABEL_OWNER
+from tests.stock.bed import POLICY, run
 from tests.stock.installed import Ctl
 
 PLACE = Path.home() / "lasting"
@@ -20,6 +23,13 @@ def lasting() -> Ctl:
     """Its daemon keeps one warm slot."""
     pool = {"SANDBOXD_POOL_MIN": "1", "SANDBOXD_POOL_MAX": "1"}
     return Ctl(PLACE / "state", **pool, SANDBOXD_DEFAULTS_LIMITS_POLICY=POLICY)
+
+
+def containers() -> list[str]:
+    """Ids of the containers of its daemon; those of other daemons are theirs."""
+    with contextlib.closing(sqlite3.connect(PLACE / "state/journal.sqlite3")) as journal:
+        ((owner,),) = journal.execute("SELECT value FROM meta WHERE key = 'owner'").fetchall()
+    return run("podman", "ps", "-aq", "--no-trunc", f"--filter=label={LABEL_OWNER}={owner}").split()
 
 
 def mounts_at_home() -> list[str]:

@@ -13,8 +13,18 @@ from typing import Any
 import pytest
 
 from tests.engine.daemons import wait_until
-from tests.stock.bed import COMMAND_ENDED, ended_with_the_host, run, sudo
-from tests.stock.boot.left import DEGRADED, NAMES, OUTSIDE, PROJECT, TOLD, lasting, mounts_at_home, processes
+from tests.stock.bed import COMMAND_ENDED, ended_with_the_host, sudo
+from tests.stock.boot.left import (
+    DEGRADED,
+    NAMES,
+    OUTSIDE,
+    PROJECT,
+    TOLD,
+    containers,
+    lasting,
+    mounts_at_home,
+    processes,
+)
 from tests.stock.installed import SOCKET, Ctl, show
 
 
@@ -72,7 +82,7 @@ def test_slots_of_the_last_boot_are_gone_and_there_is_a_new_one(ctl: Ctl, told: 
     assert len(old_slots) == 1
 
     def settled() -> bool:
-        found = set(run("podman", "ps", "-aq", "--no-trunc").split())
+        found = set(containers())
         return boxes <= found and not found & old_slots and len(found) == len(boxes) + 1
 
     wait_until(settled, "there are the sandboxes, and one slot that is new")
@@ -99,7 +109,7 @@ def test_in_the_end_nothing_is_left(ctl: Ctl) -> None:
     ctl.out("rm", "--wait", *NAMES)
     ctl.out("pool", "drain")
     ctl.out("secret", "rm", "token")
-    wait_until(lambda: run("podman", "ps", "-aq") == "", "all containers are gone")
+    wait_until(lambda: containers() == [], "all containers are gone")
     assert processes() == []
     assert mounts_at_home() == []
     assert [path for path in SOCKET.parent.glob("boxes/*/*") if path.is_dir()] == []

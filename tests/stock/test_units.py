@@ -26,6 +26,13 @@ WATCHDOG_S = 4
 """Short, for it is waited for, and long enough for a busy host to have its daemon answer in time."""
 
 
+@pytest.fixture(autouse=True)
+def starts_are_not_counted(ctl: Ctl) -> None:
+    """More tests than a service may be started in ten seconds: then systemd would start it no more."""
+    del ctl
+    run("systemctl", "--user", "reset-failed")
+
+
 @pytest.fixture(scope="module")
 def ctl(tmp_path_factory: pytest.TempPathFactory, daemon: object) -> Iterator[Ctl]:
     """Installed; the daemon of the other tests is only needed for its image."""

@@ -16,7 +16,6 @@ import gc
 import json
 import logging
 import os
-import pwd
 import resource
 import signal
 import sys
@@ -42,7 +41,7 @@ from runtimes.podman import PodmanEngine
 from runtimes.quantities import parse_memory
 from runtimes.usernet import UserNetworks
 from runtimes.userns import open_swapped_userns
-from sandboxd import __version__, logs, reloading
+from sandboxd import __version__, logs
 from sandboxd.activation import HANDOVER_NAME, Activation, take_over
 from sandboxd.attaching import Attachments
 from sandboxd.audit.auditor import Auditor
@@ -50,7 +49,7 @@ from sandboxd.audit.files import AuditFiles
 from sandboxd.audit.trail import Trail
 from sandboxd.background import Background
 from sandboxd.capacity import Capacity
-from sandboxd.config import SIZE_BYTES_MAX, Config, load_config, metrics_address
+from sandboxd.config import SIZE_BYTES_MAX, Config, metrics_address
 from sandboxd.engine_events import EngineEvents
 from sandboxd.engines import EngineRoom
 from sandboxd.events import EventLog
@@ -83,13 +82,14 @@ from sandboxd.network.outside import Outside
 from sandboxd.openmetrics import CONTENT_TYPE
 from sandboxd.paths import is_private, socket_path, state_dir
 from sandboxd.programs import install_programs
-from sandboxd.protocol import PROTOCOL_VERSION, ConfigEntry, DaemonConfig, DaemonInfo, DaemonReloaded
+from sandboxd.protocol import PROTOCOL_VERSION, DaemonConfig, DaemonInfo
 from sandboxd.recovery import Recovery
 from sandboxd.sandbox import Tell
 from sandboxd.secret_store import SecretStore
 from sandboxd.server import serve
 from sandboxd.service_boxes import ServiceBoxes
 from sandboxd.services.room import ServiceRoom
+from sandboxd.settings import Settings, home_dir, load_settings
 from sandboxd.supervision import Supervision, status_text
 from sandboxd.survey import Survey
 from sandboxd.timings import now_ms
@@ -200,7 +200,7 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
         Failure: it cannot begin: the settings, the journal, the state directory, sandbox-init.
     """
     state = state_dir(env)
-    config, entries = _load_config(env)
+    config, entries = load_settings(env)
     logs.set_level(config.daemon.log_level)
     with contextlib.ExitStack() as held:
         held.callback(activation.kept.close)
@@ -229,7 +229,7 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
                 activation, listener.path, functools.partial(_describe, manager, ground.engines)
             )
             manager.watchers.append(lambda _: supervision.note())
-            settings = _Settings(
+            settings = Settings(
                 env,
                 config,
                 entries,
@@ -342,41 +342,6 @@ async def run(listener: Listener, env: Mapping[str, str], *, activation: Activat
             manager.disconnect_all()
             auditor.tell("ended", pid=os.getpid())
             tasks.cancel_scope.cancel()
-
-
-class _Settings:
-    """The settings in force, and who goes by them."""
-
-    def __init__(
-        self,
-        env: Mapping[str, str],
-        config: Config,
-        entries: Sequence[ConfigEntry],
-        followers: Sequence[Callable[[Config], None]],
-        supervision: Supervision,
-    ) -> None:
-        self._env = env
-        self._config = config
-        self.entries = entries
-        self._followers = followers
-        self._supervision = supervision
-
-    def reload(self) -> DaemonReloaded:
-        """Read them again.
-
-        Raises:
-            Failure: they are no settings; those before stay in force.
-        """
-        with self._supervision.reloading():
-            found = reloading.plan(self._config, self.entries, *_load_config(self._env))
-            self._config, self.entries = found.config, found.entries
-            logs.set_level(found.config.daemon.log_level)
-            for follow in self._followers:
-                follow(found.config)
-        logger.info("read settings again: changed: %s", ", ".join(found.changed) or "none")
-        if found.waiting:
-            logger.warning("changed settings that wait for a restart: %s", ", ".join(found.waiting))
-        return DaemonReloaded(changed=list(found.changed), waiting=list(found.waiting))
 
 
 def _describe(manager: Manager, engines: EngineRoom) -> str:
@@ -539,7 +504,7 @@ def _hand_over(listener: Listener, manager: Manager) -> list[tuple[str, int]]:
     return [(name, os.dup(descriptor)) for name, descriptor in left]
 
 
-async def _watch_signals(stop: anyio.Event, settings: _Settings) -> None:
+async def _watch_signals(stop: anyio.Event, settings: Settings) -> None:
     # In the foreground of a terminal a hangup is the end of that, and of us.
     reloads = not os.isatty(sys.stderr.fileno())
     with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
@@ -551,20 +516,6 @@ async def _watch_signals(stop: anyio.Event, settings: _Settings) -> None:
                 settings.reload()
             except Failure as error:
                 logger.error("cannot read settings again, those before stay in force: %s", error)  # noqa: TRY400
-
-
-def _load_config(env: Mapping[str, str]) -> tuple[Config, list[ConfigEntry]]:
-    path = env.get("SANDBOXD_CONFIG") or os.path.join(
-        env.get("XDG_CONFIG_HOME") or os.path.join(_home(env), ".config"), "sandboxd", "config.toml"
-    )
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-    except FileNotFoundError:
-        text = ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise Failure(f"cannot read {path}", detail=str(error)) from None
-    return load_config(text, origin=path, env=env)
 
 
 def _lock_state(state: str, socket: str) -> int:
@@ -587,12 +538,8 @@ def _lock_state(state: str, socket: str) -> int:
     return lock
 
 
-def _home(env: Mapping[str, str]) -> str:
-    return env.get("HOME") or pwd.getpwuid(os.geteuid()).pw_dir
-
-
 def _caller(env: Mapping[str, str]) -> Caller:
-    return Caller(user=User(uid=os.geteuid(), gid=os.getegid()), home=os.path.realpath(_home(env)))
+    return Caller(user=User(uid=os.geteuid(), gid=os.getegid()), home=os.path.realpath(home_dir(env)))
 
 
 def _may_mount_late() -> bool:

@@ -46,6 +46,12 @@ class Containers:
         """Whether those of this engine can be changed while they run."""
         return self._staging.changes_late(engine)
 
+    def prepare_claim(self, slot: Sandbox, engine: EngineInfo) -> None:
+        """Have at hand what a claim of this slot needs: a claim has milliseconds, and these are some of them."""
+        slot.keep_limits_open()
+        if self.changes_late(engine):
+            self._staging.prepare()
+
     async def run(self, sandbox: Sandbox, engine: Engine, places: Opened, timings: Timings) -> str:
         """Have an engine make and start it, with what was opened mounted, and connect to its init; returns its id.
 

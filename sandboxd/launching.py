@@ -458,7 +458,7 @@ class Launcher:
             if slot.record.state is State.WARM:
                 recipe = self._recipe_if_fit(slot)
                 if recipe is not None:
-                    slot.keep_limits_open()
+                    self._containers.prepare_claim(slot, self._manager.engine_of(slot).info)
                     self.pools.adopt(recipe, slot, age_s=(now_ms() - slot.record.created_at_ms) / 1000)
                 else:
                     self._manager.remove_soon(slot)
@@ -517,7 +517,7 @@ class Launcher:
             container_id = await self._containers.run(sandbox, engine, places, timings)
             sandbox.change(made, container_id=container_id)
             if made is Event.FILLED:
-                sandbox.keep_limits_open()
+                self._containers.prepare_claim(sandbox, engine.info)
             self._enforcer.prove(sandbox)
             require_proof(sandbox)
             timings.mark("verify")

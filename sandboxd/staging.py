@@ -62,6 +62,12 @@ class Staging:
         able = engine.capabilities
         return self._mounter is not None and (self._may_mount or (able is not None and able.late_for_callers))
 
+    def prepare(self) -> None:
+        """Have what changes containers that run at hand. Where that fails, the first change will say why."""
+        if self._mounter is not None:
+            with contextlib.suppress(OSError):
+                self._mounter.prepare()
+
     @contextlib.asynccontextmanager
     async def changing(
         self,

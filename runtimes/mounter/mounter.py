@@ -94,6 +94,14 @@ class Mounter:
         """Of the helper; None before it is needed."""
         return None if self._helper is None else self._helper.pid
 
+    def prepare(self) -> None:
+        """Have the helper running: whoever needs it first must not wait for its start. Idempotent.
+
+        Raises:
+            OSError: it cannot be started.
+        """
+        self._connected()
+
     def close(self) -> None:
         """End the helper. Mounts stay."""
         if self._socket is not None:

@@ -200,6 +200,18 @@ async def test_a_process_that_is_gone_is_an_error_and_the_next_mount_works(
     await late.change(inside.pid, mount=wanted(inside, project, source_fd, "workspace"))
 
 
+async def test_a_helper_that_was_prepared_serves_the_first_request(
+    inside: subprocess.Popen[bytes], late: Mounter, project: Path, source_fd: int
+) -> None:
+    """The first claim would wait for its start, and a claim has milliseconds."""
+    late.prepare()
+    ready = late.helper_pid
+    assert ready is not None
+    late.prepare()
+    await late.change(inside.pid, mount=wanted(inside, project, source_fd, "workspace"))
+    assert late.helper_pid == ready
+
+
 async def test_a_helper_that_was_killed_is_started_again(
     inside: subprocess.Popen[bytes], late: Mounter, project: Path, source_fd: int
 ) -> None:

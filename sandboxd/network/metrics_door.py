@@ -107,8 +107,11 @@ class MetricsDoor:
         if isinstance(self._where, str):
             return True
         hosts = [value.decode("latin-1") for name, value in request.headers if name == b"host"]
-        named = authority(hosts[0], default_port=0) if hosts else None
-        return named is None or named[0] == "localhost" or address_of(named[0]) is not None
+        if not hosts or not hosts[0]:
+            return True  # no browser's
+        # What is no name here may be one to a browser, such as ``-x.example.org``.
+        named = authority(hosts[0], default_port=0)
+        return named is not None and (named[0] == "localhost" or address_of(named[0]) is not None)
 
     async def _say_text(self, peer: Peer, request: h11.Request) -> None:
         if time.monotonic() - self._text_s >= TEXT_S_MAX:

@@ -130,6 +130,9 @@ def test_a_web_page_cannot_read_them_by_a_name_of_its_own(tmp_path: Path) -> Non
         wait_until(lambda: asked(port, "127.0.0.1") == 200, f"it listened\n{daemon.log.read_text()}")
         assert [asked(port, host) for host in ("localhost", f"127.0.0.1:{port}", "[::1]")] == [200, 200, 200]
         assert [asked(port, host) for host in ("evil.example", f"127.0.0.1.evil.example:{port}")] == [403, 403]
+        # Names that browsers and resolvers take, and that no rule of ours could be written for.
+        for host in ("-a.evil.example", "a-.evil.example:80", "a~b.evil.example"):
+            assert asked(port, host) == 403
 
 
 def asked(port: int, host: str) -> int | None:

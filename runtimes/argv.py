@@ -289,7 +289,8 @@ def _identity_flags(spec: ContainerSpec) -> list[str]:
         f"--name={CONTAINER_NAME_PREFIX}{spec.sandbox_id}",
         f"--label={LABEL_SANDBOX}={spec.sandbox_id}",
         owner_label_argument(spec.owner),
-        *([f"--label={LABEL_NOTE}={spec.note}"] if spec.note else ()),
+        # Without a note as well: an image has labels of its own, and theirs would be taken for ours.
+        f"--label={LABEL_NOTE}={spec.note}",
     ]
 
 

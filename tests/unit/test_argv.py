@@ -17,6 +17,7 @@ from runtimes.argv import Client
 from runtimes.errors import ContainerNotFound, Unsupported
 from runtimes.model import (
     CONTAINER_NAME_PREFIX,
+    LABEL_NOTE,
     LABEL_OWNER,
     LABEL_SANDBOX,
     ContainerSpec,
@@ -176,7 +177,7 @@ def test_mounts_read_back_as_they_were_given(client: Client, spec: ContainerSpec
 @given(spec=specs)
 def test_identity_arrives_and_no_value_of_the_environment_does(client: Client, spec: ContainerSpec) -> None:
     flags, _ = split(client, argv.run_argv(client, spec))
-    assert values(flags, "--label") == [f"{LABEL_SANDBOX}=s1", f"{LABEL_OWNER}=o1"]
+    assert values(flags, "--label") == [f"{LABEL_SANDBOX}=s1", f"{LABEL_OWNER}=o1", f"{LABEL_NOTE}="]
     assert values(flags, "--name") == [f"{CONTAINER_NAME_PREFIX}s1"]
     assert [value for value in values(flags, "--env") if "=" in value] == []
 

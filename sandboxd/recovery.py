@@ -306,10 +306,15 @@ class Recovery:
             kind: [os.path.join(places[kind], name) for name in names if name not in known]
             for kind, names in listed.items()
         }
-        programs = os.path.dirname(self._bin_dir)
+        return {**found, "programs": self._unused_programs()}
+
+    def _unused_programs(self) -> list[str]:
+        """None where it is not known of every sandbox which ones it was made with: it has them mounted."""
         used = {self._bin_dir, *(sandbox.record.bin_dir for sandbox in self._manager.all())}
-        paths = (os.path.join(programs, name) for name in _names_in(programs))
-        return {**found, "programs": [path for path in paths if path not in used]}
+        if "" in used or self._journal.unreadable:
+            return []
+        programs = os.path.dirname(self._bin_dir)
+        return [path for name in _names_in(programs) if (path := os.path.join(programs, name)) not in used]
 
     async def _remove(self, leftovers: Mapping[str, Sequence[str]]) -> None:
         for kind, paths in leftovers.items():

@@ -775,11 +775,14 @@ def clear_stages(directory: str) -> None:
 def erase_box(directory: str) -> None:
     """Remove the host's side of a sandbox: its stages, its socket, what its init may have left. Idempotent.
 
-    Never walks into a stage: a project may be mounted there.
+    Never walks into a stage: a project may be mounted there. Nor through a symlink: what it leads to is not ours.
 
     Raises:
         OSError: something else is there.
     """
+    if os.path.islink(directory):
+        os.unlink(directory)
+        return
     clear_stages(directory)
     SlotDirectory(os.path.join(directory, SLOT_NAME)).clear()
     for name in (SOCKET_NAME, RESOLVER_NAME, CLAIM_NAME):

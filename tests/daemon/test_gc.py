@@ -106,3 +106,55 @@ async def test_programs_that_no_sandbox_uses_any_more_go(world: World, tmp_path:
         found, _ = await world.recovery.collect(dry_run=False)
         assert [(each.kind, each.name) for each in found] == [("programs", str(programs / "old"))]
         assert sorted(path.name for path in programs.iterdir()) == ["now", "used"]
+
+
+async def test_programs_stay_while_it_is_not_known_which_ones_a_sandbox_has(world: World, tmp_path: Path) -> None:
+    """They are mounted into it: one whose record was rebuilt without a note may have any of them."""
+    programs = tmp_path / "bin"
+    for name in ("now", "old"):
+        (programs / name).mkdir(parents=True)
+    world.bin_dir = str(programs / "now")
+    box = await world.container_of(record(state=State.STOPPED))
+    world.journal.put(record(state=State.STOPPED, container_id=box.container_id, bin_dir=""))
+    world.engine.end(str(box.container_id))
+    async with world.managed():
+        await world.recovery.recover()
+        found, _ = await world.recovery.collect(dry_run=False)
+        assert found == []
+        assert sorted(path.name for path in programs.iterdir()) == ["now", "old"]
+
+
+async def test_programs_stay_while_a_record_cannot_be_read(world: World, tmp_path: Path) -> None:
+    """Its sandbox may run, with an engine that does not answer."""
+    programs = tmp_path / "bin"
+    for name in ("now", "old"):
+        (programs / name).mkdir(parents=True)
+    world.bin_dir = str(programs / "now")
+    async with world.managed():
+        await world.recovery.recover()
+        world.journal.unreadable.add("sb-unreadable")
+        assert await world.recovery.collect(dry_run=False) == ([], [])
+        world.journal.unreadable.clear()
+        found, _ = await world.recovery.collect(dry_run=False)
+        assert [(each.kind, each.name) for each in found] == [("programs", str(programs / "old"))]
+
+
+async def test_a_symlink_among_our_directories_is_removed_and_not_what_it_leads_to(
+    world: World, tmp_path: Path
+) -> None:
+    """By the sweep after a start, and when it is asked for: what is elsewhere is not ours, whatever its name."""
+    elsewhere = tmp_path / "elsewhere"
+    theirs = [elsewhere / "io" / "file", elsewhere / "resolv.conf", elsewhere / "stages"]
+    async with world.managed():
+        await world.recovery.recover()
+        for directory in ("io", "stages"):
+            (elsewhere / directory).mkdir(parents=True)
+        for path in theirs[:2]:
+            path.write_text("theirs")
+        link = world.boxes / "sb-link"
+        for remove in (world.recovery.recover, lambda: world.recovery.collect(dry_run=False)):
+            world.boxes.mkdir(exist_ok=True)
+            link.symlink_to(elsewhere)
+            await remove()
+            assert not link.is_symlink()
+            assert {path.exists() for path in theirs} == {True}

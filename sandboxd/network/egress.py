@@ -147,10 +147,11 @@ class EgressProxy:
             raise BadMessage("this is a proxy: it takes http://HOST/PATH, and CONNECT for everything else")
         host, port, path = target
         injected = self._injector.fitting(host, port)
-        method = request.method.decode("ascii")
+        # Judged as a server may take it: many have their methods in capital letters, however they are written.
+        method = request.method.decode("ascii").upper()
         if injected:
             port = injected[0].port
-            if request.method in REFLECTING:
+            if method in REFLECTING:
                 await self._refuse(peer, host, port, method, f"{method} would be answered with what is added to it")
                 return
         connected = await self._open(peer, host, port, method)

@@ -11,7 +11,7 @@ from sandboxd.network.http import Headers
 Reveal = Callable[[str], Awaitable[bytes]]
 """The value of a secret; raises a Failure."""
 
-REFLECTING = frozenset({b"TRACE", b"TRACK"})
+REFLECTING = frozenset({"TRACE", "TRACK"})
 """Methods that are answered with the request itself."""
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sandboxd.egress_rules import Egress
+from sandboxd.egress_rules import Egress, parse_rules
 from sandboxd.network import egress, http, streams
 from tests.daemon.proxies import PUBLIC, Client, egressing, said_to
 
@@ -113,6 +113,17 @@ async def test_what_no_rule_grants_is_refused_and_written_down_with_the_command(
         assert denial.host.encode() in request_
         assert proxy.outside.looked_up == []
     assert server.heard == []
+
+
+@pytest.mark.parametrize("method", ["DELETE", "delete", "Delete"])
+async def test_a_method_that_is_denied_is_denied_in_any_letters(method: str) -> None:
+    """There are servers that make no difference."""
+    server = Recorder()
+    async with egressing(server) as proxy:
+        proxy.rules = Egress(allow=parse_rules(["good.example"]), deny=parse_rules(["DELETE good.example"]))
+        assert (await said_to(proxy.port, get("http://good.example/"))).startswith(b"HTTP/1.1 200 ")
+        assert (await said_to(proxy.port, get("http://good.example/", method=method))).startswith(b"HTTP/1.1 403 ")
+    assert len(server.heard) == 1
 
 
 @pytest.mark.parametrize("answer", [["127.0.0.1"], ["10.0.0.1"], ["169.254.169.254"], [PUBLIC, "127.0.0.1"], ["::1"]])

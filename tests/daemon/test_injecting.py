@@ -169,9 +169,11 @@ async def test_a_rule_adds_and_grants_nothing() -> None:
     assert len(server.heard) == 1
 
 
-async def test_a_method_that_is_answered_with_the_request_is_refused() -> None:
+@pytest.mark.parametrize("method", ["TRACE", "trace", "Track"])
+async def test_a_method_that_is_answered_with_the_request_is_refused(method: str) -> None:
+    """In any letters: there are servers that make no difference."""
     async with tls_server(ANSWER) as server, injecting(server.port, RULE, secrets=SECRETS) as proxy:
-        answer = await said_to(proxy.port, request("http://good.example/", method="TRACE"))
+        answer = await said_to(proxy.port, request("http://good.example/", method=method))
         assert answer.startswith(b"HTTP/1.1 403")
         assert proxy.ledger.denied == 1
     assert server.heard == []

@@ -78,8 +78,8 @@ class UserNetworks:
         with contextlib.suppress(OSError, ValueError):
             with open(f"/proc/{pid}/cmdline", "rb") as file:
                 name = file.read(CMDLINE_BYTES_MAX).split(b"\0", 1)[0].decode()
-            # What runs under another user could bear any name. In a user namespace the effective one is another.
-            if name.startswith(self._prefix) and _real_uid(pid) == os.geteuid():
+            # What runs under another user, or in a container, could bear any name.
+            if name.startswith(self._prefix) and _is_ours(pid):
                 sandbox_id, _, namespace = name.removeprefix(self._prefix).rpartition("/")
                 return Attached(pid, sandbox_id, int(namespace))
         return None
@@ -197,12 +197,12 @@ def _target(pid: int, namespace_fd: int) -> list[str]:
     return ["--netns-type=path", f"/proc/self/fd/{namespace_fd}"] if os.geteuid() == 0 else [str(pid)]
 
 
-def _real_uid(pid: int) -> int:
+def _is_ours(pid: int) -> bool:
+    """Whether it is this user's, and sees the processes that we see."""
     with open(f"/proc/{pid}/status", "rb") as file:
-        for line in file:
-            if line.startswith(b"Uid:"):
-                return int(line.split()[1])
-    return -1
+        fields = {name: value.split() for name, _, value in (line.partition(b":") for line in file)}
+    # In a user namespace the effective uid is another than the real one. Each PID namespace adds a number.
+    return int(fields[b"Uid"][0]) == os.geteuid() and len(fields.get(b"NSpid", ())) <= 1
 
 
 def _pids() -> Iterator[int]:

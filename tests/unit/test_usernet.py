@@ -48,6 +48,18 @@ async def test_those_of_a_former_daemon_are_found_by_owner_and_sandbox_and_ended
         assert stranger.poll() is None
 
 
+def test_a_name_is_believed_of_no_process_in_a_container() -> None:
+    """A sandbox of root's without a user namespace has our uid, and calls its processes what it likes."""
+    script = f"exec -a slirp4netns-{OWNER}-sb-one/77 sh -c 'echo; read -r end'"
+    words = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "bash", "-c", script]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"\n", "it has that name, and runs"
+        assert UserNetworks(OWNER, {}).find() == []
+        process.stdin.close()
+
+
 async def test_a_number_that_something_else_has_by_now_is_left_alone() -> None:
     networks = UserNetworks(OWNER, {})
     with named("something-else") as other:

@@ -283,6 +283,8 @@ class Journal:
 
     def keep(self, record: SandboxRecord) -> None:
         """Write down what became of a sandbox; later, if it cannot be written now."""
+        if self._sandboxes.get(record.id) == record:
+            return
         self._sandboxes[record.id] = record
         self._write_late((record.id,))
 

@@ -18,7 +18,7 @@ import pytest
 
 from sandboxd.failures import Failure, JournalUnusable, NotFound
 from sandboxd.journal import Journal
-from sandboxd.journal_file import SCHEMA_VERSION
+from sandboxd.journal_file import SCHEMA_VERSION, JournalFile
 from sandboxd.lifecycle import State
 from sandboxd.records import CommandRecord, LifetimeRecord
 from tests.unit.records import record
@@ -227,6 +227,25 @@ def test_a_full_disk_begins_nothing_new_and_what_happened_meanwhile_is_written_l
     assert again.sandboxes() == [record(id="sb-box", state=State.STOPPED)]
     assert again.commands(box.id) == [COMMAND]
     again.close()
+    journal.close()
+
+
+def test_what_is_written_already_is_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restart finds most sandboxes as it left them, and says so of each."""
+    journal = Journal.open(str(tmp_path / "journal"))
+    journal.put(record(id="sb-box"))
+    statements: list[str] = []
+    execute = JournalFile.execute
+
+    def noted(file: JournalFile, statement: str, values: tuple[object, ...]) -> None:
+        statements.append(statement)
+        execute(file, statement, values)
+
+    monkeypatch.setattr(JournalFile, "execute", noted)
+    journal.keep(record(id="sb-box"))
+    assert statements == []
+    journal.keep(record(id="sb-box", state=State.STOPPED))
+    assert len(statements) == 1
     journal.close()
 
 

@@ -92,7 +92,9 @@ def covering(entries: Sequence[MountEntry], path: str) -> MountEntry | None:
     on: dict[int, list[MountEntry]] = {}
     for entry in entries:
         if is_below(path, entry.target):
-            on.setdefault(entry.parent if entry.parent in numbers - {entry.number} else _OUTSIDE, []).append(entry)
+            on.setdefault(
+                entry.parent if entry.parent in numbers and entry.parent != entry.number else _OUTSIDE, []
+            ).append(entry)
     found, here = None, _OUTSIDE
     # Each mount is taken once, whatever a table says of which lies on which.
     while candidates := on.pop(here, None):
@@ -153,9 +155,10 @@ def _misplaced(
         return [f"something else is mounted at {target}"]
     if target in read_only and entry.writable:
         return [f"{target} can be written"]
+    over = [each for each in inside if is_below(each.target, target) and each.target != target]
+    if not over:
+        return []
     meant = {each.target.removeprefix(path) for each in host if is_below(each.target, path) and each.target != path}
     return [
-        f"something is mounted over {each.target}"
-        for each in inside
-        if is_below(each.target, target) and each.target != target and each.target.removeprefix(target) not in meant
+        f"something is mounted over {each.target}" for each in over if each.target.removeprefix(target) not in meant
     ]

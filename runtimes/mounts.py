@@ -18,6 +18,7 @@ import struct
 from collections.abc import Callable
 from functools import lru_cache
 
+from runtimes import mounttable
 from runtimes.errors import UnreadableAnswer, Unsupported
 from runtimes.mountinfo import MountEntry, is_below, parse
 
@@ -172,15 +173,18 @@ def mounts_of(process: int | str) -> tuple[MountEntry, ...]:
         UnreadableAnswer: it is gone, or the kernel says something unheard of.
     """
     try:
+        if process == "self":
+            return _parsed(mounttable.text())
         with open(f"/proc/{process}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-            text = file.read(MOUNTINFO_CHARS_MAX)
+            return parse(file.read(MOUNTINFO_CHARS_MAX))
     except OSError as error:
         raise UnreadableAnswer("cannot read the mounts of a process", detail=error.strerror or "") from error
-    return _parsed(text) if process == "self" else parse(text)
 
 
-_parsed = lru_cache(maxsize=1)(parse)
-"""Our own table, which grows with the number of sandboxes, is asked for once for each of them."""
+@lru_cache(maxsize=1)
+def _parsed(table: bytes) -> tuple[MountEntry, ...]:
+    """Our own table, which grows with the number of sandboxes, and is asked for once for each of them."""
+    return parse(table.decode("utf-8", errors="surrogateescape"))
 
 
 def remove_tree(directory: str, step: Callable[[], None] = lambda: None) -> None:

@@ -15,7 +15,7 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
-from runtimes import mounts
+from runtimes import mounts, mounttable
 from runtimes.engine import Engine
 from runtimes.errors import RuntimeFailure
 from runtimes.model import ContainerSummary, EngineName
@@ -91,9 +91,11 @@ class Recovery:
         listed = await self._listed()
         await self._rebuild(listed)
         decisions = self._decide(listed, went_down=self._went_down)
-        async with anyio.create_task_group() as tasks:
-            for decision in decisions:
-                tasks.start_soon(self._carry_out, decision)
+        # Each sandbox is looked for in our own mounts, twice.
+        with mounttable.kept():
+            async with anyio.create_task_group() as tasks:
+                for decision in decisions:
+                    tasks.start_soon(self._carry_out, decision)
         for sandbox in self._manager.all():
             if sandbox.record.state in (State.STOPPED, State.LOST):
                 await sandbox.adopt_commands()

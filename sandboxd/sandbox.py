@@ -724,11 +724,11 @@ class Sandbox:
         if self._cgroup is None:
             return None
         try:
-            usage = self._cgroup.read_usage(pressure=False)
+            refusals = self._cgroup.read_refusals()
         except CgroupUnreadable:
             return None
-        self.forks_refused = usage.pids_refused
-        return usage.oom_kills
+        self.forks_refused = refusals.pids_refused
+        return refusals.oom_kills
 
     def cpu_percent(self, cpu_us: int | None) -> float | None:
         """The share of one CPU since the last sample that is old enough, else since the sandbox was made."""

@@ -17,7 +17,7 @@ Descriptors, not paths
 A container that is restarted gets groups of the same names. A descriptor of the old directory goes on meaning the old
 group: reading and writing through it fails with ENODEV, and can never hit the new one. So every file is opened
 relative to a kept directory, ancestors by ``..``, and the pid's own files relative to a kept ``/proc/PID``. The files
-of ``read_usage`` are opened once, at the first reading, and read again at offset 0, which makes a reading cheap. That
+of ``read_usage`` are opened once, when first read, and read again at offset 0, which makes a reading cheap. That
 is about 20 descriptors for each container: a process that keeps many raises its soft limit of open files. Between
 ``keep_open`` and ``let_go`` the limit files are kept as well: as many once more, where a reading must be quick.
 """
@@ -26,9 +26,10 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Final, Self
 
+from runtimes import mounttable
 from runtimes.cgroup import readings
 from runtimes.cgroup.readings import (
     CPU_PERIOD_US,
@@ -38,6 +39,7 @@ from runtimes.cgroup.readings import (
     CgroupPath,
     CgroupPaths,
     EffectiveLimits,
+    Refusals,
     Usage,
 )
 from runtimes.errors import CgroupUnreadable
@@ -45,6 +47,7 @@ from runtimes.model import CPU_MILLIS_PER_CPU, CgroupVersion, Limits
 from runtimes.quantities import format_bytes, format_cpuset
 
 CONTAINER_ID_CHARS: Final = 64
+PROC: Final = "/proc"
 GONE: Final = "the container is gone"
 
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -61,7 +64,7 @@ class LimitBelowUsage(CgroupUnreadable):
     """The container already uses more than the limit that was to be written; nothing was changed by that write."""
 
 
-def locate(pid: int, *, proc: str = "/proc") -> CgroupPaths:
+def locate(pid: int, *, proc: str = PROC) -> CgroupPaths:
     """Where a process is in every hierarchy that limits are read from, as directories of this host.
 
     Two small reads and one stat for each hierarchy.
@@ -75,7 +78,7 @@ def locate(pid: int, *, proc: str = "/proc") -> CgroupPaths:
     return paths
 
 
-def swap_is_counted(pid: int, *, proc: str = "/proc") -> bool | None:
+def swap_is_counted(pid: int, *, proc: str = PROC) -> bool | None:
     """Whether the kernel counts swap by control group; None where the groups of this process do not tell.
 
     Raises:
@@ -96,7 +99,7 @@ def swap_is_counted(pid: int, *, proc: str = "/proc") -> bool | None:
     return None
 
 
-def read_fixed_limits(pid: int, *, proc: str = "/proc") -> EffectiveLimits:
+def read_fixed_limits(pid: int, *, proc: str = PROC) -> EffectiveLimits:
     """The limits of a container that has no control group of its own: open files, /dev/shm and every tmpfs.
 
     Raises:
@@ -112,7 +115,7 @@ def read_fixed_limits(pid: int, *, proc: str = "/proc") -> EffectiveLimits:
     )
 
 
-def freeze(pid: int, container_id: str, *, proc: str = "/proc") -> bool:
+def freeze(pid: int, container_id: str, *, proc: str = PROC) -> bool:
     """Freeze a container past its engine, so that one which takes it for frozen already can thaw it.
 
     Args:
@@ -124,8 +127,7 @@ def freeze(pid: int, container_id: str, *, proc: str = "/proc") -> bool:
         Whether the kernel took it; False where it has no group of its own, or that is another user's.
     """
     try:
-        mountinfo = _read_path(f"{proc}/self/mountinfo", bytes_max=TABLE_BYTES_MAX)
-        paths = readings.cgroup_paths(_read_path(f"{proc}/{pid}/cgroup"), mountinfo, wanted=("freezer",))
+        paths = readings.cgroup_paths(_read_path(f"{proc}/{pid}/cgroup"), _own_mounts(proc), wanted=("freezer",))
         path = paths.controllers.get("freezer", paths.unified)
         if path is None or not any(container_id in part for part in path.names):
             return False
@@ -156,10 +158,10 @@ class CgroupHandle:
         self.paths = paths
         self._proc_fd = proc_fd
         self._groups: dict[str, _Group] = {}
-        self._counters: dict[str, int | None] | None = None
+        self._counters: dict[str, int | None] = {}
 
     @classmethod
-    def open(cls, pid: int, container_id: str, *, proc: str = "/proc") -> Self:
+    def open(cls, pid: int, container_id: str, *, proc: str = PROC) -> Self:
         """Find and open the groups of the container whose PID 1 is ``pid`` on this host.
 
         Raises:
@@ -197,8 +199,8 @@ class CgroupHandle:
         """Close every descriptor. Idempotent."""
         self.let_go()
         descriptors = [self._proc_fd, *(group.fd for group in self._groups.values())]
-        descriptors += [fd for fd in (self._counters or {}).values() if fd is not None]
-        self._proc_fd, self._groups, self._counters = -1, {}, None
+        descriptors += [fd for fd in self._counters.values() if fd is not None]
+        self._proc_fd, self._groups, self._counters = -1, {}, {}
         for fd in descriptors:
             if fd >= 0:
                 os.close(fd)
@@ -253,15 +255,30 @@ class CgroupHandle:
         Raises:
             CgroupUnreadable: the container is gone, or a file does not hold what the kernel documents.
         """
-        counters = self._counters
-        if counters is None:
-            counters = self._counters = self._open_counters()
-        names = counters if pressure else counters.keys() - readings.PRESSURE_FILES
-        texts: dict[str, bytes | None] = {}
-        for name in names:
-            fd = counters[name]
-            texts[name] = _read_again(fd, name) if fd is not None else None
-        return readings.usage(self.version, texts)
+        names = readings.COUNTER_FILES_V2 if self.version is CgroupVersion.V2 else tuple(readings.COUNTER_FILES_V1)
+        return readings.usage(self.version, self._counts((*names, *(readings.PRESSURE_FILES if pressure else ()))))
+
+    def read_refusals(self) -> Refusals:
+        """What the kernel has refused: that part of ``read_usage``, at a fifth of its files and descriptors.
+
+        Raises:
+            CgroupUnreadable: as of ``read_usage``.
+        """
+        v2 = self.version is CgroupVersion.V2
+        return readings.refusals(
+            self.version, self._counts(readings.REFUSAL_FILES_V2 if v2 else readings.REFUSAL_FILES_V1)
+        )
+
+    def _counts(self, names: Collection[str]) -> dict[str, bytes | None]:
+        """The counters of these names, through descriptors that are kept from their first reading on."""
+        if not self._counters.keys() >= set(names):
+            # Of a group that is gone a file would be taken for one that this kernel does not have.
+            self._check_exists()
+            for name in names:
+                if name not in self._counters:
+                    self._counters[name] = self._open_counter(name)
+        opened = {name: self._counters[name] for name in names}
+        return {name: None if fd is None else _read_again(fd, name) for name, fd in opened.items()}
 
     def write_limits(self, limits: Limits) -> None:
         """Write the memory, cpu, pids and cpuset limits that are not None; the others are left as they are.
@@ -335,25 +352,15 @@ class CgroupHandle:
             return []
         return [group.read(level, name) for level in range(group.depth + 1)]
 
-    def _open_counters(self) -> dict[str, int | None]:
-        self._check_exists()
-        files: dict[str, str] = dict.fromkeys(readings.PRESSURE_FILES, _UNIFIED)
-        if self.version is CgroupVersion.V2:
-            files |= dict.fromkeys(readings.COUNTER_FILES_V2, _UNIFIED)
+    def _open_counter(self, name: str) -> int | None:
+        if name in readings.PRESSURE_FILES or self.version is CgroupVersion.V2:
+            controller = _UNIFIED
         else:
-            files |= readings.COUNTER_FILES_V1
-        opened: dict[str, int | None] = {}
-        try:
-            for name, controller in files.items():
-                group = self._groups.get(controller)
-                level = 0 if group is None or name.endswith(LEAF) else group.top
-                opened[name] = None if group is None else group.open_file(level, name.removesuffix(LEAF))
-        except BaseException:
-            for fd in opened.values():
-                if fd is not None:
-                    os.close(fd)
-            raise
-        return opened
+            controller = readings.COUNTER_FILES_V1[name]
+        group = self._groups.get(controller)
+        if group is None:
+            return None
+        return group.open_file(0 if name.endswith(LEAF) else group.top, name.removesuffix(LEAF))
 
     def _write_levels(self, controller: str, name: str, text: str) -> None:
         """Write the top group, and every group below it that has a limit of its own."""
@@ -505,7 +512,16 @@ def _below_usage(memory_bytes_max: int) -> LimitBelowUsage:
 
 
 def _located(membership: bytes, proc: str) -> CgroupPaths:
-    return readings.cgroup_paths(membership, _read_path(f"{proc}/self/mountinfo", bytes_max=TABLE_BYTES_MAX))
+    return readings.cgroup_paths(membership, _own_mounts(proc))
+
+
+def _own_mounts(proc: str) -> bytes:
+    if proc != PROC:
+        return _read_path(f"{proc}/self/mountinfo", bytes_max=TABLE_BYTES_MAX)
+    try:
+        return mounttable.text()
+    except OSError as error:
+        raise _failure(f"cannot read {mounttable.PATH}", error) from error
 
 
 def _all_paths(paths: CgroupPaths) -> Iterator[CgroupPath]:

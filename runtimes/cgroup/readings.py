@@ -43,6 +43,8 @@ SHM_TARGET: Final = "/dev/shm"  # noqa: S108 - a mount point inside the containe
 _NUMBER_CHARS_MAX: Final = 20
 _LINES_KEPT_MAX: Final = 2048
 """Of mountinfo, taken apart: a container has about ten that are looked at."""
+_TABLES_KEPT_MAX: Final = 2
+"""Of mountinfo, whole: our own, which is looked into for every container, beside that of the container."""
 _TMPFS_UNITS: Final = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3}
 _PRESSURE: Final = re.compile(
     rb"some avg10=([0-9]{1,3}\.[0-9]{2}) [^\n]{0,64}total=([0-9]{1,20})\n"
@@ -380,6 +382,18 @@ COUNTER_FILES_V1: Final = {
 }
 
 
+REFUSAL_FILES_V2: Final = ("memory.events", "pids.events", "pids.events" + LEAF)
+REFUSAL_FILES_V1: Final = ("memory.oom_control", "pids.events")
+"""The counters that say what the kernel has refused: few, for they are read around every command."""
+
+
+class Refusals(msgspec.Struct, frozen=True):
+    """What the kernel has refused a container so far; None: it does not count that."""
+
+    oom_kills: int | None
+    pids_refused: int | None
+
+
 def effective_limits(
     version: CgroupVersion,
     levels: Mapping[str, Sequence[bytes | None]],
@@ -439,6 +453,23 @@ def usage(version: CgroupVersion, texts: Mapping[str, bytes | None]) -> Usage:
         CgroupUnreadable: a file does not hold what the kernel documents.
     """
     return (_usage_v2 if version is CgroupVersion.V2 else _usage_v1)(texts)
+
+
+def refusals(version: CgroupVersion, texts: Mapping[str, bytes | None]) -> Refusals:
+    """The part of ``usage`` that verdicts need, of ``REFUSAL_FILES_V2`` or ``REFUSAL_FILES_V1``.
+
+    Raises:
+        CgroupUnreadable: a file does not hold what the kernel documents.
+    """
+    if version is CgroupVersion.V2:
+        return Refusals(
+            oom_kills=parse_field(texts["memory.events"], b"oom_kill", "memory.events"),
+            pids_refused=_at_both(texts, "pids.events", b"max"),
+        )
+    return Refusals(
+        oom_kills=parse_field(texts["memory.oom_control"], b"oom_kill", "memory.oom_control"),
+        pids_refused=parse_field(texts["pids.events"], b"max", "pids.events"),
+    )
 
 
 def working_set(memory_bytes: int | None, cache_bytes: int | None) -> int | None:
@@ -548,9 +579,10 @@ def _memberships(raw: bytes) -> dict[str, str]:
     return groups
 
 
-def _mounts(raw: bytes) -> list[_Mount]:
+@functools.lru_cache(maxsize=_TABLES_KEPT_MAX)
+def _mounts(raw: bytes) -> tuple[_Mount, ...]:
     """The lines of a mountinfo."""
-    return [_mount(line) for line in _lines(raw, "mountinfo")]
+    return tuple(_mount(line) for line in _lines(raw, "mountinfo"))
 
 
 @functools.lru_cache(maxsize=_LINES_KEPT_MAX)

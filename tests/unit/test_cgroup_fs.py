@@ -386,6 +386,23 @@ def test_a_container_that_is_gone_is_an_error_and_not_a_row_of_unknowns(host: Ho
 
 
 @every_host
+def test_what_was_refused_is_that_part_of_the_usage_with_fewer_descriptors(host: Host) -> None:
+    """It is read around every command, and for every command that a restart finds."""
+
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    with host.open() as handle:
+        before = descriptors()
+        refusals = handle.read_refusals()
+        assert descriptors() - before <= 3
+        usage = handle.read_usage()
+        assert (refusals.oom_kills, refusals.pids_refused) == (usage.oom_kills, usage.pids_refused)
+        assert refusals.oom_kills is not None
+        assert refusals.pids_refused is not None
+
+
+@every_host
 def test_every_descriptor_is_closed_and_none_is_inherited(host: Host) -> None:
     def descriptors() -> set[str]:
         return set(os.listdir("/proc/self/fd"))

@@ -42,7 +42,6 @@ from sandboxd.client.model import (
     given,
     host_of,
     input_bytes,
-    limits_params,
     list_params,
     listed_sandboxes,
     memory_files,
@@ -53,6 +52,7 @@ from sandboxd.client.model import (
     sandbox_metrics,
     shell_info,
     shell_params,
+    update_params,
     verification,
 )
 from sandboxd.client.sandbox import InstanceOrClass
@@ -695,7 +695,7 @@ class AsyncSandbox:
         Raises:
             InvalidArgumentException: A limit that cannot be meant, or enforced here.
         """
-        return sandbox_info(await call("sandbox/update", {**self._ref, **limits_params(limits)}, request_timeout))
+        return sandbox_info(await call("sandbox/update", {**self._ref, **update_params(limits)}, request_timeout))
 
     async def verify(self, provoke: bool = False, request_timeout: float | None = None) -> SandboxVerification:
         """Read the limits from the kernel again; with ``provoke`` run into them as well."""

@@ -327,7 +327,34 @@ _NAMES = ("allow", "deny", "inject", "services", "secrets")
 _LIMITS = ("memory", "cpus", "pids", "cpuset", "shm", "tmp", "nofile")
 
 
-def limits_params(options: LimitOptions) -> dict[str, Any]:
+def _refuse_unknown(options: Mapping[str, Any], known: Iterable[str]) -> None:
+    """What nobody reads would be left out without a word, and a limit with it.
+
+    Raises:
+        InvalidArgumentException: There is no option of this name.
+    """
+    unknown = [name for name in options if name not in known]
+    if not unknown:
+        return
+    import difflib
+
+    names = sorted(known)
+    near = difflib.get_close_matches(unknown[0], names, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"one of {' '.join(names)}"
+    raise InvalidArgumentException(f"unknown option {unknown[0]!r}", hint=hint, type="invalid_argument")
+
+
+def update_params(options: LimitOptions) -> dict[str, Any]:
+    """What ``sandbox/update`` is to change.
+
+    Raises:
+        InvalidArgumentException: There is no limit of this name.
+    """
+    _refuse_unknown(options, LimitOptions.__optional_keys__)
+    return _limits_params(options)
+
+
+def _limits_params(options: LimitOptions) -> dict[str, Any]:
     """``limits`` and ``limits_policy`` of a request."""
     values: dict[str, Any] = {**options}
     limits = given(**{name: values.get(name) for name in _LIMITS})
@@ -354,8 +381,9 @@ def create_params(
     """Params of ``sandbox/create``.
 
     Raises:
-        InvalidArgumentException: Two options contradict each other.
+        InvalidArgumentException: There is no such option, or two contradict each other.
     """
+    _refuse_unknown(options, CreateOptions.__optional_keys__)
     workspace = options.get("workspace")
     if workspace is None and options.get("read_only"):
         raise InvalidArgumentException("cannot make a workspace read-only", "there is none", "give workspace")
@@ -387,7 +415,7 @@ def create_params(
             "path": os.path.abspath(os.path.expanduser(workspace)),
             "mode": options.get("workspace_mode") or ("ro" if options.get("read_only") else "rw"),
         },
-        **limits_params(options),
+        **_limits_params(options),
     )
 
 

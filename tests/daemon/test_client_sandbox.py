@@ -89,6 +89,35 @@ def test_options_that_cannot_be_meant_are_refused(client: Any, options: dict[str
         client.create(**options)
 
 
+@pytest.mark.parametrize(
+    ("option", "hint"),
+    [
+        ({"readonly": True}, "did you mean read_only?"),
+        ({"time_out": 1}, "did you mean timeout?"),
+        ({"mem": "64m"}, "did you mean memory?"),
+        ({"api_key": "x"}, "one of allow "),
+    ],
+)
+def test_an_option_that_nobody_reads_is_refused_with_the_one_that_was_meant(
+    client: Any, option: dict[str, Any], hint: str
+) -> None:
+    """A limit that is misspelt would be no limit, and a workspace that was to be read-only could be written to."""
+    [name] = option
+    with pytest.raises(InvalidArgumentException, match=f"^unknown option '{name}'") as refused:
+        client.create(**option)
+    assert refused.value.hint.startswith(hint)
+
+
+def test_an_update_of_an_unknown_limit_is_refused(client: Any) -> None:
+    """It would change nothing, and say that all is well."""
+    box = client.create()
+    with pytest.raises(InvalidArgumentException) as refused:
+        box.update(mem="64m")
+    assert (refused.value.brief, refused.value.hint) == ("unknown option 'mem'", "did you mean memory?")
+    with pytest.raises(InvalidArgumentException):
+        box.update(name="x")
+
+
 def test_rules_services_and_secrets_are_lists_of_the_request() -> None:
     rule = "api.example.com X: {token}"
     options: CreateOptions = {"allow": ("pypi",), "inject": (rule,), "services": ["chroma=private"], "secrets": []}

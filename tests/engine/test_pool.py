@@ -180,7 +180,6 @@ def test_what_is_fixed_at_creation_is_a_miss_with_its_reason(pooled: Daemon, eng
     mount = {"path": str(tmp_path), "target": "/mnt"}
     unfit: dict[str, dict[str, Any]] = {
         "image": {"image": "localhost/sandboxd/no-such:image"},
-        "network": {"network": "full"},
         "nofile": {"limits": {"nofile": 77}},
         "mounts": {"mounts": [mount]},
     }

@@ -41,6 +41,7 @@ from sandboxd.failures import (
     Failure,
     InvalidArgument,
 )
+from sandboxd.misfits import misfit
 from sandboxd.peers import Peer
 from sandboxd.protocol import (
     FRAME_BYTES_MAX,
@@ -321,9 +322,7 @@ class Connection:
         try:
             params = _params_decoder(method.params).decode(_named_params(request.params))
         except msgspec.ValidationError as error:
-            self._reply_failure(
-                request_id, InvalidArgument(f"cannot understand the params of {method.name!r}", detail=str(error))
-            )
+            self._reply_failure(request_id, misfit(method, bytes(request.params), error))
             return
         except _UNDECODABLE as error:
             self._reply_error(request_id, PARSE_ERROR, "the params are not JSON", _describe(error))

@@ -48,6 +48,7 @@ Name = Annotated[
         description="1 to 63 of a-z 0-9 . _ -, starting and ending with a letter or digit.",
     ),
 ]
+"""With what is to be written instead as its description: see ``sandboxd.misfits``. So has all that has a pattern."""
 Text = Annotated[str, Meta(max_length=4096), AUDITED]
 """Of a path or a name."""
 Quantity = Annotated[int | float | str, Meta(description="A number, or text with a unit."), AUDITED]
@@ -56,7 +57,14 @@ HostPathBytes = Annotated[bytes, Meta(max_length=4095), AUDITED]
 LimitsPolicy = Literal["strict", "degraded"]
 NetworkMode = Literal["none", "allow", "full"]
 Port = Annotated[int, Meta(ge=1, le=65535)]
-ServiceName = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9-]{0,30}\Z", description="1 to 31 of a-z 0-9 -.")]
+ServiceName = Annotated[
+    str,
+    Meta(
+        pattern=r"^[a-z][a-z0-9-]{0,30}\Z",
+        description="1 to 31 of a-z 0-9 -, starting with a letter.",
+        extra={"hint": "sandboxctl service list"},
+    ),
+]
 Rules = Annotated[
     list[Annotated[str, Meta(max_length=512), AUDITED]],
     Meta(max_length=256, description="``[METHOD ]HOST[:PORT]``, such as ``*.example.org:443``, or a preset."),
@@ -93,7 +101,14 @@ SandboxState = Literal[
     "broken",
     "lost",
 ]
-TemplateName = Annotated[str, Meta(pattern=r"^[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?\Z")]
+TemplateName = Annotated[
+    str,
+    Meta(
+        pattern=r"^[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?\Z",
+        description="1 to 63 of a-z 0-9 . _ -, starting and ending with a letter or digit.",
+        extra={"hint": "sandboxctl template list"},
+    ),
+]
 SlotCount = Annotated[int, Meta(ge=0, le=512)]
 
 
@@ -619,7 +634,14 @@ class CommandParams(Params, frozen=True):
         return DESCRIPTORS_PER_REQUEST_MAX if self.stdio == "descriptors" and self.pty is None else 0
 
 
-CommandId = Annotated[str, Meta(pattern=r"^[0-9a-f]{12}\Z", description="Twelve hexadecimal digits.")]
+CommandId = Annotated[
+    str,
+    Meta(
+        pattern=r"^[0-9a-f]{12}\Z",
+        description="Twelve hexadecimal digits.",
+        extra={"hint": "sandboxctl ps SANDBOX"},
+    ),
+]
 
 
 class CommandRef(Params, frozen=True):
@@ -787,7 +809,14 @@ class ShellOpenParams(Params, frozen=True):
     """Absolute, or relative to /workspace. Default: /workspace, or / where there is none."""
 
 
-ShellId = Annotated[str, Meta(pattern=r"^[0-9a-f]{12}\Z", description="Twelve hexadecimal digits.")]
+ShellId = Annotated[
+    str,
+    Meta(
+        pattern=r"^[0-9a-f]{12}\Z",
+        description="Twelve hexadecimal digits.",
+        extra={"hint": "sandboxctl session ls SANDBOX"},
+    ),
+]
 
 
 class ShellRef(Params, frozen=True):
@@ -1249,7 +1278,14 @@ class PortCloseParams(Params, frozen=True):
     """Close one forward."""
 
     sandbox: SandboxRef
-    forward_id: Annotated[str, Meta(pattern=r"^[0-9a-f]{8}\Z")]
+    forward_id: Annotated[
+        str,
+        Meta(
+            pattern=r"^[0-9a-f]{8}\Z",
+            description="Eight hexadecimal digits.",
+            extra={"hint": "sandboxctl ports SANDBOX"},
+        ),
+    ]
 
 
 class PortForward(Reply, frozen=True):

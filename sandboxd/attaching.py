@@ -25,7 +25,7 @@ from runtimes.model import Network
 from runtimes.netns import NetworkView
 from sandboxd.background import Background
 from sandboxd.commands import format_command_id
-from sandboxd.egress_rules import Egress, parse_rules
+from sandboxd.egress_rules import Egress, check_allowed, parse_rules
 from sandboxd.failures import CapacityExceeded, Conflict, Failure, InvalidArgument, NotFound
 from sandboxd.injections import Injection, parse_injections, secrets_in
 from sandboxd.lifecycle import State
@@ -382,12 +382,14 @@ def egress_of(
     """
     if mode in ("none", "full") and (allow or deny or inject):
         raise InvalidArgument(
-            f"cannot use rules with the network {mode!r}", detail="only 'allow' obeys them", hint="--network allow"
+            f"cannot use rules with the network {mode!r}",
+            detail="only 'allow' obeys them",
+            hint="leave them out, or take the mode 'allow'",
         )
     if mode != "allow" and not allow and not deny and not inject:
         return None
     record = EgressRecord(allow=tuple(allow), deny=tuple(deny), inject=tuple(inject))
-    rules_of(record)
+    check_allowed(rules_of(record).allow)
     parse_injections(inject)
     return record
 

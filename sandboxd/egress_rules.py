@@ -28,6 +28,7 @@ HOST_CHARS_MAX = 253
 PORT_MAX = 65535
 
 DEFAULT_PORTS = frozenset({80, 443})
+LOOPBACK = "127.0.0.1"
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -111,7 +112,11 @@ class Egress(msgspec.Struct, frozen=True):
         for rule in self.allow:
             if rule.fits(host, port, method):
                 return Verdict("granted", "", by_address=rule.address is not None)
-        return Verdict("denied", "no rule allows it")
+        if address_of(host) is not None and any(rule.host == "*" for rule in self.allow):
+            return Verdict(
+                "denied", "'*' is for names, and no rule names this address", useful_rule=_rule_for(host, port)
+            )
+        return Verdict("denied", "no rule allows it", useful_rule=_rule_for(host, port))
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -121,6 +126,37 @@ class Verdict(msgspec.Struct, frozen=True):
     reason: str
     by_address: bool = False
     """Granted by a rule that names the very address: it may be a private one."""
+    useful_rule: str = ""
+    """Denied, and with this rule it would be granted; empty: no rule alone changes it."""
+
+
+def _rule_for(host: str, port: int) -> str:
+    address = address_of(host)
+    if address is not None and unnameable(address):
+        return ""
+    shown = f"[{host}]" if isinstance(address, ipaddress.IPv6Address) else host
+    return f"{LOOPBACK if is_localhost(host) else shown}:{port}"
+
+
+def is_localhost(host: str) -> bool:
+    """Whether this name is the host's own, on its loopback: a name, and so it leads nowhere."""
+    return host == "localhost" or host.endswith(".localhost")
+
+
+def check_allowed(rules: Iterable[Rule]) -> None:
+    """Refuse to allow what is refused all the same.
+
+    Raises:
+        InvalidArgument: a rule allows it.
+    """
+    for rule in rules:
+        if is_localhost(rule.host):
+            ports = "*" if rule.ports is None else ",".join(map(str, sorted(rule.ports)))
+            raise InvalidArgument(
+                f"cannot allow {rule.text!r}",
+                detail="no name may lead to this host, only an address",
+                hint=f"--allow {LOOPBACK}:{ports}",
+            )
 
 
 def parse_rules(texts: Iterable[str]) -> tuple[Rule, ...]:

@@ -198,7 +198,7 @@ class EgressProxy:
         except NoWayOut as error:
             if error.denied:
                 await self._note_denial(peer.socket, host, port, method, error.reason)
-            hint = f"sandboxctl network {self._name} --allow {host}:{port}" if error.denied else ""
+            hint = f"sandboxctl network {self._name} --allow {verdict.useful_rule}" if verdict.useful_rule else ""
             await peer.answer(
                 403 if error.denied else 502, _said(f"cannot connect to {host}:{port}", error.reason, hint)
             )

@@ -299,6 +299,22 @@ def test_rules_that_nothing_would_obey_are_refused(mode: str) -> None:
         egress_of(mode, [], ["pypi"])
 
 
+def test_a_rule_that_cannot_work_is_refused_when_it_is_given() -> None:
+    """And not when the first request fails."""
+    with pytest.raises(InvalidArgument):
+        egress_of("allow", ["localhost:8080"], [])
+    assert egress_of("allow", [], ["localhost:8080"]) is not None
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_what_is_said_of_rules_without_a_proxy_holds_for_every_verb(mode: str) -> None:
+    """The flag is --network of create, and --mode of network."""
+    with pytest.raises(InvalidArgument) as caught:
+        egress_of(mode, ["pypi"], [])
+    assert "--" not in caught.value.hint
+    assert "'allow'" in caught.value.hint
+
+
 def changed(box: Loopback, mode: str | None = None, **changes: Any) -> EgressRecord | None:
     said: dict[str, Any] = {"allow": None, "deny": None, "add_allow": [], "add_deny": [], **changes}
     sandbox: Any = box

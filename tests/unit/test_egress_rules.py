@@ -11,6 +11,7 @@ from sandboxd.egress_rules import (
     PRESETS,
     Egress,
     canonical_host,
+    check_allowed,
     forbidden,
     parse_rule,
     parse_rules,
@@ -205,3 +206,51 @@ def test_a_canonical_host_stays_what_it_is(text: str) -> None:
     """Else a rule and a request could differ by how often they were read."""
     host = canonical_host(text)
     assert host is None or canonical_host(host) == host
+
+
+@pytest.mark.parametrize(
+    ("host", "useful"),
+    [
+        ("a.example", "a.example:8080"),
+        ("10.0.0.1", "10.0.0.1:8080"),
+        ("fd00::1", "[fd00::1]:8080"),
+        ("localhost", "127.0.0.1:8080"),
+        ("169.254.169.254", ""),
+        ("fe80::1", ""),
+    ],
+)
+def test_a_rule_is_proposed_only_where_it_would_help(host: str, useful: str) -> None:
+    """A rule for a cloud's metadata is refused, and one for localhost never grants anything."""
+    assert Egress().judge(host, 8080, "GET").useful_rule == useful
+    if useful:
+        check_allowed([parse_rule(useful)])
+
+
+def test_no_rule_is_proposed_against_one_that_denies() -> None:
+    """It would go before."""
+    assert Egress(deny=parse_rules(["a.example"])).judge("a.example", 80, "GET").useful_rule == ""
+
+
+def test_every_name_is_no_address_and_says_so() -> None:
+    """``*`` looks like everything."""
+    every = Egress(parse_rules(["*"]))
+    verdict = every.judge("10.0.0.1", 80, "GET")
+    assert verdict.reason == "'*' is for names, and no rule names this address"
+    assert verdict.useful_rule == "10.0.0.1:80"
+    assert every.judge("a.example", 22, "GET").reason == "no rule allows it"
+
+
+@pytest.mark.parametrize(
+    ("rule", "instead"),
+    [
+        ("localhost:18765", "--allow 127.0.0.1:18765"),
+        ("localhost:*", "--allow 127.0.0.1:*"),
+        ("LOCALHOST", "--allow 127.0.0.1:80,443"),
+        ("*.localhost:1", "--allow 127.0.0.1:1"),
+    ],
+)
+def test_the_hosts_own_name_cannot_be_allowed(rule: str, instead: str) -> None:
+    """It was taken, and then led nowhere."""
+    with pytest.raises(InvalidArgument) as caught:
+        check_allowed([parse_rule(rule)])
+    assert caught.value.hint == instead

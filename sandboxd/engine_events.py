@@ -1,8 +1,9 @@
 """What engines say of our containers, as it happens: whatever was done to one behind our back is looked at at once.
 
 What ends is noticed without them, for its init falls silent. They tell the rest: paused, let go on, started again,
-and removed while it was stopped. An event says only that it is time to look: what is written down is what the engine
-answers then. What an event stream has missed, the next sweep finds.
+and removed while it was stopped. An event says only that it is time to look: what is written down, and said, is what
+the engine answers then. It may come late, after whatever we did next, and so accuses nobody: somebody else did
+something where a container is not as we left it. What an event stream has missed, the next sweep finds.
 
 An engine is followed while it has sandboxes: a follower is a process of some 5 MB.
 """
@@ -38,7 +39,7 @@ _NEWS: dict[Happening, frozenset[State]] = {
     Happening.RESUMED: frozenset({State.PAUSED}),
     Happening.REMOVED: frozenset({State.RUNNING, State.PAUSED, State.STOPPED, State.BROKEN}),
 }
-"""The states in which something that happens is news; in any other we did it, or know of it."""
+"""The states in which something that happens may be news; in any other we did it, or know of it."""
 
 
 class EngineEvents:
@@ -96,7 +97,12 @@ class EngineEvents:
                 if happening is Happening.PAUSED:
                     self._manager.on_slot_lost(sandbox)
                 return
-            if sandbox.record.state not in _NEWS[happening]:
+            before = sandbox.record.state
+            if before not in _NEWS[happening]:
                 return
-            logger.info("%s was %s, and not by us", sandbox.record.id, happening.value)
-            await self._manager.look(sandbox, why=f"its container was {happening.value}, and not by sandboxd")
+            # What is out of reach may have got there by what we did.
+            settled = before is not State.BROKEN
+            why = f"its container was {happening.value}, and not by sandboxd"
+            await self._manager.look(sandbox, why=why if settled else "its container runs")
+            if settled and sandbox.record.state is not before:
+                logger.info("%s is %s: %s", sandbox.record.id, sandbox.record.state.value, why)

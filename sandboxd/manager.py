@@ -525,7 +525,7 @@ class Manager:
             elif facts.state is ContainerState.PAUSED:
                 if sandbox.record.state is not State.PAUSED:
                     sandbox.change(Event.PAUSE, reason=reconcile.PAUSED)
-            else:
+            elif sandbox.record.state is not State.STOPPED:
                 # Of one that was to stop it matters to nobody how its init took it.
                 asked = sandbox.record.state is State.STOPPING
                 self.note(sandbox, Event.EXITED, "" if asked else _why_stopped(facts))

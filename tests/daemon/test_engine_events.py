@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -9,6 +10,7 @@ import anyio
 import pytest
 
 from runtimes.errors import EngineUnavailable
+from runtimes.model import Happening
 from sandboxd import engine_events, reconcile
 from sandboxd.engine_events import EngineEvents
 from sandboxd.lifecycle import State
@@ -73,6 +75,51 @@ async def test_what_we_do_is_not_news(world: World) -> None:
         await anyio.wait_all_tasks_blocked()
         assert "inspect" not in world.engine.calls
         await world.assert_empty()
+
+
+@pytest.mark.parametrize(
+    ("state", "happening"),
+    [
+        (State.STOPPED, Happening.STARTED),
+        (State.STOPPED, Happening.REMOVED),
+        (State.PAUSED, Happening.RESUMED),
+        (State.PAUSED, Happening.ENDED),
+        (State.RUNNING, Happening.PAUSED),
+        (State.RUNNING, Happening.ENDED),
+    ],
+)
+async def test_what_we_did_and_is_told_late_is_no_news_either(
+    world: World,
+    state: State,
+    happening: Happening,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """We stopped and started it, or paused it and let it go on, before its engine told of the first."""
+    caplog.set_level(logging.INFO)
+    async with followed(world, state) as (_, sandbox, container_id):
+        monkeypatch.setattr(Sandbox, "connected", state is State.RUNNING)
+        sandbox.put(state=state, state_reason="as we left it")
+        world.engine.calls.clear()
+        world.engine.tell_late(container_id, happening)
+        with anyio.fail_after(10):
+            while "inspect" not in world.engine.calls:
+                await anyio.wait_all_tasks_blocked()
+        await anyio.wait_all_tasks_blocked()
+        assert (sandbox.record.state, sandbox.record.state_reason) == (state, "as we left it")
+        assert "not by" not in caplog.text
+
+
+async def test_what_somebody_did_is_logged_with_what_became_of_it(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever reads the log learns that it was not the daemon."""
+    caplog.set_level(logging.INFO)
+    async with followed(world, State.STOPPED) as (_, sandbox, container_id):
+        await world.engine.remove(container_id)
+        await until(sandbox, State.LOST)
+        await anyio.wait_all_tasks_blocked()
+        assert f"{sandbox.record.id} is lost: its container was removed, and not by sandboxd" in caplog.text
 
 
 async def test_an_engine_without_sandboxes_is_not_followed(world: World) -> None:

@@ -123,6 +123,10 @@ class FakeEngine:
         self._stop(container, exit_code)
         self._happened(container_id, container, Happening.ENDED)
 
+    def tell_late(self, container_id: str, happening: Happening) -> None:
+        """Tell of something that happened to this container a while ago."""
+        self._happened(container_id, self._containers[container_id], happening)
+
     @property
     def followers(self) -> int:
         """How many follow what happens."""

@@ -11,7 +11,7 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 import anyio
 import msgspec
@@ -302,9 +302,10 @@ class Manager:
                 if sandbox.record.state is State.PAUSED:
                     await self._resume(sandbox, timings)
                     return
+                values = await self._secrets.values_to_start(sandbox)
                 sandbox.change(Event.START)
                 try:
-                    await self._start(sandbox, timings)
+                    await self._start(sandbox, values, timings)
                 except ContainerNotFound as error:
                     self.note(sandbox, Event.VANISHED, f"{sandbox.record.engine} no longer has its container")
                     raise _gone(sandbox) from error
@@ -381,12 +382,12 @@ class Manager:
             logger.warning("cannot stop %s again: %s", sandbox.record.id, error)
         await self._look(sandbox, engine, container_id_of(sandbox))
 
-    async def _start(self, sandbox: Sandbox, timings: Timings) -> None:
+    async def _start(self, sandbox: Sandbox, secrets: Mapping[str, bytes], timings: Timings) -> None:
         await self.containers.start(sandbox, self.engine_of(sandbox), timings)
         self.enforcer.prove_again(sandbox)
         timings.mark("verify")
         require_proof(sandbox)
-        await self._secrets.deliver(sandbox)
+        await self._secrets.deliver(sandbox, secrets)
         sandbox.change(Event.ADOPTED)
         if sandbox.record.launch == "warm":
             self.engine_records.stale(sandbox)

@@ -1512,14 +1512,26 @@ class SecretSetParams(Params, frozen=True):
     """Of those that systemd gives to the daemon's unit (``LoadCredential=``)."""
 
 
-class SecretParams(Params, frozen=True):
-    """Name one secret."""
+class SecretRemoveParams(Params, frozen=True):
+    """Forget a secret. Refused where sandboxes have it: they could not be started again."""
 
     name: SecretName
+    force: bool = False
+    """All the same. What sandboxes were given stays with them until they stop."""
 
 
 class SecretGiveParams(Params, frozen=True):
     """Give secrets to a running sandbox: those that it has are renewed, too."""
+
+    sandbox: SandboxRef
+    secrets: Annotated[list[SecretName], Meta(min_length=1, max_length=64)]
+
+
+class SecretTakeParams(Params, frozen=True):
+    """Take secrets from a sandbox that runs or is stopped: their files, and that it is given them when it starts.
+
+    What has read one knows it all the same.
+    """
 
     sandbox: SandboxRef
     secrets: Annotated[list[SecretName], Meta(min_length=1, max_length=64)]
@@ -2055,8 +2067,9 @@ METHODS: tuple[Method, ...] = (
     Method("ports/close", PortCloseParams, Acknowledged, "Close a forward."),
     Method("secret/set", SecretSetParams, Acknowledged, "Keep a secret."),
     Method("secret/list", NoParams, SecretList, "The names of the secrets, and who has them.", reads=True),
-    Method("secret/remove", SecretParams, Acknowledged, "Forget a secret."),
+    Method("secret/remove", SecretRemoveParams, Acknowledged, "Forget a secret."),
     Method("secret/give", SecretGiveParams, Acknowledged, "Give secrets to a running sandbox."),
+    Method("secret/take", SecretTakeParams, Acknowledged, "Take secrets from a sandbox."),
     Method("service/list", NoParams, ServiceList, "The services that sandboxes may share.", reads=True),
     Method("service/logs", ServiceLogsParams, ServiceLogs, "What a service printed.", reads=True),
     Method("service/restart", ServiceParams, ServiceInfo, "End a service and start it anew."),

@@ -24,7 +24,7 @@ import anyio.to_thread
 import msgspec
 
 from runtimes.init.file_worker import FileRefused
-from sandboxd.failures import CapacityExceeded, Conflict, Failure, InvalidArgument, NotFound
+from sandboxd.failures import CapacityExceeded, Conflict, Failure, InvalidArgument, NotFound, PrerequisiteMissing
 from sandboxd.sandbox import Sandbox
 from sandboxd.secret_sources import VALUE_BYTES_MAX, Source, Sources, read_value, write_private
 from sandboxd.timings import now_ms
@@ -236,6 +236,25 @@ class SecretStore:
         self.check(names)
         return {name: await self._fetch(name) for name in names}
 
+    async def values_to_start(self, sandbox: Sandbox) -> dict[str, bytes]:
+        """The values of a sandbox's own, before it is started: without them it would have to be stopped again.
+
+        Raises:
+            PrerequisiteMissing: one is not to be had. Says how the sandbox can do without it.
+        """
+        values = {}
+        for name in sandbox.record.secrets:
+            try:
+                values.update(await self.values([name]))
+            except Failure as error:
+                mend = f"sandboxctl secret set {name} < FILE" if isinstance(error, NotFound) else error.hint
+                raise PrerequisiteMissing(
+                    f"cannot start sandbox {sandbox.record.id}",
+                    detail=str(error),
+                    hint=f"{mend}   (or without it: sandboxctl secret take {sandbox.record.id} {name})",
+                ) from error
+        return values
+
     async def reveal(self, name: str) -> bytes:
         """One value, for a request: a command is not run for each.
 
@@ -284,22 +303,15 @@ class SecretStore:
             # Said again to whoever wants to have it.
             return
 
-    async def deliver(self, sandbox: Sandbox, values: Mapping[str, bytes] | None = None) -> None:
+    async def deliver(self, sandbox: Sandbox, values: Mapping[str, bytes]) -> None:
         """Put the secrets of a sandbox into its memory, readable for its user. Idempotent; no engine call.
 
-        Args:
-            sandbox: Whose.
-            values: Its secrets, where they were fetched already.
-
         Raises:
-            NotFound: one is not kept any more.
-            Failure: there is no room for them inside, or a source does not give one.
+            Failure: there is no room for them inside.
             InitError: its file worker does not answer.
         """
         if not sandbox.record.secrets:
             return
-        if values is None:
-            values = await self.values(sandbox.record.secrets)
         try:
             async with sandbox.files_for_a_moment() as files:
                 await files.make_dir(INSIDE.encode(), mode=0o700)
@@ -315,6 +327,24 @@ class SecretStore:
             raise Failure(
                 f"cannot give its secrets to sandbox {sandbox.record.id}", detail=error.strerror or ""
             ) from error
+
+    async def withdraw(self, sandbox: Sandbox, names: Sequence[str]) -> None:
+        """Take secrets out of a sandbox's memory. Idempotent; no engine call.
+
+        Raises:
+            Failure: something else has their place inside.
+            InitError: its file worker does not answer.
+        """
+        async with sandbox.files_for_a_moment() as files:
+            for name in names:
+                try:
+                    await files.remove(f"{INSIDE}/{name}".encode())
+                except FileRefused as error:
+                    if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                        raise Failure(
+                            f"cannot take the secret {name!r} from sandbox {sandbox.record.id}",
+                            detail=os.strerror(error.errno),
+                        ) from error
 
     def _digest(self, value: bytes) -> bytes:
         """Of a value without the line feed that a shell takes away."""

@@ -38,11 +38,16 @@ def _add_secret(parser: argparse.ArgumentParser) -> None:
     removing = actions.add_parser("rm", help="forget a secret")
     removing.set_defaults(action=_remove)
     removing.add_argument("name", metavar="NAME")
+    removing.add_argument("-f", "--force", action="store_true", help="even if sandboxes have it")
     giving = actions.add_parser("give", help="give secrets to a sandbox that runs, as files at /run/secrets")
     giving.set_defaults(action=_give)
     verb.add_sandbox(giving)
     giving.add_argument("names", metavar="NAME", nargs="+")
-    for action in (setting, listing, removing, giving):
+    taking = actions.add_parser("take", help="take secrets from a sandbox, running or stopped")
+    taking.set_defaults(action=_take)
+    verb.add_sandbox(taking)
+    taking.add_argument("names", metavar="NAME", nargs="+")
+    for action in (setting, listing, removing, giving, taking):
         verb.add_json(action)
 
 
@@ -111,11 +116,15 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _remove(arguments: argparse.Namespace) -> int:
-    return _acknowledged(arguments, "secret/remove", name=arguments.name)
+    return _acknowledged(arguments, "secret/remove", name=arguments.name, force=arguments.force)
 
 
 def _give(arguments: argparse.Namespace) -> int:
     return _acknowledged(arguments, "secret/give", sandbox=arguments.sandbox, secrets=arguments.names)
+
+
+def _take(arguments: argparse.Namespace) -> int:
+    return _acknowledged(arguments, "secret/take", sandbox=arguments.sandbox, secrets=arguments.names)
 
 
 def _acknowledged(arguments: argparse.Namespace, method: str, **fields: object) -> int:
@@ -125,4 +134,4 @@ def _acknowledged(arguments: argparse.Namespace, method: str, **fields: object) 
     return 0
 
 
-VERBS = {"secret": Verb("secrets for sandboxes: set, list, rm, give", _add_secret, _secret)}
+VERBS = {"secret": Verb("secrets for sandboxes: set, list, rm, give, take", _add_secret, _secret)}

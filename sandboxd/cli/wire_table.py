@@ -54,8 +54,9 @@ PARAMS: dict[str, str] = {
     "ports/close": "PortCloseParams",
     "secret/set": "SecretSetParams",
     "secret/list": "NoParams",
-    "secret/remove": "SecretParams",
+    "secret/remove": "SecretRemoveParams",
     "secret/give": "SecretGiveParams",
+    "secret/take": "SecretTakeParams",
     "service/list": "NoParams",
     "service/logs": "ServiceLogsParams",
     "service/restart": "ServiceParams",
@@ -366,14 +367,19 @@ FIELDS: dict[str, dict[str, object]] = {
         "sandbox": REQUIRED,
         "secrets": REQUIRED,
     },
-    "SecretParams": {
+    "SecretRemoveParams": {
         "name": REQUIRED,
+        "force": False,
     },
     "SecretSetParams": {
         "name": REQUIRED,
         "value": None,
         "command": None,
         "credential": None,
+    },
+    "SecretTakeParams": {
+        "sandbox": REQUIRED,
+        "secrets": REQUIRED,
     },
     "ServiceFileParams": {
         "service": REQUIRED,

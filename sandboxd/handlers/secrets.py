@@ -5,17 +5,25 @@ from __future__ import annotations
 from sandboxd import protocol, running
 from sandboxd.attaching import injected_secrets
 from sandboxd.connection import Context
-from sandboxd.failures import InvalidArgument
+from sandboxd.failures import Conflict, InvalidArgument, NotFound
 from sandboxd.handlers.table import Handler
+from sandboxd.lifecycle import State
 from sandboxd.manager import Manager
 from sandboxd.sandbox import Sandbox
 from sandboxd.secret_store import SecretStore
+
+NAMED_MAX = 8
+"""Of the sandboxes that have a secret."""
 
 
 def _secrets_of(sandbox: Sandbox) -> set[str]:
     """The names of those that it was given, and of those that are added to its requests."""
     egress = sandbox.record.egress
     return {*sandbox.record.secrets, *(() if egress is None else injected_secrets(egress))}
+
+
+def _having(manager: Manager, name: str) -> list[Sandbox]:
+    return [sandbox for sandbox in manager.present() if name in _secrets_of(sandbox)]
 
 
 class SecretHandlers:
@@ -32,6 +40,7 @@ class SecretHandlers:
             "secret/list": self.list,
             "secret/remove": self.remove,
             "secret/give": self.give,
+            "secret/take": self.take,
         }
 
     async def set(self, params: protocol.SecretSetParams, _: Context) -> protocol.Acknowledged:
@@ -59,16 +68,26 @@ class SecretHandlers:
                     changed_at_ms=known.changed_at_ms,
                     source=known.source,
                     origin=known.origin,
-                    sandboxes=[
-                        sandbox.record.id for sandbox in self._manager.present() if known.name in _secrets_of(sandbox)
-                    ],
+                    sandboxes=[sandbox.record.id for sandbox in _having(self._manager, known.name)],
                 )
                 for known in self._secrets.known()
             ]
         )
 
-    async def remove(self, params: protocol.SecretParams, _: Context) -> protocol.Acknowledged:
-        """Forget one."""
+    async def remove(self, params: protocol.SecretRemoveParams, _: Context) -> protocol.Acknowledged:
+        """Forget one that no sandbox has, or any."""
+        self._secrets.check([params.name])
+        having = _having(self._manager, params.name)
+        if having and not params.force:
+            ids = [sandbox.record.id for sandbox in having]
+            more = f" and {len(ids) - NAMED_MAX} more" if len(ids) > NAMED_MAX else ""
+            given = params.name in having[0].record.secrets
+            without = f"secret take {ids[0]} {params.name}" if given else f"network {ids[0]} --reset"
+            raise Conflict(
+                f"cannot remove the secret {params.name!r}",
+                detail=f"{', '.join(ids[:NAMED_MAX])}{more} could not use it any more",
+                hint=f"sandboxctl {without}   (or all the same: sandboxctl secret rm --force {params.name})",
+            )
         self._secrets.remove(params.name)
         return protocol.Acknowledged()
 
@@ -82,4 +101,22 @@ class SecretHandlers:
             running.require_running(sandbox)
             sandbox.put(secrets=tuple(dict.fromkeys((*sandbox.record.secrets, *names))))
             await self._secrets.deliver(sandbox, values)
+        return protocol.Acknowledged()
+
+    async def take(self, params: protocol.SecretTakeParams, _: Context) -> protocol.Acknowledged:
+        """Take some from a sandbox, running or stopped."""
+        sandbox = self._manager.get(params.sandbox)
+        async with sandbox.lock:
+            for name in params.secrets:
+                if name not in sandbox.record.secrets:
+                    raise NotFound(
+                        f"cannot take the secret {name!r} from sandbox {sandbox.record.id}",
+                        detail="it was not given it",
+                        hint=f"sandboxctl inspect {sandbox.record.id}",
+                    )
+            # Of one that is stopped, nothing of its memory is left.
+            if sandbox.record.state is not State.STOPPED:
+                running.require_running(sandbox)
+                await self._secrets.withdraw(sandbox, params.secrets)
+            sandbox.put(secrets=tuple(name for name in sandbox.record.secrets if name not in params.secrets))
         return protocol.Acknowledged()

@@ -312,15 +312,35 @@ async def test_secrets_are_given_as_files_for_the_sandboxs_user_alone(
     async with tree() as inside:
         monkeypatch.setattr("sandboxd.secret_store.INSIDE", os.fsdecode(inside.root / "secrets"))
         box: Any = Box(inside.files)
-        await store.deliver(box)
+        await store.deliver(box, await store.values(["token"]))
         assert os.listdir(inside.root / "secrets") == ["token"]
         given = inside.root / "secrets" / "token"
         assert given.read_bytes() == CANARY
         assert given.stat().st_mode & 0o777 == 0o400
         assert (inside.root / "secrets").stat().st_mode & 0o777 == 0o700
         await store.put("token", b"renewed")
-        await store.deliver(box)
+        await store.deliver(box, await store.values(["token"]))
         assert given.read_bytes() == b"renewed"
+
+
+async def test_what_is_taken_from_a_sandbox_is_no_file_there_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is it an error where the sandbox's user has removed it before."""
+    store = SecretStore(str(tmp_path))
+    await store.put("token", CANARY)
+    async with tree() as inside:
+        monkeypatch.setattr("sandboxd.secret_store.INSIDE", os.fsdecode(inside.root / "secrets"))
+        box: Any = Box(inside.files)
+        await store.withdraw(box, ["token"])
+        await store.deliver(box, {"token": CANARY, "other": b"stays"})
+        await store.withdraw(box, ["token"])
+        assert os.listdir(inside.root / "secrets") == ["other"]
+        await store.withdraw(box, ["token"])
+        (inside.root / "secrets" / "token").mkdir()
+        (inside.root / "secrets" / "token" / "in-the-way").touch()
+        with pytest.raises(failures.Failure, match="cannot take the secret 'token' from sandbox"):
+            await store.withdraw(box, ["token"])
 
 
 async def test_what_stands_in_the_way_inside_is_a_failure_without_the_value(
@@ -333,7 +353,7 @@ async def test_what_stands_in_the_way_inside_is_a_failure_without_the_value(
         monkeypatch.setattr("sandboxd.secret_store.INSIDE", os.fsdecode(inside.root / "secrets"))
         box: Any = Box(inside.files)
         with pytest.raises(failures.Failure) as failed:
-            await store.deliver(box)
+            await store.deliver(box, {"token": CANARY})
         assert CANARY.decode() not in str(failed.value)
 
 

@@ -173,6 +173,9 @@ def test_a_secret_is_given_while_it_runs_and_is_there_again_after_a_stop(
         daemon.call("sandbox/stop", sandbox=box["id"], grace=0)
         daemon.call("sandbox/start", sandbox=box["id"])
         assert daemon.sh(box, "cat /run/secrets/token") == CANARY
+        assert daemon.ctl("secret", "rm", token).returncode == 1
+        assert daemon.ctl("secret", "take", box["id"], token).returncode == 0
+        assert daemon.sh(box, "ls -A /run/secrets") == ""
 
 
 def test_a_secret_that_there_is_not_is_said_before_anything_is_made(daemon: Daemon, engine: str) -> None:

@@ -112,11 +112,15 @@ class Egress(msgspec.Struct, frozen=True):
         for rule in self.allow:
             if rule.fits(host, port, method):
                 return Verdict("granted", "", by_address=rule.address is not None)
-        if address_of(host) is not None and any(rule.host == "*" for rule in self.allow):
-            return Verdict(
-                "denied", "'*' is for names, and no rule names this address", useful_rule=_rule_for(host, port)
-            )
-        return Verdict("denied", "no rule allows it", useful_rule=_rule_for(host, port))
+        return Verdict("denied", self._why_none_allows(host), useful_rule=_rule_for(host, port))
+
+    def _why_none_allows(self, host: str) -> str:
+        address = address_of(host)
+        if address is not None and unnameable(address):
+            return "no rule can allow it: clouds keep their metadata at link-local addresses"
+        if address is not None and any(rule.host == "*" for rule in self.allow):
+            return "'*' is for names, and no rule names this address"
+        return "no rule allows it"
 
 
 class Verdict(msgspec.Struct, frozen=True):

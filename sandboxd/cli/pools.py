@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def _add_pool(parser: argparse.ArgumentParser) -> None:
+def _add_pool(parser: Parser) -> None:
+    parser.flag_of_word = "--template"
     actions = parser.add_subparsers(metavar="ACTION", required=True, parser_class=Parser)
     listing = actions.add_parser("list", help="show warm slots, and how they were used")
     listing.set_defaults(action=_list)
@@ -27,6 +28,7 @@ def _add_pool(parser: argparse.ArgumentParser) -> None:
     warming.set_defaults(action=_warm)
     warming.add_argument("count", type=int, metavar="NUMBER", nargs="?", default=1, help="default: 1")
     warming.add_argument("--timeout", metavar="TIME", help="default: 2m")
+    warming.flag_of_word = "--template"
     for action in (resizing, draining, warming):
         verb.add_template(action)
     for action in (listing, resizing, draining, warming):

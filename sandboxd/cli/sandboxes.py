@@ -193,7 +193,8 @@ def _path_fields(path: str, what: str) -> dict[str, Any]:
     return {"path": absolute if path_bytes is None else "", "path_bytes": path_bytes}
 
 
-def _add_create(parser: argparse.ArgumentParser) -> None:
+def _add_create(parser: verb.Parser) -> None:
+    parser.flag_of_word = "--name"
     add_create_arguments(parser)
     verb.add_json(parser)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 
 from sandboxd.cli.session import USAGE, say
@@ -10,6 +11,8 @@ from sandboxd.cli.session import USAGE, say
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from sandboxd.cli.verb import Parser
 
 ELSEWHERE = {
     "build": "image build",
@@ -36,6 +39,72 @@ ELSEWHERE = {
     "-V": "--version",
 }
 """Words of other programs, or older ones, and what means the same here."""
+
+
+FLAGS_ELSEWHERE = {
+    "--full": "--mode",
+    "--none": "--mode",
+    "--network": "--mode",
+    "--mode": "--network",
+    "--read-only": "--ro",
+    "--readonly": "--ro",
+    "-v": "--mount",
+    "--volume": "--mount",
+    "--workdir": "--cwd",
+}
+"""Flags of other programs or verbs, and those that mean the same where there are such."""
+
+VALUES_ELSEWHERE = {"--full": "full", "--none": "none", "-v": "SRC:DST[:ro]", "--volume": "SRC:DST[:ro]"}
+"""With what these go."""
+
+VERBS_ELSEWHERE = {
+    "-p": "sandboxctl forward SANDBOX [HOST_PORT:]PORT",
+    "--publish": "sandboxctl forward SANDBOX [HOST_PORT:]PORT",
+}
+"""Flags of other programs for what is a verb here."""
+
+SAME = {"ls": "list", "list": "ls"}
+"""Actions, each by the name that another verb has for it."""
+
+_CHOICE = re.compile(r"invalid choice: '(?P<word>.*)' \(choose from (?P<words>[^()]*)\)\Z", re.DOTALL)
+_NUMBER = re.compile(r"argument NUMBER: invalid int value: '(?P<word>.*)'\Z", re.DOTALL)
+_STRAY = "unrecognized arguments: "
+
+
+def explained(message: str, parser: Parser) -> tuple[str, str]:
+    """What argparse says is wrong, as we say it, and the hint."""
+    more = f"{parser.prog} --help"
+    if message.startswith(_STRAY):
+        word = message.removeprefix(_STRAY).split()[0]
+        if word.startswith("-"):
+            flag = word.partition("=")[0]
+            return f"unknown flag {flag!r}", _instead_of(flag, parser) or more
+        return message, _as_flag(word, parser) or more
+    choice = _CHOICE.search(message)
+    if choice is not None:
+        words = re.findall(r"[\w-]+", choice["words"])
+        same = SAME.get(choice["word"])
+        meant = same if same in words else nearest(choice["word"], words)
+        return message, f"did you mean {meant}?" if meant else more
+    number = _NUMBER.match(message)
+    if number is not None:
+        return message, _as_flag(number["word"], parser) or more
+    return message, more
+
+
+def _as_flag(word: str, parser: Parser) -> str:
+    return f"{parser.flag_of_word} {word}" if parser.flag_of_word else ""
+
+
+def _instead_of(flag: str, parser: Parser) -> str:
+    if flag in VERBS_ELSEWHERE:
+        return VERBS_ELSEWHERE[flag]
+    flags = parser._option_string_actions
+    meant = FLAGS_ELSEWHERE.get(flag)
+    if meant in flags:
+        return f"did you mean {meant}{' ' + VALUES_ELSEWHERE[flag] if flag in VALUES_ELSEWHERE else ''}?"
+    meant = nearest(flag, flags)
+    return f"did you mean {meant}?" if meant else ""
 
 
 def refuse(word: str, verbs: Iterable[str]) -> int:

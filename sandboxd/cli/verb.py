@@ -40,7 +40,7 @@ class Verb:
     def __init__(
         self,
         summary: str,
-        add_arguments: Callable[[argparse.ArgumentParser], object],
+        add_arguments: Callable[[Parser], object],
         run: Callable[[argparse.Namespace], int],
     ) -> None:
         self.summary = summary
@@ -75,17 +75,14 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_Help, **settings)
+        self.flag_of_word = ""
+        """Of a word too many: the flag that it was probably meant for."""
 
     def error(self, message: str) -> NoReturn:
         """Exit with the code for wrong usage."""
-        hint = f"{self.prog} --help"
-        said, colon, rest = message.partition("unrecognized arguments: ")
-        if colon and not said and (words := rest.split())[0].startswith("-"):
-            from sandboxd.cli.unknown import nearest
+        from sandboxd.cli import unknown
 
-            message = f"unknown flag {words[0].partition('=')[0]!r}"
-            meant = nearest(words[0].partition("=")[0], self._option_string_actions)
-            hint = f"did you mean {meant}?" if meant else hint
+        message, hint = unknown.explained(message, self)
         sys.stderr.write(f"sandboxctl: {message}\nhint: {hint}\n")
         raise SystemExit(USAGE)
 

@@ -33,7 +33,7 @@ def _add_workspace(parser: argparse.ArgumentParser) -> None:
         verb.add_json(action)
         verb.add_sandbox(action)
         action.add_argument(
-            "paths", metavar="PATH", nargs="*", help="only what is at or below, relative to the project"
+            "paths", metavar="PATH", nargs="*", default=[], help="only what is at or below, relative to the project"
         )
 
 

@@ -226,6 +226,11 @@ def test_a_rule_is_proposed_only_where_it_would_help(host: str, useful: str) -> 
         check_allowed([parse_rule(useful)])
 
 
+def test_a_clouds_metadata_is_said_to_be_out_of_every_rules_reach() -> None:
+    """Else one goes on to write rules for it."""
+    assert Egress().judge("169.254.169.254", 80, "GET").reason.startswith("no rule can allow it")
+
+
 def test_no_rule_is_proposed_against_one_that_denies() -> None:
     """It would go before."""
     assert Egress(deny=parse_rules(["a.example"])).judge("a.example", 80, "GET").useful_rule == ""

@@ -35,6 +35,13 @@ SWEEP_PERIOD_S = 60.0
 SWEEP_AFTER_START_S = (1.0, 5.0, 20.0)
 """And after a start: an engine may still be finishing what a killed daemon had asked for."""
 
+_NOTED = {
+    reconcile.Action.NOTE_PAUSED: State.PAUSED,
+    reconcile.Action.NOTE_STOPPED: State.STOPPED,
+    reconcile.Action.NOTE_LOST: State.LOST,
+}
+"""The state that is written down; of a sandbox that is in it already there is no news."""
+
 
 class Repaired(NamedTuple):
     """What a repair of the journal has done."""
@@ -187,9 +194,10 @@ class Recovery:
         return listed
 
     async def _carry_out(self, decision: reconcile.Decision) -> None:
-        log = logger.info if decision.action is reconcile.Action.ADOPT else logger.warning
-        log("%s %s: %s", decision.action.value, decision.sandbox_id, decision.reason)
         sandbox = self._manager.find(decision.sandbox_id)
+        known = sandbox is not None and sandbox.record.state is _NOTED.get(decision.action)
+        log = logger.info if known or decision.action is reconcile.Action.ADOPT else logger.warning
+        log("%s %s: %s", decision.action.value, decision.sandbox_id, decision.reason or "as it was left")
         try:
             if decision.action is reconcile.Action.REMOVE_CONTAINER:
                 if decision.container is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -235,6 +236,22 @@ async def test_a_removal_that_failed_says_so_and_is_finished_by_the_next_sweep(w
         assert len(await world.containers()) == 1
         await world.recovery.sweep()
         await world.assert_empty()
+
+
+@pytest.mark.parametrize(
+    ("before", "level", "reason"),
+    [(State.STOPPED, logging.INFO, "as it was left"), (State.RUNNING, logging.WARNING, "its container is exited")],
+)
+async def test_a_start_warns_of_what_has_ended_and_not_of_what_was_stopped(
+    world: World, before: State, level: int, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever looks for warnings sees what went wrong; and no line is without a reason."""
+    caplog.set_level(logging.INFO)
+    box = await world.container_of(record(state=before))
+    world.engine.end(str(box.container_id))
+    async with world.managed():
+        await world.recovery.recover()
+    assert ("sandboxd.recovery", level, f"note_stopped {box.id}: {reason}") in caplog.record_tuples
 
 
 async def test_a_removal_that_failed_can_be_asked_for_again(world: World) -> None:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 LINGER_HINT = 'sudo loginctl enable-linger "$USER"'
+BOOTED = "/run/systemd/system"
+"""There where systemd is PID 1; as sd_booted(3) says."""
 SAID_BYTES_MAX = 64 * 1024
 
 
@@ -35,6 +37,14 @@ def installed(env: Mapping[str, str]) -> list[str]:
 def check_manager(env: Mapping[str, str]) -> None:
     """Raise where the user has no systemd that could be told anything."""
     if not os.path.exists(os.path.join(env.get("XDG_RUNTIME_DIR") or "/nonexistent", "systemd", "private")):
+        if not os.path.isdir(BOOTED):
+            raise RpcError(
+                0,
+                "prerequisite_missing",
+                "cannot install units",
+                "systemd does not run here: nothing to install; the daemon starts by itself when it is needed",
+                "sandboxctl daemon start",
+            )
         raise RpcError(
             0,
             "prerequisite_missing",

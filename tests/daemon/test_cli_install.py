@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from sandboxd.cli import units
-from tests.daemon.sandboxctl import Ctl, environment, stub_daemon
+from tests.daemon.sandboxctl import PATIENCE_S, Ctl, environment, stub_daemon
 
 SYSTEMCTL = """#!/bin/sh
 echo "$*" >> "$0.said"
@@ -102,13 +104,38 @@ def test_uninstall_leaves_nothing(host: Host) -> None:
     assert (again.returncode, again.stderr) == (0, "sandboxctl: there are no units of ours\n")
 
 
-def test_without_a_systemd_nothing_is_written(host: Host) -> None:
-    """A container, a root shell, another init."""
+WITH_BOOTED = """
+import sys
+from sandboxd.cli import install
+from sandboxd.cli.main import main
+install.BOOTED = sys.argv.pop(1)
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("booted", "detail", "hint"),
+    [
+        (True, "there is none in XDG_RUNTIME_DIR", 'hint: sudo loginctl enable-linger "$USER"\n'),
+        (False, "systemd does not run here: nothing to install", "hint: sandboxctl daemon start\n"),
+    ],
+)
+def test_without_a_systemd_nothing_is_written(
+    host: Host, tmp_path: Path, booted: bool, detail: str, hint: str
+) -> None:
+    """A root shell, where lingering helps; a container or another init, where there is nothing that could linger."""
     host.private.unlink()
-    done = host.ctl("daemon", "install")
+    done = subprocess.run(
+        [sys.executable, "-c", WITH_BOOTED, str(tmp_path if booted else tmp_path / "absent"), "service", "install"],
+        env=host.env,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
     assert done.returncode == 4
-    assert "cannot reach a systemd of yours" in done.stderr
-    assert "enable-linger" in done.stderr
+    assert detail in done.stderr
+    assert done.stderr.endswith(hint)
     assert not host.units.exists()
     assert host.said == []
 

@@ -11,7 +11,7 @@ import time
 
 from sandboxd import __version__
 from sandboxd.cli import install, own_service, render, units, verb, versions
-from sandboxd.cli.session import FAILURE, call, request, say, show, show_json
+from sandboxd.cli.session import FAILURE, call, request, say, say_starting, show, show_json
 from sandboxd.cli.verb import Verb
 from sandboxd.client import Connection, NotRunning, RpcError, starting
 from sandboxd.paths import lock_path, socket_path
@@ -122,7 +122,7 @@ def _restart(arguments: argparse.Namespace) -> int:
         _say_ended(_shut_down(left))
         if not left:
             return _start(arguments)
-        with starting.start(socket_path(os.environ), os.environ, left) as connection:
+        with starting.start(socket_path(os.environ), os.environ, left, say_starting) as connection:
             return _show_info(call(connection, "daemon/info"), arguments)
     finally:
         for number in left.values():

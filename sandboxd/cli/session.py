@@ -52,7 +52,13 @@ def connect() -> Connection:
     except NotRunning:
         from sandboxd.client import starting
 
-        return starting.start(path, os.environ)
+        return starting.start(path, os.environ, on_slow=say_starting)
+
+
+def say_starting() -> None:
+    """Say to who watches what takes its time."""
+    if sys.stderr.isatty():
+        say("starting the daemon…")
 
 
 def call(

@@ -19,7 +19,7 @@ from sandboxd.paths import DAEMON_LOG_NAME, socket_path, state_dir
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 COMMAND = (sys.executable, "-P", "-m", "sandboxd.daemon")
 """``-P``: the current directory is no place to import from."""
@@ -27,6 +27,9 @@ COMMAND = (sys.executable, "-P", "-m", "sandboxd.daemon")
 READY_TIMEOUT_S = 60.0
 """An ordinary start takes a quarter of a second. The daemon asks the engines first, and gives up on one that does not
 answer after ``runtimes.detect.INFO_S_MAX``; then it may have to wait for clients that a killed one left behind."""
+
+SLOW_S = 0.5
+"""From when on a start takes so long that who watches wonders."""
 
 RETRY_S = 0.02
 """Between attempts to connect to a daemon that somebody else has just started, and that listens in a moment."""
@@ -59,13 +62,19 @@ def connect_or_start(env: Mapping[str, str]) -> Connection:
         return start(path, env)
 
 
-def start(path: str, env: Mapping[str, str], left: Mapping[str, int] | None = None) -> Connection:
+def start(
+    path: str,
+    env: Mapping[str, str],
+    left: Mapping[str, int] | None = None,
+    on_slow: Callable[[], None] | None = None,
+) -> Connection:
     """Start the daemon, wait until it listens, and connect.
 
     Args:
         path: Its socket.
         env: Its environment.
         left: What a daemon that has ended has left, by its names, first the socket itself; the caller's to close.
+        on_slow: Called once if it is not ready at once.
 
     Raises:
         RpcError: It did not start; what it said is in the error.
@@ -85,7 +94,7 @@ def start(path: str, env: Mapping[str, str], left: Mapping[str, int] | None = No
                 return Connection.connect(path)
         log = os.path.join(directory, DAEMON_LOG_NAME)
         deadline = time.monotonic() + READY_TIMEOUT_S
-        _wait_until_ready(_spawn(log, env, left or {}), log, deadline)
+        _wait_until_ready(_spawn(log, env, left or {}), log, deadline, on_slow)
         return _connect(path, deadline)
     finally:
         os.close(lock)
@@ -119,9 +128,11 @@ def _spawn(log: str, env: Mapping[str, str], left: Mapping[str, int]) -> int:
     return read_end
 
 
-def _wait_until_ready(ready: int, log: str, deadline: float) -> None:
+def _wait_until_ready(ready: int, log: str, deadline: float, on_slow: Callable[[], None] | None) -> None:
     said = b""
     try:
+        if on_slow is not None and not select.select([ready], [], [], SLOW_S)[0]:
+            on_slow()
         while b"\n" not in said:
             remaining_s = deadline - time.monotonic()
             if remaining_s <= 0 or not select.select([ready], [], [], remaining_s)[0]:

@@ -1,6 +1,7 @@
 """A daemon without engines, for tests of the command line: its sandboxes are names, its commands real processes here.
 
-Run as ``python stub_server.py [--ready-fd N]``; it listens where ``SANDBOXD_SOCKET`` says, until it is told to stop.
+Run as ``python stub_server.py [--ready-fd N] [--late FIFO]``; it listens where ``SANDBOXD_SOCKET`` says, until it
+is told to stop.
 """
 
 import contextlib
@@ -728,6 +729,10 @@ def main() -> None:
     if "--silent" in sys.argv:
         print("it hurts", flush=True)
         return
+    if "--late" in sys.argv:
+        # A pipe with a name: until somebody has opened it for writing.
+        with open(sys.argv[sys.argv.index("--late") + 1], "rb"):
+            pass
     with contextlib.suppress(AlreadyRunning), open_listener(os.environ["SANDBOXD_SOCKET"]) as listener:
         os.write(ready, b"ready\n")
         anyio.run(run, listener)

@@ -1,6 +1,8 @@
 """The daemon is started when it is needed, once, and says why if it cannot."""
 
 import json
+import os
+import select
 import stat
 import subprocess
 import sys
@@ -20,14 +22,16 @@ sys.exit(main())
 """
 
 
-def start(directory: Path, *arguments: str, flags: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
+def start(
+    directory: Path, *arguments: str, flags: tuple[str, ...] = (), stderr: int = subprocess.PIPE
+) -> "subprocess.Popen[str]":
     script = WITH_STUB.format(stub=str(STUB), flags=flags)
     return subprocess.Popen(
         [sys.executable, "-c", script, *arguments],
         env=environment(directory),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
     )
 
@@ -78,6 +82,21 @@ def test_a_daemon_that_is_starting_elsewhere_is_waited_for(directory: Path) -> N
         (directory / "run" / "aside").rename(directory / "run" / "sandboxd.sock")
         assert second.communicate(timeout=PATIENCE_S) == ("", "")
         assert second.returncode == 0
+
+
+def test_who_watches_is_told_that_the_daemon_is_started_where_that_takes_long(directory: Path) -> None:
+    """An engine that is slow to answer costs seconds, in which nothing else is to be seen."""
+    fifo = directory / "late"
+    os.mkfifo(fifo)
+    master, slave = os.openpty()
+    with start(directory, "ls", "-q", flags=("--late", str(fifo)), stderr=slave) as process:
+        assert select.select([master], [], [], PATIENCE_S)[0]
+        assert os.read(master, 4096).decode() == "sandboxctl: starting the daemon…\r\n"
+        fifo.write_bytes(b"")
+        assert process.communicate(timeout=PATIENCE_S)[0] == ""
+        assert process.returncode == 0
+    os.close(slave)
+    os.close(master)
 
 
 def test_a_daemon_that_cannot_start_says_why(directory: Path) -> None:

@@ -160,7 +160,7 @@ class EngineRefusedFailure(Failure):
 
 
 class PrerequisiteMissing(Failure):
-    """Something that is installed or built once is not there: an image, sandbox-init."""
+    """Something that is installed, built or set once is not there or of no use: an image, the source of a secret."""
 
     type = "prerequisite_missing"
     code = -32012

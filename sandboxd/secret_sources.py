@@ -114,9 +114,8 @@ class Sources:
         """What a source gives now.
 
         Raises:
-            PrerequisiteMissing: there is no such credential, or no such program.
+            PrerequisiteMissing: there is no such credential, or the command fails, or gives nothing, or too much.
             Timeout: the command takes too long.
-            Failure: it fails, or gives nothing, or too much.
         """
         if source.credential:
             return await anyio.to_thread.run_sync(read_value, name, self.credential_path(source.credential))
@@ -138,14 +137,16 @@ class Sources:
             # Not chained: its detail is what the command said.
             raise Timeout(brief, detail=f"it took more than {COMMAND_DEADLINE_S:g} s", hint=by_hand) from None
         except UnreadableAnswer:
-            raise Failure(brief, detail=f"it printed more than {VALUE_BYTES_MAX} bytes", hint=by_hand) from None
+            raise PrerequisiteMissing(
+                brief, detail=f"it printed more than {VALUE_BYTES_MAX} bytes", hint=by_hand
+            ) from None
         except RuntimeFailure as error:
             raise PrerequisiteMissing(brief, detail=str(error), hint=by_hand) from None
         if finished.returncode != 0:
-            raise Failure(brief, detail=f"it ended with {finished.returncode}", hint=by_hand)
+            raise PrerequisiteMissing(brief, detail=f"it ended with {finished.returncode}", hint=by_hand)
         value = finished.stdout.removesuffix(b"\n")
         if not value:
-            raise Failure(brief, detail="it printed nothing", hint=by_hand)
+            raise PrerequisiteMissing(brief, detail="it printed nothing", hint=by_hand)
         return checked(name, value)
 
     def _load(self) -> dict[str, Source]:
@@ -172,7 +173,7 @@ def read_value(name: str, path: str) -> bytes:
 
     Raises:
         OSError: it cannot be read, or is a link.
-        Failure: it is empty, or too large.
+        PrerequisiteMissing: it is empty, or too large.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     with os.fdopen(descriptor, "rb") as file:
@@ -183,10 +184,10 @@ def checked(name: str, value: bytes) -> bytes:
     """The value, if it can be one.
 
     Raises:
-        Failure: it is empty, or too large.
+        PrerequisiteMissing: it is empty, or too large.
     """
     if not 0 < len(value) <= VALUE_BYTES_MAX:
-        raise Failure(
+        raise PrerequisiteMissing(
             f"cannot use the value of the secret {name!r}",
             detail=f"a value has 1 to {VALUE_BYTES_MAX} bytes",
             hint="sandboxctl secret list",

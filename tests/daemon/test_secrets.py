@@ -226,9 +226,12 @@ async def test_a_commands_value_in_a_variable_is_refused_once_it_is_known(tmp_pa
 @pytest.mark.parametrize(
     ("command", "failure"),
     [
-        (printing(f"print({CANARY!r}); sys.stderr.write({CANARY.decode()!r}); sys.exit(3)"), failures.Failure),
-        (printing(f"print({CANARY.decode()!r} * {VALUE_BYTES_MAX})"), failures.Failure),
-        (printing(""), failures.Failure),
+        (
+            printing(f"print({CANARY!r}); sys.stderr.write({CANARY.decode()!r}); sys.exit(3)"),
+            failures.PrerequisiteMissing,
+        ),
+        (printing(f"print({CANARY.decode()!r} * {VALUE_BYTES_MAX})"), failures.PrerequisiteMissing),
+        (printing(""), failures.PrerequisiteMissing),
         (printing(f"print({CANARY!r}, flush=True); import time; time.sleep(100)"), failures.Timeout),
         (["/no/such/program"], failures.PrerequisiteMissing),
     ],

@@ -157,7 +157,7 @@ def test_a_command_that_fails_is_said_before_anything_is_made(daemon: Daemon, en
     value.unlink()
     before = daemon.containers(engine)
     done = daemon.ctl("create", "--engine", engine, "--secret", "gone")
-    assert (done.returncode, done.stdout) == (1, b"")
+    assert (done.returncode, done.stdout) == (4, b"")
     assert f"cat {value}".encode() in done.stderr
     assert daemon.containers(engine) == before
     assert b"command cat" in daemon.ctl("secret", "list").stdout

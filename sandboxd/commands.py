@@ -193,6 +193,14 @@ class CommandTable:
         """Those that run or have left processes behind."""
         return list(self._live.values())
 
+    async def count_written(self) -> None:
+        """Note of each command that has ended how much it wrote, though nobody waits for its end."""
+        for command in (*self._ended.values(), *self._live.values()):
+            if command.end is not None and command.outlet is not None and command.outlet.finished.is_set():
+                # Its spools are removed once enough others have ended.
+                with contextlib.suppress(NotFound):
+                    await self.wait(command)
+
     def infos(self) -> list[CommandInfo]:
         """All rows, the oldest first."""
         rows = [command.info() for command in (*self._ended.values(), *self._live.values())]

@@ -183,7 +183,9 @@ class CommandHandlers:
 
     async def list(self, params: protocol.CommandListParams, _: Context) -> protocol.CommandList:
         """The rows."""
-        return protocol.CommandList(commands=self._manager.get(params.sandbox).commands.infos())
+        commands = self._manager.get(params.sandbox).commands
+        await commands.count_written()
+        return protocol.CommandList(commands=commands.infos())
 
 
 async def _start(

@@ -13,6 +13,7 @@ from runtimes.init.channel import Spawned
 from runtimes.init.wire import Exited, Gone, SpawnRequest, Usage
 from sandboxd.background import Background
 from sandboxd.commands import CommandTable, Verdict, judge
+from sandboxd.outlet import Summary
 
 
 @pytest.mark.parametrize(
@@ -75,3 +76,36 @@ async def test_the_output_of_a_command_that_ends_at_once_is_held_open_no_longer_
         outlet = SimpleNamespace(start=lambda _, __: None, rest=rest, close=lambda: None)
         table.take_outlet(command, outlet)  # type: ignore[arg-type]
     assert rested == [True]
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.anyio
+async def test_the_list_says_what_an_ended_command_wrote_though_nobody_has_waited_for_it() -> None:
+    """It said null until somebody read the output, which changes nothing of how much it was."""
+
+    async def rest() -> None:
+        return None
+
+    async def summary() -> Summary:
+        return Summary(stdout_bytes=6, stderr_bytes=4, truncated=False)
+
+    async with anyio.create_task_group() as tasks:
+        table = CommandTable(Background(tasks), lambda: 0, contextlib.nullcontext, lambda _, __: None, lambda _: None)
+        table.attach(HastyInit(table))  # type: ignore[arg-type]
+        request = SpawnRequest(command_id=7, argv=[b"true"], env=[], cwd=b"/")
+        command, _ = await table.start(request, (), background=True, timeout_s=None, grace_s=0)
+        finished = anyio.Event()
+        outlet = SimpleNamespace(
+            start=lambda _, __: None, rest=rest, close=lambda: None, finished=finished, summary=summary
+        )
+        table.take_outlet(command, outlet)  # type: ignore[arg-type]
+        with anyio.fail_after(20):
+            await table.count_written()
+        (row,) = table.infos()
+        assert row.end is not None
+        assert row.end.stdout_bytes is None, "its terminal still holds some of it"
+        finished.set()
+        await table.count_written()
+        (row,) = table.infos()
+        assert row.end is not None
+        assert (row.end.stdout_bytes, row.end.stderr_bytes) == (6, 4)

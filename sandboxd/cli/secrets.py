@@ -32,6 +32,9 @@ def _add_secret(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--credential", metavar="NAME", type=verb.not_empty, help="of those that systemd gives to the daemon's unit"
     )
+    setting.add_argument(
+        "--raw", action="store_true", help="to the last byte; else a line feed is left out that ends a single line"
+    )
     setting.add_argument("--shell", action="store_true", help="COMMAND is a line for a shell")
     listing = actions.add_parser("list", help="the names of the secrets, and where they come from")
     listing.set_defaults(action=_list)
@@ -60,6 +63,9 @@ def _set(arguments: argparse.Namespace) -> int:
     if arguments.shell and arguments.command is None:
         say("--shell goes with --command")
         return USAGE
+    if arguments.raw and (arguments.command is not None or arguments.credential is not None):
+        say("--raw goes with a value from a file or from stdin")
+        return USAGE
     if arguments.credential is not None:
         return _acknowledged(arguments, "secret/set", name=arguments.name, credential=arguments.credential)
     if arguments.command is not None:
@@ -77,10 +83,21 @@ def _set(arguments: argparse.Namespace) -> int:
         value = getpass.getpass(f"value of {arguments.name}: ").encode()
     else:
         value = sys.stdin.buffer.read()
+    if not arguments.raw:
+        value = _line(value)
     if not value:
         say("the value is empty")
         return USAGE
     return _acknowledged(arguments, "secret/set", name=arguments.name, value=base64.b64encode(value).decode())
+
+
+def _line(value: bytes) -> bytes:
+    """A single line of text without its line feed; what has several lines, such as a key, needs its last."""
+    try:
+        value.decode()
+    except UnicodeDecodeError:
+        return value
+    return value[:-1] if value.find(b"\n") == len(value) - 1 else value
 
 
 def _words(command: str, *, shell: bool) -> list[str]:

@@ -119,6 +119,8 @@ def test_a_secret_is_never_repeated(ctl: Ctl) -> None:
         ("--command", "a", "--file", "b"),
         ("--command", "a", "--credential", "b"),
         ("--command", " "),
+        ("--raw", "--command", "a"),
+        ("--raw", "--credential", "b"),
     ],
 )
 def test_a_source_of_a_secret_that_cannot_be_meant_is_refused_before_anybody_is_asked(

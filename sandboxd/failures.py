@@ -59,7 +59,7 @@ class InvalidArgument(Failure):
 
 
 class NotFound(Failure):
-    """No such sandbox, command or image."""
+    """No such sandbox, command, file, secret, ..."""
 
     type = "not_found"
     code = -32001

@@ -8,8 +8,9 @@ import time
 
 from sandboxd.cli import render, verb
 from sandboxd.cli.sandboxes import each
-from sandboxd.cli.session import USAGE, call, connect, request, say, show, show_json
+from sandboxd.cli.session import USAGE, call, connect, connect_after, request, say, show, show_json
 from sandboxd.cli.verb import Verb
+from sandboxd.client import RpcError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -88,20 +89,39 @@ def _add_events(parser: argparse.ArgumentParser) -> None:
 
 
 def _events(arguments: argparse.Namespace) -> int:
-    def take(message: Message) -> None:
-        _show_event(message.content["method"], message.content["params"], as_json=arguments.json)
+    """When the daemon is restarted, it goes on with the next one, after the last number that it was told."""
+    last: int | None = arguments.since
 
-    with connect() as connection:
-        call(
-            connection,
-            "events/subscribe",
-            take,
-            since=arguments.since,
-            follow=arguments.follow,
-            sandbox=arguments.sandbox,
-            kinds=arguments.kind,
-        )
-    return 0
+    def take(message: Message) -> None:
+        nonlocal last
+        method, params = message.content["method"], message.content["params"]
+        match method:
+            case "events/begun":
+                last = params["next_seq"] - 1
+            case "events/event":
+                last = params["seq"]
+            case "events/lost":
+                last = params["last_seq"]
+        _show_event(method, params, as_json=arguments.json)
+
+    connection = connect()
+    while True:
+        with connection:
+            try:
+                call(
+                    connection,
+                    "events/subscribe",
+                    take,
+                    since=last,
+                    follow=arguments.follow,
+                    sandbox=arguments.sandbox,
+                    kinds=arguments.kind,
+                )
+            except RpcError as error:
+                failed = error
+            else:
+                return 0
+        connection = connect_after(failed)
 
 
 def _show_event(method: str, params: dict[str, Any], *, as_json: bool) -> None:

@@ -11,12 +11,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
+import anyio
 import msgspec
 import pytest
 from anyio.from_thread import BlockingPortal
 
 from sandboxd.connection import Context
 from sandboxd.events import KEPT_MAX, EventLog
+from sandboxd.failures import Stopping
 from sandboxd.handlers.events import EventHandlers
 from sandboxd.journal import Journal
 from sandboxd.lifecycle import State
@@ -47,9 +49,22 @@ class House:
         numbers = itertools.count(1, 10**6)
         self.log = portal.call(lambda: EventLog(lambda _: next(numbers)))
         self._handlers = EventHandlers(self.log, cast("Manager", Nobody()))
+        self._under_way: list[anyio.CancelScope] = []
 
     async def __call__(self, method: str, params: Params, context: Context) -> msgspec.Struct:
-        return await self._handlers.table()[method](params, context)
+        with anyio.CancelScope() as scope:
+            self._under_way.append(scope)
+            return await self._handlers.table()[method](params, context)
+        raise Stopping(f"cannot go on with {method!r}", detail="the daemon is stopping", hint="try again")
+
+    def interrupt(self) -> None:
+        """Tell who follows to come again, as a daemon does that is restarted."""
+
+        def interrupt() -> None:
+            for scope in self._under_way:
+                scope.cancel()
+
+        self._portal.call(interrupt)
 
     def publish(self, *kinds: str, sandbox: str = "sb-a") -> None:
         def publish() -> None:
@@ -158,6 +173,18 @@ def test_sandboxctl_follows_ten_thousand_events_over_its_own_restart_and_misses_
                 seen.append(line["seq"])
             follower.terminate()
     assert seen == list(range(1, count + 1))
+
+
+def test_sandboxctl_follows_events_over_a_restart_of_the_daemon(house: House) -> None:
+    """Nobody has to notice that it was restarted: no event is missing, and none comes twice."""
+    env = {**environment(Path(house.path).parent), "SANDBOXD_SOCKET": house.path}
+    with subprocess.Popen([*CTL, "events", "-f", "--json"], env=env, stdout=subprocess.PIPE, text=True) as follower:
+        assert follower.stdout is not None
+        for seq in (1, 2, 3):
+            house.publish("paused")
+            assert json.loads(follower.stdout.readline())["seq"] == seq
+            house.interrupt()
+        follower.terminate()
 
 
 def test_sandboxctl_says_what_it_missed_and_goes_on(house: House) -> None:

@@ -340,6 +340,12 @@ class Pools:
         self._wake()
         return count
 
+    async def filled(self, template: str, *, deadline_s: float) -> None:
+        """Wait until no slot of a template is being made; of one that is drained, what was made is let go, too."""
+        with anyio.move_on_after(deadline_s):
+            while any(bucket.filling for bucket in self._of(template)):
+                await self._changed_soon()
+
     async def warm(self, template: str, count: int, *, deadline_s: float) -> int:
         """Make slots now, as if ``count`` claims had just come; wait for them. Returns how many are warm.
 

@@ -11,7 +11,7 @@ import time
 
 from sandboxd import __version__
 from sandboxd.cli import install, own_service, render, units, verb, versions
-from sandboxd.cli.session import FAILURE, call, request, say, say_starting, show, show_json
+from sandboxd.cli.session import FAILURE, call, connect, request, say, say_starting, show, show_json
 from sandboxd.cli.verb import Verb
 from sandboxd.client import Connection, NotRunning, RpcError, starting
 from sandboxd.paths import lock_path, socket_path
@@ -32,6 +32,12 @@ def _add_daemon(parser: argparse.ArgumentParser) -> None:
         "action",
         choices=("start", "stop", "restart", "reload", "status", "logs", "install", "uninstall"),
         help="status and logs do not start it; install makes units, with which your systemd starts it on demand",
+    )
+    parser.add_argument(
+        "--drain", action="store_true", help="with stop: remove warm slots before, which otherwise go on"
+    )
+    parser.add_argument(
+        "-y", "--yes", action="store_true", help="with stop and restart: end attached commands without a question"
     )
     add_log_flags(parser)
     verb.add_json(parser)
@@ -95,20 +101,67 @@ def _show_info(info: dict[str, Any], arguments: argparse.Namespace) -> int:
 
 
 def _stop(arguments: argparse.Namespace) -> int:
-    ended = _shut_down()
-    if ended is None:
+    # Slots outlive a daemon: to be rid of them takes one.
+    connection = connect() if arguments.drain else _connect_if_running()
+    if connection is None:
         say("the daemon is not running")
         if arguments.json:
-            show_json({"stopped": False, "commands_ended": 0})
-    elif arguments.json:
-        show_json({"stopped": True, "commands_ended": ended})
-    else:
-        show(f"stopped; {_commands(ended)} ended with it" if ended else "stopped")
+            show_json({"stopped": False, "commands_ended": 0, "sandboxes": 0, "slots": 0, "drained": 0})
+        return 0
+    with connection:
+        if not _may_end(connection, arguments):
+            return FAILURE
+        drained = _drain(connection) if arguments.drain else 0
+        sandboxes, slots = _what_goes_on(connection)
+    ended = _shut_down() or 0
+    if arguments.json:
+        counts = {"commands_ended": ended, "sandboxes": sandboxes, "slots": slots, "drained": drained}
+        show_json({"stopped": True, **counts})
+        return 0
+    told = [f"{_commands(ended)} ended with it"] if ended else []
+    if drained:
+        told.append(f"{_number(drained, 'warm slot')} removed")
+    going = [_number(sandboxes, "sandbox")] if sandboxes else []
+    if slots:
+        going.append(_number(slots, "warm slot"))
+    if going:
+        told.append(f"{' and '.join(going)} {'goes' if sandboxes + slots == 1 else 'go'} on")
+    show("; ".join(["stopped", *told]))
     return 0
+
+
+def _drain(connection: Connection) -> int:
+    """Have all warm slots removed, and none made; return how many there were."""
+    templates = {row["template"] for row in call(connection, "pool/list")["pools"]}
+    return sum(call(connection, "pool/drain", template=template)["drained"] for template in sorted(templates))
+
+
+def _what_goes_on(connection: Connection) -> tuple[int, int]:
+    """How many sandboxes, and how many warm slots, outlive the daemon with what runs in them."""
+    rows = call(connection, "sandbox/list")["sandboxes"]
+    pools = call(connection, "pool/list")["pools"]
+    return sum(row["state"] in ("running", "paused") for row in rows), sum(row["warm"] for row in pools)
+
+
+def _may_end(connection: Connection, arguments: argparse.Namespace) -> bool:
+    """Whether attached commands may end with the daemon: at a terminal that is asked before they do."""
+    if arguments.yes or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return True
+    count = _count_attached(connection)
+    if not count:
+        return True
+    sys.stderr.write(f"{_commands(count)} will end with the daemon; go on? [y/N] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in {"y", "yes"}
 
 
 def _restart(arguments: argparse.Namespace) -> int:
     """Whoever connects meanwhile waits: the socket is handed over, or is systemd's."""
+    running = _connect_if_running()
+    if running is not None:
+        with running:
+            if not _may_end(running, arguments):
+                return FAILURE
     if own_service.runs(os.environ):
         # So that systemd keeps for the next daemon what this one leaves.
         connection = _connect_if_running()
@@ -204,7 +257,12 @@ def _say_ended(count: int | None) -> None:
 
 
 def _commands(count: int) -> str:
-    return f"{count} attached command{'' if count == 1 else 's'}"
+    return _number(count, "attached command")
+
+
+def _number(count: int, what: str) -> str:
+    ending = "" if count == 1 else "es" if what.endswith("x") else "s"
+    return f"{count} {what}{ending}"
 
 
 def _shut_down(left: dict[str, int] | None = None) -> int | None:

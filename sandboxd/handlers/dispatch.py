@@ -133,10 +133,11 @@ def _stopping() -> Stopping:
 def _interrupted(method: str) -> Failure:
     if method in _RESUMED:
         return Stopping(f"cannot go on with {method!r}", detail="the daemon is stopping", hint="try again")
+    ran = method.startswith("commands/")
     return Conflict(
         f"cannot finish {method!r}",
         detail="the daemon stopped before it was done, and a command that was attached has ended with it",
-        hint="sandboxctl ls",
+        hint="what outlives it: sandboxctl exec -d SANDBOX COMMAND; sandboxctl attach" if ran else "sandboxctl ls",
     )
 
 

@@ -10,6 +10,9 @@ from sandboxd.launching import Launcher
 from sandboxd.pool import Slots
 from sandboxd.running import seconds
 
+DRAIN_DEADLINE_S = 30.0
+"""How long slots that are being made are waited for; each goes when it is made, also after that."""
+
 
 class PoolHandlers:
     """Warm slots, and the recipes that they are made by."""
@@ -47,9 +50,11 @@ class PoolHandlers:
         )
 
     async def drain(self, params: protocol.TemplateParams, _: Context) -> protocol.PoolDrained:
-        """Let slots go."""
+        """Let slots go, those that are being made as well."""
         self._templates.bounds(params.template)
-        return protocol.PoolDrained(drained=self._pools.drain(params.template))
+        drained = self._pools.drain(params.template)
+        await self._pools.filled(params.template, deadline_s=DRAIN_DEADLINE_S)
+        return protocol.PoolDrained(drained=drained)
 
     async def warm(self, params: protocol.PoolWarmParams, _: Context) -> protocol.PoolWarmed:
         """Make slots."""

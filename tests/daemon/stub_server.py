@@ -114,6 +114,7 @@ class Stub:
         self._sandboxes: dict[str, p.SandboxInfo] = {}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._numbers = itertools.count(1)
+        self._drained = False
         self.stopping = anyio.Event()
 
     async def __call__(self, method: str, params: p.Params, context: Context) -> Any:
@@ -601,6 +602,39 @@ class Stub:
         if params.shell_id not in self._shells:
             raise failures.NotFound(f"cannot find shell {params.shell_id}", detail="it has ended, or never was")
         return self._shells[params.shell_id]
+
+    # --- pools: two slots, once somebody has a sandbox of the template
+
+    def _warm(self) -> int:
+        return 2 if not self._drained and any(info.template == "pooled" for info in self._sandboxes.values()) else 0
+
+    async def pool_list(self, params: p.NoParams, context: Context) -> p.PoolList:
+        row = p.PoolInfo(
+            template="pooled",
+            engine="podman",
+            image="default",
+            user="1000:1000",
+            workspace=None,
+            min=2,
+            max=4,
+            target=2,
+            warm=self._warm(),
+            filling=0,
+            waiting=0,
+            drained=self._drained,
+            made=2,
+            hits=0,
+            misses={},
+            lost=0,
+            ready_ms=None,
+            failure="",
+        )
+        return p.PoolList(pools=[row])
+
+    async def pool_drain(self, params: p.TemplateParams, context: Context) -> p.PoolDrained:
+        drained = self._warm()
+        self._drained = True
+        return p.PoolDrained(drained=drained)
 
     # --- images, daemon
 

@@ -667,6 +667,23 @@ def test_stop_returns_when_the_daemon_is_gone(tmp_path: Path) -> None:
         assert ctl("daemon", "status").returncode == 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ((), "stopped; 2 sandboxes and 2 warm slots go on\n"),
+        (("--drain",), "stopped; 2 warm slots removed; 2 sandboxes go on\n"),
+    ],
+)
+def test_stop_says_what_goes_on_and_drain_leaves_no_slots(tmp_path: Path, flags: tuple[str, ...], told: str) -> None:
+    """What is nobody's is not seen in ls, and goes on: it would be left behind by who removes the state directory."""
+    with stub_daemon(tmp_path) as env:
+        ctl = Ctl(env)
+        ctl("create")
+        ctl("create", "--template", "pooled")
+        done = ctl("daemon", "stop", *flags)
+        assert (done.stdout, done.stderr, done.returncode) == (told, "", 0)
+
+
 HEAVY = {
     "msgspec",
     "psutil",

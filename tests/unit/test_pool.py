@@ -271,6 +271,19 @@ async def test_a_drained_pool_stays_empty_until_it_is_warmed() -> None:
             pools.drain("nonsense")
 
 
+async def test_a_drain_can_wait_for_slots_that_are_being_made_and_those_go_too() -> None:
+    """A daemon that ends after it leaves none behind."""
+    world = World()
+    async with world.running() as pools:
+        pools.take(RECIPE)
+        await world.until(lambda: world.bucket().filling)
+        pools.drain("default")
+        await pools.filled("default", deadline_s=PATIENCE_S)
+        assert not world.bucket().filling
+        assert world.made
+        assert [slot.record.id for slot in world.discarded] == [slot.record.id for slot in world.made]
+
+
 async def test_warming_says_why_it_cannot() -> None:
     world = World()
     world.failing = EngineRefused("cannot create a container", detail="the disk is full")

@@ -268,6 +268,8 @@ def test_metrics_are_text_as_it_came(ctl: Ctl) -> None:
         (("rm",), 2, "which sandboxes?"),
         (("rm", "--all", "x"), 2, "which sandboxes?"),
         (("exec", "absent", "true"), 125, "cannot find 'absent'"),
+        (("wait", "absent", "0000000000ff"), 125, "cannot find command 0000000000ff"),
+        (("kill", "absent", "0000000000ff"), 5, "cannot find command 0000000000ff"),
         (("exec", "absent"), 2, "which command?"),
         (("exec", "-t", "absent", "true"), 2, "stdin is not a terminal"),
     ],

@@ -170,6 +170,9 @@ def _outcome(work: Callable[[int, Job], Skips], descriptor: int, job: Job) -> Sk
         return error
 
 
+_FOR_ONE_FILE = "a tar archive is taken here; for one file: sandboxctl files write SANDBOX PATH"
+
+
 def _failure_of(error: Exception) -> Failure:
     match error:
         case Stopped():
@@ -179,11 +182,13 @@ def _failure_of(error: Exception) -> Failure:
                 "cannot finish the transfer", detail=str(error), hint="keep it flowing, or raise --idle-timeout"
             )
         case EndedEarly():
-            return InvalidArgument("cannot finish the transfer", detail="the stream ended before all had come")
+            return InvalidArgument(
+                "cannot finish the transfer", detail="the stream ended before all had come", hint=_FOR_ONE_FILE
+            )
         case NotAStream():
             return InvalidArgument("cannot use this descriptor", detail=str(error), hint="pass a pipe, or a file")
         case TarError():
-            return InvalidArgument("cannot unpack this", detail=str(error))
+            return InvalidArgument("cannot unpack this", detail=str(error), hint=_FOR_ONE_FILE)
         case BrokenPipeError() | ConnectionError():
             return Conflict("cannot finish the transfer", detail="the other end of the stream was closed")
         case OSError():

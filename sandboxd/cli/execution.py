@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from sandboxd.cli.shortcut import ExecArguments
-    from sandboxd.client import Connection
+    from sandboxd.client import Connection, Message
 
 EXEC_FAILED = 125
 NOT_EXECUTABLE = 126
@@ -31,9 +31,15 @@ DEFAULT_TERM = "xterm"
 VERDICTS = {
     "timeout": "the command ran into its time limit",
     "oom": "the kernel ended processes of this sandbox because its memory limit was reached",
+    "interrupted": "the command was interrupted",
+    "expired": "the command was ended with its sandbox, whose time was over",
     "killed": "the command was killed: its sandbox was stopped or removed, or somebody ended it",
     "lost": "nobody knows how the command ended: its sandbox was stopped or removed, or broke",
 }
+MORE_WHILE_THERE = "sandboxctl update -m SIZE {}"
+MORE_ANEW = "sandboxctl run -m SIZE"
+"""What gives it more memory: while the sandbox is there, and where it is removed with the command."""
+
 CRASHES = {4: "SIGILL", 5: "SIGTRAP", 6: "SIGABRT", 7: "SIGBUS", 8: "SIGFPE", 11: "SIGSEGV", 31: "SIGSYS"}
 """Signals that nobody sends: the program itself went wrong. No shell of the caller's says so in our place."""
 
@@ -110,18 +116,41 @@ def run_in(
         attached = Attached(connection, tty=arguments.tty, interactive=arguments.interactive)
         try:
             end = attached.run({**fields, "argv": candidate})
-            return exit_code_of_end(end, sandbox, arguments.timeout)
+            if end["status"] == "killed" and _expired(connection, sandbox):
+                end["status"] = "expired"
+            gone = getattr(arguments, "rm", False)
+            return exit_code_of_end(
+                end, sandbox, arguments.timeout, more_memory=MORE_ANEW if gone else MORE_WHILE_THERE
+            )
         except RpcError as error:
             if candidate is candidates[-1] or not _is_not_found(error):
                 raise
     raise AssertionError("there is always a last candidate")
 
 
+def _expired(connection: Connection, sandbox: str) -> bool:
+    """Whether the end of its time has removed a sandbox, or is about to."""
+    found = []
+
+    def take(message: Message) -> None:
+        if message.content["method"] == "events/event":
+            found.append(message.content["params"]["data"].get("action"))
+
+    try:
+        call(connection, "events/subscribe", take, sandbox=sandbox, kinds=["expired"], follow=False)
+    except RpcError:
+        # The command's end is what was asked for, and it is known.
+        return False
+    return found[-1:] == ["kill"]
+
+
 def _set_term(env: dict[str, str]) -> None:
     env.setdefault("TERM", os.environ.get("TERM", DEFAULT_TERM))
 
 
-def exit_code_of_end(end: dict[str, Any], sandbox: str, timeout: str | None = None) -> int:
+def exit_code_of_end(
+    end: dict[str, Any], sandbox: str, timeout: str | None = None, *, more_memory: str = MORE_WHILE_THERE
+) -> int:
     """The exit code that a command's end gives us. A verdict that no code tells is said on stderr."""
     status = end["status"]
     if status == "timeout" and timeout is not None:
@@ -131,7 +160,7 @@ def exit_code_of_end(end: dict[str, Any], sandbox: str, timeout: str | None = No
     elif end["signal"] in CRASHES:
         say(f"the command was ended by signal {end['signal']} ({CRASHES[end['signal']]})")
     if status == "oom":
-        sys.stderr.write(f"hint: sandboxctl update -m SIZE {sandbox}\n")
+        sys.stderr.write(f"hint: {more_memory.format(sandbox)}\n")
     for problem in end.get("problems", ()):
         say(f"{problem['kind']}: {problem['detail']}")
         sys.stderr.write(f"hint: {problem['hint']}\n")

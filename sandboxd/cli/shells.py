@@ -123,6 +123,8 @@ def _run(arguments: argparse.Namespace) -> int:
     else:
         output.finish(end)
         _say_what_became(end)
+    if end["interrupted"] and end["status"] == "killed":
+        end["status"] = "interrupted"
     return exit_code_of_end(end, arguments.sandbox, arguments.timeout)
 
 

@@ -25,7 +25,7 @@ class EventHandlers:
 
     async def subscribe(self, params: protocol.EventsParams, context: Context) -> protocol.EventsEnd:
         """Send events as fast as the peer takes them, and say which it missed."""
-        sandbox = None if params.sandbox is None else self._manager.id_of(params.sandbox) or params.sandbox
+        known = None if params.sandbox is None else self._manager.id_of(params.sandbox)
         since = self._log.oldest_seq - 1 if params.since is None else params.since
         cursor = min(since + 1, self._log.next_seq)
         context.notify(BEGUN, protocol.EventsBegun(next_seq=cursor))
@@ -35,7 +35,7 @@ class EventHandlers:
                 match item:
                     case EventsLost():
                         await context.deliver(LOST, item)
-                    case EventInfo() if _wanted(item, params, sandbox):
+                    case EventInfo() if _wanted(item, params, known):
                         await context.deliver(EVENT, item)
                     case EventInfo():
                         pass
@@ -46,5 +46,10 @@ class EventHandlers:
             await self._log.more(cursor)
 
 
-def _wanted(event: EventInfo, params: protocol.EventsParams, sandbox: str | None) -> bool:
-    return sandbox in {None, event.sandbox} and (not params.kinds or event.kind in params.kinds)
+def _wanted(event: EventInfo, params: protocol.EventsParams, known: str | None) -> bool:
+    """Whether it was asked for; ``known`` is the id of the sandbox that was, if it is there still."""
+    if params.kinds and event.kind not in params.kinds:
+        return False
+    if known is not None:
+        return event.sandbox == known
+    return params.sandbox in {None, event.sandbox, event.name}

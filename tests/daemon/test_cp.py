@@ -220,6 +220,7 @@ def test_archives_on_stdin_and_stdout(server: Server, here: Path) -> None:
     with tarfile.open(fileobj=io.BytesIO(server.cp("box:in", "-", cwd=here))) as tar:
         assert tar.getnames() == ["in", "in/b"]
     assert b"no tar archive" in server.cp("-", "box:in", cwd=here, stdin=b"x" * 10_000, code=USAGE)
+    assert b"files write SANDBOX PATH" in server.cp("-", "box:in", cwd=here, stdin=b"hi\n", code=USAGE)
     with open(here / "archive", "wb") as archive:
         archive.write(b"before")
     with open(here / "archive", "ab") as archive:

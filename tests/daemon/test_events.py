@@ -66,10 +66,10 @@ class House:
 
         self._portal.call(interrupt)
 
-    def publish(self, *kinds: str, sandbox: str = "sb-a") -> None:
+    def publish(self, *kinds: str, sandbox: str = "sb-a", name: str | None = None) -> None:
         def publish() -> None:
             for kind in kinds:
-                self.log.publish(kind, sandbox, None, {"reason": "x" * 100})
+                self.log.publish(kind, sandbox, name, {"reason": "x" * 100})
 
         self._portal.call(publish)
 
@@ -124,6 +124,17 @@ def test_filters_are_for_kinds_and_for_one_sandbox_that_may_be_gone(house: House
         messages = [peer.receive() for _ in range(3)]
     assert [message.get("method") for message in messages] == ["events/begun", "events/event", None]
     assert (messages[1]["params"]["sandbox"], messages[1]["params"]["kind"]) == ("sb-b", "removed")
+
+
+def test_a_sandbox_that_is_gone_is_found_by_the_name_that_it_had(house: House) -> None:
+    """Who asks what became of it knows the name, and nothing else any more."""
+    house.publish("created", "removed", sandbox="sb-b", name="box")
+    house.publish("created", name="other")
+    with Peer(house.path) as peer:
+        peer.send("events/subscribe", {"follow": False, "sandbox": "box"})
+        messages = [peer.receive() for _ in range(4)]
+    assert [message["params"]["kind"] for message in messages[1:3]] == ["created", "removed"]
+    assert "result" in messages[3]
 
 
 def test_whoever_does_not_read_misses_events_and_learns_it_and_others_do_not(house: House) -> None:

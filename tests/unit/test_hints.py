@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
-from typing import get_args
+from typing import Any, cast, get_args
 
 import pytest
 
@@ -11,9 +12,12 @@ from runtimes.init.channel import SpawnFailed
 from runtimes.init.file_worker import FileRefused
 from runtimes.init.files_wire import FileType
 from runtimes.init.wire import SpawnRequest, Stage
-from sandboxd.cli import lifetime
-from sandboxd.cli.execution import exit_code_of_end
+from sandboxd.cli import execution, lifetime, shells
+from sandboxd.cli.execution import MORE_ANEW, exit_code_of_end
+from sandboxd.cli.main import main
 from sandboxd.cli.render import until
+from sandboxd.cli.shortcut import ExecArguments
+from sandboxd.client import Message
 from sandboxd.failures import CommandNotStarted
 from sandboxd.files import failure_from_refusal
 from sandboxd.protocol import EventKind
@@ -68,3 +72,69 @@ def test_a_time_limit_is_told_with_its_unit(given: str, shown: str, capsys: pyte
     end = {"status": "timeout", "signal": 9, "exit_code": None}
     assert exit_code_of_end(end, "box", given) == 124
     assert capsys.readouterr().err == f"sandboxctl: the command ran into its time limit of {shown}\n"
+
+
+def test_more_memory_is_for_a_sandbox_that_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    """That of ``run --rm`` is gone: only another one can have more."""
+    end = {"status": "oom", "signal": 9, "exit_code": None}
+    exit_code_of_end(end, "box")
+    assert capsys.readouterr().err.endswith("hint: sandboxctl update -m SIZE box\n")
+    exit_code_of_end(end, "box", more_memory=MORE_ANEW)
+    assert capsys.readouterr().err.endswith("hint: sandboxctl run -m SIZE\n")
+
+
+@pytest.mark.parametrize(
+    ("actions", "said"),
+    [
+        (["kill"], "the command was ended with its sandbox, whose time was over"),
+        (["pause", "kill"], "the command was ended with its sandbox, whose time was over"),
+        (["pause"], "the command was killed: its sandbox was stopped or removed, or somebody ended it"),
+        ([], "the command was killed: its sandbox was stopped or removed, or somebody ended it"),
+    ],
+)
+def test_the_end_of_a_sandboxs_time_is_told_from_a_kill(
+    actions: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who gave it a lifetime has forgotten that, or hears of it for the first time."""
+
+    class Ended:
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def run(self, _: object) -> dict[str, Any]:
+            return {"status": "killed", "signal": None, "exit_code": None}
+
+    def call(_: object, method: str, take: Any, **fields: object) -> dict[str, Any]:
+        assert (method, fields["sandbox"], fields["kinds"]) == ("events/subscribe", "box", ["expired"])
+        for action in actions:
+            content = {"method": "events/event", "params": {"data": {"action": action}}}
+            take(cast("Message", Told(content)))
+        return {}
+
+    class Told:
+        def __init__(self, content: dict[str, Any]) -> None:
+            self.content = content
+
+    monkeypatch.setattr(execution, "Attached", Ended)
+    monkeypatch.setattr(execution, "call", call)
+    code = execution.run_in(cast("Any", None), "box", ["sleep", "9"], ExecArguments(), {})
+    assert (code, capsys.readouterr().err) == (125, f"sandboxctl: {said}\n")
+
+
+def test_what_was_interrupted_in_a_shell_is_said_to_be(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its sandbox is there still, and so is the shell."""
+    gone = {"stdout_bytes": 0, "stderr_bytes": 0, "stdout_dropped": 0, "stderr_dropped": 0, "truncated": False}
+    end = {
+        "status": "killed",
+        "interrupted": True,
+        "ended": False,
+        "restarted": False,
+        "exit_code": 130,
+        "signal": None,
+    }
+    monkeypatch.setattr(shells, "connect", contextlib.nullcontext)
+    monkeypatch.setattr(shells, "call", lambda *_, **__: {**end, **gone})
+    assert main(["session", "run", "box", "0123456789ab", "sleep 9"]) == 130
+    assert capsys.readouterr().err == "sandboxctl: the command was interrupted\n"

@@ -27,6 +27,7 @@ from runtimes.model import (
     Happening,
     ImageFacts,
     Limits,
+    Network,
 )
 from tests.contract import engines
 from tests.contract.engines import Bench
@@ -300,6 +301,26 @@ async def it_says_who_it_is_and_what_it_can_do(bench: Bench) -> None:
     assert bench.engine.info.name is bench.engine.name
 
 
+async def the_network_that_it_gave_is_taken_away_and_given_again(bench: Bench) -> None:
+    """But not by a rootless Podman, beside which somebody else gives the network."""
+    container_id = await bench.engine.create(bench.spec(network=Network.FULL))
+    if bench.engine.info.rootless and bench.engine.name is EngineName.PODMAN:
+        for ask in (bench.engine.connect_network, bench.engine.disconnect_network):
+            with pytest.raises((EngineRefused, Unsupported)):
+                await ask(container_id)
+        return
+    for _ in range(2):
+        await bench.engine.disconnect_network(container_id)
+        with pytest.raises(EngineRefused):
+            await bench.engine.disconnect_network(container_id)
+        await bench.engine.connect_network(container_id)
+        with pytest.raises(EngineRefused):
+            await bench.engine.connect_network(container_id)
+    for ask in (bench.engine.connect_network, bench.engine.disconnect_network):
+        with pytest.raises(ContainerNotFound):
+            await ask(NO_SUCH_ID)
+
+
 async def only_a_rootless_engine_removes_the_files_of_its_users(bench: Bench) -> None:
     directory = bench.archive.parent / "of-a-user"
     directory.mkdir(exist_ok=True)
@@ -321,6 +342,7 @@ CLAUSES = [
     stop_and_start_are_idempotent_and_keep_the_container,
     pause_and_resume_are_idempotent_and_the_engine_knows,
     what_is_paused_can_be_removed,
+    the_network_that_it_gave_is_taken_away_and_given_again,
     remove_ends_a_running_container_and_is_idempotent,
     remove_sandbox_takes_both_labels_exactly,
     what_happens_to_its_containers_is_told_whoever_does_it,
@@ -376,6 +398,10 @@ class NullEngine:
     async def resume(self, container_id: str) -> None: ...
 
     async def remove(self, container_id: str) -> None: ...
+
+    async def connect_network(self, container_id: str) -> None: ...
+
+    async def disconnect_network(self, container_id: str) -> None: ...
 
     async def remove_sandbox(self, sandbox_id: str, *, owner: str) -> int:
         return 0

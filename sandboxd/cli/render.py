@@ -139,6 +139,10 @@ def _verdict(limit: dict[str, Any]) -> str:
     return f"{word} ({limit['reason']})" if limit["reason"] else word
 
 
+CELL_LENGTH_MIN = 12
+"""Of a cell that is cut: less says nothing."""
+
+
 def fitted(text: str, columns: int | None) -> str:
     """The text with lines no longer than a terminal's; None: as it is."""
     return text if columns is None else "".join(f"{_cut(line, columns)}\n" for line in text.splitlines())
@@ -148,6 +152,36 @@ def _without_empty(text_of: Sequence[Sequence[str]]) -> list[list[str]]:
     """The table without columns of which nothing is known; the header is its first row."""
     told = [any(row[column] != UNKNOWN for row in text_of[1:]) for column in range(len(text_of[0]))]
     return [[cell for cell, keep in zip(row, told, strict=True) if keep] for row in text_of]
+
+
+def _narrowed(text_of: list[list[str]], columns: int, yielding: Sequence[str]) -> list[list[str]]:
+    """The table, its header first, made to fit: cells of some columns keep their end only, or else those columns go.
+
+    Args:
+        text_of: Header and rows.
+        columns: How wide it may be.
+        yielding: Headers of those columns, the first to yield first.
+    """
+    for name in yielding:
+        over = _width(text_of) - columns
+        if over > 0 and name in text_of[0]:
+            place = text_of[0].index(name)
+            room = max(max(len(row[place]) for row in text_of) - over, CELL_LENGTH_MIN)
+            text_of = [[*row[:place], _tail(row[place], room), *row[place + 1 :]] for row in text_of]
+    for name in yielding:
+        if _width(text_of) > columns and name in text_of[0]:
+            place = text_of[0].index(name)
+            text_of = [[*row[:place], *row[place + 1 :]] for row in text_of]
+    return text_of
+
+
+def _width(text_of: Sequence[Sequence[str]]) -> int:
+    widths = [max(len(row[place]) for row in text_of) for place in range(len(text_of[0]))]
+    return sum(widths) + len(GAP) * (len(widths) - 1)
+
+
+def _tail(text: str, length: int) -> str:
+    return text if len(text) <= length else f"...{text[3 - length :]}"
 
 
 def _short(image: str) -> str:
@@ -187,7 +221,7 @@ def sandbox_list(sandboxes: Sequence[dict[str, Any]], now_ms: int, columns: int 
     ]
     if columns is None or not rows:
         return table(header, rows)
-    shown, *lines = _without_empty([header, *rows])
+    shown, *lines = _narrowed(_without_empty([header, *rows]), columns, ("WORKSPACE", "IMAGE", "ENGINE"))
     return fitted(table(shown, lines), columns)
 
 
@@ -315,10 +349,10 @@ def _end(end: dict[str, Any] | None) -> str:
 
 def metrics_table(sandboxes: Sequence[dict[str, Any]], columns: int | None = None) -> str:
     """Usage against limits, one line per sandbox; no wider than a terminal."""
-    text = table(
-        ("ID", "NAME", "STATE", "CPU", "MEMORY", "PEAK", "PIDS", "THROTTLED", "OOM KILLS", "WAITING"),
-        [
-            (
+    lines = [
+        ["ID", "NAME", "STATE", "CPU", "MEMORY", "PEAK", "PIDS", "THROTTLED", "OOM KILLS", "WAITING"],
+        *(
+            [
                 row["id"],
                 _known(row["name"]),
                 row["state"],
@@ -329,11 +363,14 @@ def metrics_table(sandboxes: Sequence[dict[str, Any]], columns: int | None = Non
                 UNKNOWN if row["throttled_us"] is None else f"{row['throttled_us'] / 1e6:.1f}s",
                 _known(row["oom_kills"]),
                 _waiting(row),
-            )
+            ]
             for row in sandboxes
-        ],
-    )
-    return fitted(text, columns)
+        ),
+    ]
+    if columns is not None and sandboxes:
+        lines = _narrowed(_without_empty(lines), columns, ("NAME", "PEAK", "THROTTLED"))
+    header, *rows = lines
+    return fitted(table(header, rows), columns)
 
 
 def _cpu(percent: float | None, millis: int | None) -> str:

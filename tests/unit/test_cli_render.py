@@ -79,3 +79,27 @@ def test_a_list_fits_the_terminal_and_leaves_out_what_nobody_has() -> None:
     assert "NAME" not in shown
     assert "sandboxd/default " in shown
     assert render.sandbox_list([], 1000, 100) == render.sandbox_list([], 1000)
+
+
+def test_a_narrow_terminal_costs_the_long_names_and_not_what_one_looks_for() -> None:
+    """Whether something is wrong, and how long there is, matter more than the beginning of a path."""
+    row = {
+        "id": "sb-abcdefghij",
+        "name": "box",
+        "state": "running",
+        "engine": "podman",
+        "image": "localhost/sandboxd/default:latest",
+        "workspace": "/home/me/projects/" + "long" * 10,
+        "created_at_ms": 0,
+        "expires_at_ms": 90_000,
+        "commands_running": 2,
+        "verified": True,
+        "problems": [{"kind": "disk_full"}],
+    }
+    header, line = render.sandbox_list([row], 1000, 120).splitlines()
+    assert max(len(header), len(line)) <= 120
+    assert {"...glonglong", "sandboxd/default", "disk_full"} <= set(line.split())
+    header, line = render.sandbox_list([row], 1000, 80).splitlines()
+    assert {"AGE", "LEFT", "COMMANDS", "VERIFIED", "PROBLEMS"} <= set(header.split())
+    assert "disk_full" in line
+    assert max(len(header), len(line)) <= 80

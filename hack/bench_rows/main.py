@@ -64,6 +64,8 @@ def main(document: str, arguments: list[str]) -> int:
     parser.add_argument("--peers", metavar="PYTHON", default=sys.executable, help="has llm-sandbox and SWE-ReX")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
+    # Whoever ends it, by a deadline or so, wants no daemon and no slots left.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     compileall.compile_dir(ROOT / "sandboxd", quiet=1)
     with tempfile.TemporaryDirectory(prefix="sandboxd-bench-") as directory:
         bench = Bench(directory, options.rounds, options.peers)

@@ -86,6 +86,9 @@ class BulkMover:
             patience.stop()
             with anyio.CancelScope(shield=True):
                 await asyncio.wait({thread})
+            if not thread.cancelled():
+                # Who was cancelled no longer asks how it ended; asyncio would report that as a mistake.
+                thread.exception()
             patience.close()
             tell()
 

@@ -209,6 +209,7 @@ struct command {
     int idle_waves;
     int keeper_stops;
     bool killing;
+    bool emptied;       /* by a kill: nothing is left but the keeper, which exits */
     bool orphaned;      /* the keeper is lost, strays may live */
     bool keep_pty;
     uint8_t exited_due; /* connections that have yet to hear of it */
@@ -596,7 +597,11 @@ static void handle_report(const struct report *report)
         command_exited(command, report->value, &report->usage);
         break;
     case REPORT_GONE:
-        command_gone(command);
+        /* Whoever asked for a kill is told when the keeper is gone as well; for others that is not worth a wakeup. */
+        if (command->killing)
+            command->emptied = true;
+        else
+            command_gone(command);
         break;
     }
 }
@@ -658,6 +663,8 @@ static void reap(void)
                 worker_stopped(worker);
         } else if (worker != NULL) {
             worker_ended(worker);
+        } else if (command != NULL && command->emptied) {
+            command_gone(command);
         } else if (command != NULL) {
             keeper_lost(command);
         } else {

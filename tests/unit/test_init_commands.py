@@ -326,6 +326,17 @@ async def test_a_kill_can_be_repeated_and_asked_for_after_the_end() -> None:
         assert len(host.ends.log) == 2
 
 
+async def test_a_kill_is_over_when_the_keeper_is_gone_too() -> None:
+    """It lives in the sandbox's control group: whoever counts the processes there right after a kill counts it."""
+    async with running_init() as host:
+        for _ in range(200):
+            command_id, spawned = await host.spawn("sleep", "1000")
+            keeper = parent_of(spawned.pid)
+            await host.channel.kill(command_id)
+            assert not (await host.ends.gone(command_id)).keeper_lost
+            assert not stat_of(keeper)
+
+
 async def test_a_kill_that_comes_before_the_command_exists_still_kills_it() -> None:
     """The first wave finds nobody below a keeper that has not started it yet: others have to follow."""
     async with running_init() as host:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from runtimes.model import LABEL_OWNER
 from tests.stock.bed import POLICY, run
-from tests.stock.installed import Ctl
+from tests.stock.installed import SOCKET, Ctl
 
 PLACE = Path.home() / "lasting"
 PROJECT, TOLD = PLACE / "project", PLACE / "told.json"
@@ -30,6 +30,11 @@ def containers() -> list[str]:
     with contextlib.closing(sqlite3.connect(PLACE / "state/journal.sqlite3")) as journal:
         ((owner,),) = journal.execute("SELECT value FROM meta WHERE key = 'owner'").fetchall()
     return run("podman", "ps", "-aq", "--no-trunc", f"--filter=label={LABEL_OWNER}={owner}").split()
+
+
+def directories() -> list[str]:
+    """What sandboxes and slots have in the runtime directory, one each."""
+    return [str(path) for path in SOCKET.parent.glob("boxes/*/*") if path.is_dir()]
 
 
 def mounts_at_home() -> list[str]:

@@ -27,6 +27,7 @@ from runtimes.quantities import (
     parse_memory,
     parse_optional_duration_ms,
 )
+from sandboxd import spelling
 from sandboxd.egress_rules import address_of, authority, parse_rules
 from sandboxd.failures import InvalidArgument, NotFound
 from sandboxd.injections import parse_injections
@@ -504,10 +505,11 @@ def template_defaults(config: Config, name: str) -> tuple[Template, Defaults]:
     """
     template = config.templates.get(name)
     if template is None and name != DEFAULT_TEMPLATE:
+        names = sorted({DEFAULT_TEMPLATE, *config.templates})
         raise NotFound(
             f"cannot find the template {name!r}",
-            detail=f"there are {', '.join(sorted({DEFAULT_TEMPLATE, *config.templates}))}",
-            hint="sandboxctl template list",
+            detail=f"there are {', '.join(names)}",
+            hint=spelling.hint(name, names, "sandboxctl template list"),
         )
     template = template or Template()
     said = {

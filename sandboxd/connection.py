@@ -12,7 +12,6 @@ take each other's. Whatever is not taken is closed.
 from __future__ import annotations
 
 import array
-import difflib
 import inspect
 import logging
 import os
@@ -56,6 +55,7 @@ from sandboxd.protocol import (
     Request,
     Response,
 )
+from sandboxd.spelling import nearest
 
 logger = logging.getLogger(__name__)
 
@@ -402,8 +402,8 @@ class Connection:
         self.send(_error_response(request_id, _error(code, kind, brief, detail, hint)))
 
     def _reply_unknown_method(self, request_id: RequestId, method: str) -> None:
-        near = difflib.get_close_matches(method, [*METHOD_BY_NAME, DISCOVER], n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"{DISCOVER!r} lists the methods"
+        near = nearest(method, [*METHOD_BY_NAME, DISCOVER])
+        hint = f"did you mean {near!r}?" if near else f"{DISCOVER!r} lists the methods"
         self._reply_error(
             request_id, METHOD_NOT_FOUND, f"cannot call {method!r}", "no such method", hint, kind="unsupported"
         )

@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator, Sequence
 
 from runtimes.cgroup.fs import read_fixed_limits
 from runtimes.engine import Engine
-from runtimes.errors import CgroupUnreadable, ImageNotFound
+from runtimes.errors import CgroupUnreadable, ImageNotFound, RuntimeFailure
 from runtimes.model import ContainerSpec, EngineInfo, Mount, Network, Tmpfs
-from sandboxd import note
+from sandboxd import note, spelling
 from sandboxd.limits import passable
 from sandboxd.records import SandboxRecord
 from sandboxd.sandbox import INSIDE_BIN, INSIDE_RESOLVER, INSIDE_RUN, TMPFS_TARGETS, Sandbox, container_id_of
@@ -139,7 +139,9 @@ class Containers:
         except ImageNotFound as error:
             if spec.image != self._default_image:
                 # Only the default image can be built here; any other is the engine's to fetch.
-                error.hint = f"{engine.name} pull {spec.image}"
+                error.hint = spelling.hint(
+                    _short(spec.image), await _names_of_images(engine), f"{engine.name} pull {spec.image}"
+                )
             raise
 
     def _spec(self, sandbox: Sandbox, info: EngineInfo, mounts: Sequence[Mount]) -> ContainerSpec:
@@ -209,3 +211,19 @@ def _tmpfs_bytes(tmp_bytes_max: int, *, has_workspace: bool) -> dict[str, int]:
     """Target to size of everything that is writable inside, besides a workspace."""
     sizes = dict.fromkeys(TMPFS_TARGETS if has_workspace else (*TMPFS_TARGETS, TARGET), tmp_bytes_max)
     return {**sizes, "/run": min(tmp_bytes_max, RUN_TMPFS_BYTES_MAX)}
+
+
+async def _names_of_images(engine: Engine) -> list[str]:
+    """What the engine holds, in short; nothing where it does not say."""
+    try:
+        held = await engine.list_images()
+    except RuntimeFailure:
+        return []
+    return sorted({_short(tag) for facts in held for tag in facts.tags})
+
+
+def _short(reference: str) -> str:
+    """As people write it."""
+    for registry in ("localhost/", "docker.io/library/", "docker.io/"):
+        reference = reference.removeprefix(registry)
+    return reference.removesuffix(":latest")

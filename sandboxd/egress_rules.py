@@ -21,6 +21,7 @@ from typing import Literal
 import msgspec
 
 from sandboxd.failures import InvalidArgument
+from sandboxd.spelling import nearest
 
 RULES_MAX = 256
 RULE_CHARS_MAX = 512
@@ -148,12 +149,20 @@ def is_localhost(host: str) -> bool:
 
 
 def check_allowed(rules: Iterable[Rule]) -> None:
-    """Refuse to allow what is refused all the same.
+    """Refuse to allow what is refused all the same, and what was meant to be a preset.
 
     Raises:
         InvalidArgument: a rule allows it.
     """
     for rule in rules:
+        if rule.text == rule.host and "." not in rule.text:
+            preset = nearest(rule.text, PRESETS)
+            if preset is not None:
+                raise InvalidArgument(
+                    f"cannot allow {rule.text!r}",
+                    detail=f"it is nearly the preset {preset}",
+                    hint=f"--allow {preset}, or for a host of that name --allow {rule.text}:80,443",
+                )
         if is_localhost(rule.host):
             ports = "*" if rule.ports is None else ",".join(map(str, sorted(rule.ports)))
             raise InvalidArgument(

@@ -22,7 +22,7 @@ from runtimes.init.wire import InitError
 from runtimes.inotify import Inotify
 from runtimes.model import ContainerFacts, ContainerState, EngineName, User
 from runtimes.mounter.mounter import Mounter
-from sandboxd import reconcile
+from sandboxd import reconcile, spelling
 from sandboxd.attaching import Attachments
 from sandboxd.background import Background
 from sandboxd.config import Config
@@ -180,6 +180,15 @@ class Manager:
             NoSuchSandbox: there is none.
             InvalidArgument: the prefix fits several.
         """
+        found = self._meant(reference, leaving=leaving)
+        if found is None:
+            names = [sandbox.record.name for sandbox in self.present() if sandbox.record.name is not None]
+            raise NoSuchSandbox(
+                f"cannot find sandbox {reference!r}", hint=spelling.hint(reference, names, "sandboxctl ls")
+            )
+        return found
+
+    def _meant(self, reference: str, *, leaving: bool) -> Sandbox | None:
         exact = self._sandboxes.get(reference)
         if exact is not None and not exact.record.slot and (leaving or not exact.leaving):
             return exact
@@ -199,14 +208,15 @@ class Manager:
                 detail=f"{len(fitting)} ids begin with it",
                 hint="sandboxctl ls",
             )
-        raise NoSuchSandbox(f"cannot find sandbox {reference!r}", hint="sandboxctl ls")
+        return None
 
     def id_of(self, reference: str) -> str | None:
         """The id of the sandbox that is meant, be it as good as gone; None: none is, or it is not clear which."""
         try:
-            return self.get(reference, leaving=True).record.id
-        except (NoSuchSandbox, InvalidArgument):
+            found = self._meant(reference, leaving=True)
+        except InvalidArgument:
             return None
+        return None if found is None else found.record.id
 
     def inputs(self) -> list[tuple[str, int]]:
         """The stdins of commands in the background, by the names under which the next daemon finds them again."""

@@ -24,6 +24,7 @@ import anyio.to_thread
 import msgspec
 
 from runtimes.init.file_worker import FileRefused
+from sandboxd import spelling
 from sandboxd.failures import CapacityExceeded, Conflict, Failure, InvalidArgument, NotFound, PrerequisiteMissing
 from sandboxd.sandbox import Sandbox
 from sandboxd.secret_sources import VALUE_BYTES_MAX, Source, Sources, read_value, write_private
@@ -200,7 +201,7 @@ class SecretStore:
             if name not in present:
                 raise NotFound(
                     f"cannot find the secret {name!r}",
-                    hint=f"sandboxctl secret set {name} < FILE   (or: secret list)",
+                    hint=spelling.hint(name, sorted(present), f"sandboxctl secret set {name} < FILE"),
                 )
 
     def refuse_in(self, env: Mapping[str, str]) -> None:

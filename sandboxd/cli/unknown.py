@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
 
 from sandboxd.cli.session import USAGE, say
+from sandboxd.spelling import nearest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -114,9 +114,3 @@ def refuse(word: str, verbs: Iterable[str]) -> int:
     better = ELSEWHERE.get(word) or nearest(word, (*verbs, "--help", "--version")) or "--help"
     sys.stderr.write(f"hint: sandboxctl {better}\n")
     return USAGE
-
-
-def nearest(word: str, words: Iterable[str]) -> str | None:
-    """The one of the words that was probably meant, if any."""
-    found = difflib.get_close_matches(word, list(words), n=1)
-    return found[0] if found else None

@@ -336,11 +336,11 @@ def _refuse_unknown(options: Mapping[str, Any], known: Iterable[str]) -> None:
     unknown = [name for name in options if name not in known]
     if not unknown:
         return
-    import difflib
+    from sandboxd.spelling import nearest
 
     names = sorted(known)
-    near = difflib.get_close_matches(unknown[0], names, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"one of {' '.join(names)}"
+    near = nearest(unknown[0], names)
+    hint = f"did you mean {near}?" if near else f"one of {' '.join(names)}"
     raise InvalidArgumentException(f"unknown option {unknown[0]!r}", hint=hint, type="invalid_argument")
 
 

@@ -7,15 +7,18 @@ from typing import TypeVar
 
 import anyio.to_thread
 
-from sandboxd import protocol
+from sandboxd import protocol, spelling
 from sandboxd.audit import reading
 from sandboxd.audit.chain import Head
 from sandboxd.audit.files import OpenFile
 from sandboxd.audit.trail import Trail
 from sandboxd.connection import Context
-from sandboxd.failures import AuditUnavailable, Unsupported
+from sandboxd.failures import FAILURES, AuditUnavailable, InvalidArgument, Unsupported
 from sandboxd.handlers.table import Handler
 from sandboxd.manager import Manager
+
+RESULTS = ("ok", "failed", "cancelled", *dict.fromkeys(failure.type for failure in FAILURES))
+"""What a request comes to, ``failed`` for whatever is not ``ok``."""
 
 FLUSH_S_MAX = 5.0
 """How long is waited for lines that are not written yet; what cannot be written cannot be read, either."""
@@ -40,7 +43,8 @@ class AuditHandlers:
         return {"audit/query": self.query, "audit/verify": self.verify}
 
     async def query(self, params: protocol.AuditQueryParams, _: Context) -> protocol.AuditEntries:
-        """What fits."""
+        """What fits. A word that no line can have would find nothing, and tell nobody why."""
+        check(params)
         sandbox = None if params.sandbox is None else self._manager.id_of(params.sandbox) or params.sandbox
         return await self._read(lambda files, _: reading.query(files, params, sandbox))
 
@@ -68,3 +72,27 @@ class AuditHandlers:
             raise AuditUnavailable(
                 "cannot read the audit log", detail=error.strerror or str(error), hint="sandboxctl doctor"
             ) from error
+
+
+def check(wanted: protocol.AuditQueryParams) -> None:
+    """Refuse words that no line can have.
+
+    Raises:
+        InvalidArgument: there is one.
+    """
+    if wanted.result is not None and wanted.result not in RESULTS:
+        raise InvalidArgument(
+            f"cannot look for the result {wanted.result!r}",
+            detail=f"a request comes to {', '.join(RESULTS)}",
+            hint=spelling.hint(wanted.result, RESULTS, "--result failed"),
+        )
+    if wanted.method is not None and wanted.method not in protocol.METHOD_BY_NAME:
+        families = sorted({name.partition("/")[0] for name in protocol.METHOD_BY_NAME})
+        if wanted.method.removesuffix("/") not in families:
+            raise InvalidArgument(
+                f"cannot look for the method {wanted.method!r}",
+                detail=f"the families of methods are {', '.join(families)}",
+                hint=spelling.hint(
+                    wanted.method, [*families, *protocol.METHOD_BY_NAME], "--method sandbox, or one: sandbox/create"
+                ),
+            )

@@ -11,6 +11,7 @@ import anyio.to_thread
 import msgspec
 
 from runtimes.quantities import parse_memory
+from sandboxd import spelling
 from sandboxd.background import Background
 from sandboxd.config import SIZE_BYTES_MAX, Config, loopback_address
 from sandboxd.config import Service as ServiceSetting
@@ -78,7 +79,7 @@ class ServiceRoom:
             raise NotFound(
                 f"cannot find a service {name!r}",
                 detail=f"there are {', '.join(self._services)}",
-                hint="sandboxctl service list",
+                hint=spelling.hint(name, self._services, "sandboxctl service list"),
             )
         return service
 

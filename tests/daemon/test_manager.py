@@ -207,6 +207,23 @@ async def test_an_image_that_is_not_there_is_the_engines_word(world: World) -> N
         await world.assert_empty()
 
 
+async def test_an_image_or_a_sandbox_that_is_not_there_is_told_from_one_that_was_meant(world: World) -> None:
+    """The name of an image is compared as people write it."""
+    async with world.managed() as manager:
+        with pytest.raises(ImageNotFound) as missed:
+            await world.launcher.create(SandboxCreateParams(image="sandboxd/default2"), Timings())
+        hint = f"{world.engine.name} pull sandboxd/default2"
+        assert missed.value.hint == f"did you mean sandboxd/default? else: {hint}"
+        world.engine.fail_next("list_images", UNAVAILABLE)
+        with pytest.raises(ImageNotFound) as missed:
+            await world.launcher.create(SandboxCreateParams(image="sandboxd/default2"), Timings())
+        assert missed.value.hint == hint
+        manager.register(record(name="web"))
+        with pytest.raises(NotFound) as caught:
+            manager.get("wbe")
+        assert caught.value.hint == "did you mean web? else: sandboxctl ls"
+
+
 async def test_what_a_failed_create_cannot_undo_is_undone_by_the_next_sweep(world: World) -> None:
     """An engine that stops answering in the middle must not leave a container that nobody owns."""
     async with world.managed() as manager:

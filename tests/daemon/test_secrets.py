@@ -73,6 +73,10 @@ async def test_a_secret_is_replaced_whole_and_forgotten_for_good(tmp_path: Path)
     store.remove("token")
     assert os.listdir(tmp_path) == []
     store.refuse_in({"A": CANARY.decode()})
+    await store.put("tokens", b"another")
+    with pytest.raises(failures.NotFound) as caught:
+        store.check(["token"])
+    assert caught.value.hint == "did you mean tokens? else: sandboxctl secret set token < FILE"
     for attempt in (lambda: store.remove("token"), lambda: store.check(["token"])):
         with pytest.raises(failures.NotFound):
             attempt()

@@ -126,7 +126,8 @@ def test_an_image_that_was_removed_is_missed_by_new_sandboxes_alone(daemon: Daem
         daemon.client(engine, "rmi", image)
         assert daemon.sh(box, "echo on") == "on\n"
         refusal = daemon.refusal("sandbox/create", engine=engine, image=image)
-        assert (refusal.type, refusal.hint) == ("prerequisite_missing", f"{engine} pull {image}")
+        assert refusal.type == "prerequisite_missing"
+        assert refusal.hint.endswith(f"{engine} pull {image}")
         daemon.call("sandbox/stop", sandbox=box["id"], grace=0)
         daemon.call("sandbox/start", sandbox=box["id"])
         assert daemon.sh(box, "echo again") == "again\n"
@@ -176,7 +177,7 @@ def test_a_name_belongs_to_one_sandbox_at_a_time(daemon: Daemon, engine: str) ->
 def test_an_image_that_is_not_there_is_said_and_nothing_is_left(daemon: Daemon, engine: str) -> None:
     refusal = daemon.refusal("sandbox/create", engine=engine, image="localhost/no/such:image")
     assert refusal.type == "prerequisite_missing"
-    assert refusal.hint == f"{engine} pull localhost/no/such:image"
+    assert refusal.hint.endswith(f"{engine} pull localhost/no/such:image")
     assert len(daemon.containers(engine)) == len([row for row in daemon.sandboxes() if row["engine"] == engine])
 
 

@@ -290,10 +290,12 @@ class CommandTable:
         if command.background and command.gone.is_set():
             self._background.start(outlet.rest)
 
-    def adopt(
-        self, record: CommandRecord, *, pid: int, remaining_s: float | None, ended: anyio.Event, outlet: Outlet | None
-    ) -> Command:
-        """Take over a background command that a former daemon started and that is still there."""
+    def awaited(self, command_id: int) -> Command | None:
+        """One that is known to have been started, and not to have ended."""
+        return self._live.get(command_id)
+
+    def expect(self, record: CommandRecord, *, ended: anyio.Event, outlet: Outlet | None) -> Command:
+        """Know a background command that a former daemon started, before init says what became of it."""
         command = Command(
             record.id,
             record.argv,
@@ -306,12 +308,17 @@ class CommandTable:
         if outlet is not None:
             outlet.start(self._background, command.gone)
         command.started_monotonic_s -= max(0.0, time.time() - record.started_at_ms / 1000)
-        command.pid = pid
         command.announced = True
         self._live[command.id] = command
-        if remaining_s is not None:
-            self._background.start(self._enforce_timeout, command, remaining_s, record.grace_s)
         return command
+
+    def adopt(self, command: Command, *, pid: int, remaining_s: float | None, grace_s: float) -> None:
+        """Take over one that was expected: init is there, and its time is counted from now on."""
+        command.pid = pid
+        if command.oom_kills_before is None:
+            command.oom_kills_before = self._read_oom_kills()
+        if remaining_s is not None:
+            self._background.start(self._enforce_timeout, command, remaining_s, grace_s)
 
     def restore(self, record: CommandRecord, outlet: Outlet | None) -> None:
         """Know again a background command that ended under a former daemon."""

@@ -563,7 +563,9 @@ class Manager:
     @staticmethod
     def note(sandbox: Sandbox, event: Event, reason: str) -> None:
         """Book what was seen of a sandbox that does not run, or does not answer."""
-        sandbox.disconnect()
+        if sandbox.connected or event is not Event.UNREACHABLE:
+            # What was out of reach before may go on in there all the same.
+            sandbox.disconnect()
         sandbox.change(event, reason=reason)
 
     def disconnect_all(self) -> None:

@@ -104,7 +104,7 @@ class Recovery:
                 for decision in decisions:
                     tasks.start_soon(self._carry_out, decision)
         for sandbox in self._manager.all():
-            if sandbox.record.state in (State.STOPPED, State.LOST):
+            if not sandbox.connected:
                 await sandbox.adopt_commands()
         if torn or self._journal.unseen_engines:
             logger.warning("the journal is damaged: outputs, layers and directories of nobody may be somebody's")

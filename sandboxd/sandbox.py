@@ -324,7 +324,8 @@ class Sandbox:
             SandboxGone: nobody answers, or somebody else does.
             RuntimeFailure: the engine had to be asked, and did not say.
         """
-        self.disconnect()
+        if self.connected:
+            self.disconnect()
         hidden = os.path.join(self.directory, SOCKET_NAME)
         channel: InitChannel | None = None
 
@@ -516,7 +517,11 @@ class Sandbox:
         return self._channel
 
     async def adopt_commands(self) -> None:
-        """Take over the background commands of a former daemon, and end what nobody waits for any more."""
+        """Take over the background commands of a former daemon, and end what nobody waits for any more.
+
+        Where init cannot answer, because it is frozen or out of reach, what had not ended goes on as far as is known,
+        until it is called again. Idempotent.
+        """
         channel = self._channel
         known = {record.id: record for record in self._journal.commands(self.record.id)}
         for entry in [] if channel is None else await channel.list_commands():
@@ -529,8 +534,12 @@ class Sandbox:
                 await channel.forget(entry.command_id)
             elif channel is not None:
                 await channel.kill(entry.command_id)
+        may_run = channel is None and self.record.state not in (State.STOPPED, State.LOST)
         for record in known.values():
-            self._adopt_command(record, None, None)
+            if may_run:
+                self._await_command(record)
+            else:
+                self._adopt_command(record, None, None)
         self.commands_lost = self.commands_lost and channel is None
 
     def _rebuild_command(self, command_id: int) -> CommandRecord:
@@ -564,37 +573,58 @@ class Sandbox:
             entry: What init says.
             master: Of its terminal; this is its owner from now on.
         """
-        ended = anyio.Event()
-        outlet = self._reopened(record, ended, master)
-        if record.end is not None:
-            ended.set()
-            self.commands.restore(record, outlet)
+        command = self._await_command(record, master)
+        if command is None:
             return
         left_s = remaining_s(record.deadline_at_ms)
-        pid = 0 if entry is None else entry.pid
-        self.commands.adopt(record, pid=pid, remaining_s=left_s, ended=ended, outlet=outlet)
+        self.commands.adopt(
+            command, pid=0 if entry is None else entry.pid, remaining_s=left_s, grace_s=record.grace_s
+        )
         if entry is not None and entry.state in (CommandState.EXITED, CommandState.GONE):
             self.commands.on_event(Exited(record.id, entry.wait_status, entry.usage))
         if entry is None or entry.state is CommandState.GONE:
             self.commands.on_event(Gone(record.id, keeper_lost=False))
 
-    def _reopened(self, record: CommandRecord, ended: anyio.Event, master: int | None) -> Outlet | None:
+    def _await_command(self, record: CommandRecord, master: int | None = None) -> Command | None:
+        """Know a command again, unless it is known, before anything is heard of it; None: it has ended.
+
+        Args:
+            record: What was written down of it.
+            master: Of its terminal; this is its owner from now on.
+        """
+        command = self.commands.awaited(record.id)
+        if command is None:
+            ended = anyio.Event()
+            outlet = self._reopened(record, ended)
+            if record.end is not None:
+                ended.set()
+                self.commands.restore(record, outlet)
+                return None
+            command = self.commands.expect(record, ended=ended, outlet=outlet)
+        if master is not None:
+            self._take_terminal(command, master)
+        return command
+
+    def _take_terminal(self, command: Command, master: int) -> None:
+        """Have what comes out of a terminal copied; where nothing of it is kept any more, it is hung up."""
         with contextlib.ExitStack() as undo:
-            if master is not None:
-                undo.callback(os.close, master)
-            if not record.streams:
-                return None
-            try:
-                outlet = reopened(self.spools, record.id, record.streams, ended)
-                undo.callback(outlet.close)
-                if master is not None:
-                    outlet.take_terminal(master, self.spools.append(record.id, Stream.BOTH), self.background)
-                elif (descriptor := self._kept_inputs.take(self.record.id, record.id)) is not None:
-                    outlet.take_input(descriptor)
-            except NotFound:
-                return None
-            undo.pop_all()
-            return outlet
+            undo.callback(os.close, master)
+            if command.outlet is None:
+                return
+            with contextlib.suppress(NotFound):
+                command.outlet.take_terminal(master, self.spools.append(command.id, Stream.BOTH), self.background)
+                undo.pop_all()
+
+    def _reopened(self, record: CommandRecord, ended: anyio.Event) -> Outlet | None:
+        if not record.streams:
+            return None
+        try:
+            outlet = reopened(self.spools, record.id, record.streams, ended)
+        except NotFound:
+            return None
+        if (descriptor := self._kept_inputs.take(self.record.id, record.id)) is not None:
+            outlet.take_input(descriptor)
+        return outlet
 
     def note_command(self, record: CommandRecord) -> None:
         """Write a background command down, before it is started.

@@ -296,6 +296,9 @@ class Client:
         self.removed.add(held.id)
 
     def _expire(self, held: Held, chance: random.Random) -> None:
+        if held.unclear and self.call("sandbox/get", sandbox=held.id)["state"] == "paused":
+            # By a request whose answer was lost: the time of what is paused stands still.
+            self.call("sandbox/resume", sandbox=held.id)
         self.call("sandbox/set_timeout", sandbox=held.id, lifetime="200ms")
         self.held.remove(held)
         self.removed.add(held.id)

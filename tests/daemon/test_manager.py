@@ -30,7 +30,7 @@ from sandboxd.limits import Host
 from sandboxd.manager import Caller, Manager, Places
 from sandboxd.network.outside import Outside
 from sandboxd.protocol import LimitsParams, SandboxCreateParams
-from sandboxd.records import EgressRecord, SandboxRecord
+from sandboxd.records import CommandRecord, EgressRecord, SandboxRecord
 from sandboxd.recovery import Recovery
 from sandboxd.secret_store import SecretStore
 from sandboxd.services.room import ServiceRoom
@@ -302,6 +302,36 @@ async def test_a_sandbox_that_was_paused_is_paused_for_the_next_daemon(world: Wo
             await manager.resume(kept, Timings())
         assert "resume" in world.engine.calls
         assert kept.record.state is State.BROKEN, "the fake engine has no init to go on with"
+        await manager.remove(kept, Timings())
+        await world.assert_empty()
+
+
+@pytest.mark.parametrize("answers", [True, False], ids=["paused", "its engine does not answer"])
+async def test_commands_that_init_cannot_tell_of_run_until_it_is_known_that_they_do_not(
+    world: World, *, answers: bool
+) -> None:
+    """A daemon that starts where a sandbox is frozen, or out of reach, and then sees it stopped, loses no record."""
+    box = await world.container_of(record(state=State.PAUSED if answers else State.RUNNING))
+    ran = CommandRecord(id=7, argv=("sleep", "9"), started_at_ms=5, deadline_at_ms=None, grace_s=2.0)
+    world.journal.put_command(box.id, ran)
+    if answers:
+        await world.engine.pause(str(box.container_id))
+    else:
+        world.engine.fail_next("list_containers", UNAVAILABLE)
+    async with world.managed() as manager:
+        await world.recovery.recover()
+        (kept,) = manager.all()
+        if not answers:
+            # It has no init here: it stays out of reach, and nothing is known of what goes on inside.
+            await world.recovery.sweep()
+            assert kept.record.state is State.BROKEN
+        assert [(row.argv, row.state) for row in kept.commands.infos()] == [(["sleep", "9"], "running")]
+        await manager.stop(kept, 0)
+        assert kept.record.state is State.STOPPED
+        (row,) = kept.commands.infos()
+        assert row.end is not None
+        assert (row.state, row.end.status) == ("ended", "lost")
+        assert [command.end for command in world.journal.commands(box.id)] == [row.end]
         await manager.remove(kept, Timings())
         await world.assert_empty()
 

@@ -71,18 +71,28 @@ def test_a_paused_sandbox_is_killed_at_once_and_removed(daemon: Daemon, engine: 
 def test_a_paused_sandbox_outlives_the_daemon_and_so_do_its_commands(mortal: Daemon, engine: str) -> None:
     with mortal.box(engine) as box:
         ref = {"sandbox": box["id"]}
-        command = mortal.call("commands/start", **ref, argv=["sleep", "1000"])["command_id"]
+        ended = mortal.call("commands/start", **ref, argv=["sh", "-c", "echo said"], stdio="spool")["command_id"]
+        mortal.call("commands/wait", **ref, command_id=ended)
+        argv = ["sh", "-c", "echo begun; while [ ! -e /tmp/go ]; do sleep 0.01; done; echo done"]
+        command = mortal.call("commands/start", **ref, argv=argv, stdio="spool", timeout="10m")["command_id"]
+        wait_until(lambda: mortal.ctl("logs", box["id"], command).stdout == b"begun\n", "it had begun")
         assert mortal.ctl("pause", box["id"]).returncode == 0
         mortal.kill()
         mortal.start()
         found = mortal.call("sandbox/get", **ref)
-        assert (found["state"], found["state_reason"]) == ("paused", "")
+        assert (found["state"], found["state_reason"], found["commands_running"]) == ("paused", "", 1)
+        rows = {row["command_id"]: row["state"] for row in mortal.call("commands/list", **ref)["commands"]}
+        assert rows == {ended: "ended", command: "running"}, "what is frozen has not ended"
+        assert [mortal.ctl("logs", box["id"], each).stdout for each in rows] == [b"said\n", b"begun\n"]
         assert mortal.ctl("exec", box["id"], "true").stderr.count(b"sandboxctl resume") == 1
         assert mortal.ctl("resume", box["id"]).returncode == 0
         assert mortal.sh(box, "echo up") == "up\n"
-        (row,) = mortal.call("commands/list", **ref)["commands"]
-        assert (row["command_id"], row["state"]) == (command, "running")
+        rows = {row["command_id"]: row["state"] for row in mortal.call("commands/list", **ref)["commands"]}
+        assert rows == {ended: "ended", command: "running"}
         assert len(kernel.processes(box["pid"])) > 1
+        mortal.sh(box, "touch /tmp/go")
+        assert mortal.call("commands/wait", **ref, command_id=command)["status"] == "ok"
+        assert mortal.ctl("logs", box["id"], command).stdout == b"begun\ndone\n"
 
 
 def test_what_podman_takes_for_paused_and_runs_goes_on_all_the_same(daemon: Daemon) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import posixpath
+import shlex
 import stat
 from collections.abc import Awaitable, Callable
 
@@ -67,22 +68,31 @@ _BY_ERRNO: dict[int, type[Failure]] = {
 """Any other is a conflict with what is there: a link, a right that is missing, a directory that is not empty."""
 
 _HINTS = {
-    errno.EISDIR: "sandboxctl files ls SANDBOX PATH",
-    errno.ENOTEMPTY: "with what is in it: sandboxctl files rm -r SANDBOX PATH",
+    errno.EISDIR: "sandboxctl files ls {sandbox} {path}",
+    errno.ENOTEMPTY: "with what is in it: sandboxctl files rm -r {sandbox} {path}",
 }
 
 _NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR)
 
 
-def failure_from_refusal(error: FileRefused) -> Failure:
-    """The failure that says why it was not done; its detail begins with the name of the errno."""
-    return _failure(error.errno, str(error).partition(":")[0])
+def failure_from_refusal(error: FileRefused, sandbox: str | None) -> Failure:
+    """The failure that says why it was not done; its detail begins with the name of the errno.
+
+    Args:
+        error: What was refused.
+        sandbox: As it was typed; None: the request names none.
+    """
+    path = error.path.decode(errors="replace")
+    hint = _HINTS.get(error.errno, "").format(
+        sandbox=sandbox or "SANDBOX", path=shlex.quote(path) if path.isprintable() else "PATH"
+    )
+    return _failure(error.errno, str(error).partition(":")[0], hint)
 
 
-def _failure(number: int, brief: str) -> Failure:
+def _failure(number: int, brief: str, hint: str = "") -> Failure:
     name = errno.errorcode.get(number, str(number))
     why = "as many as may be are under way" if number == errno.EUSERS else os.strerror(number)
-    return _BY_ERRNO.get(number, Conflict)(brief, detail=f"{name}: {why}", hint=_HINTS.get(number, ""))
+    return _BY_ERRNO.get(number, Conflict)(brief, detail=f"{name}: {why}", hint=hint)
 
 
 def path_of(params: protocol.PathParams) -> bytes:

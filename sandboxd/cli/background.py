@@ -35,6 +35,7 @@ def _add_command(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_ps(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-a", "--all", action="store_true", help="those that have ended as well, as it is without it")
     verb.add_sandbox(parser)
     verb.add_json(parser)
 

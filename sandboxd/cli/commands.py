@@ -7,7 +7,7 @@ import os
 import sys
 
 from sandboxd.cli import verb
-from sandboxd.cli.execution import execute, fail, run_in, tty_is_possible
+from sandboxd.cli.execution import execute, fail, is_not_found, run_in, tty_is_possible
 from sandboxd.cli.sandboxes import add_create_arguments, check_create_arguments, create
 from sandboxd.cli.session import USAGE, call, complain, connect, env_of, say
 from sandboxd.cli.shortcut import without_dashes
@@ -78,11 +78,21 @@ def _run(arguments: argparse.Namespace) -> int:
             except RpcError as error:
                 # What was asked for makes no sense: nothing ran, and nobody wants the sandbox that was made for it.
                 unused = unused or error.type == "invalid_argument"
+                if arguments.image is None and is_not_found(error) and not error.hint:
+                    error.hint = _as_image(argv)
                 raise
             finally:
                 _leave(connection, sandbox, remove=unused)
     except RpcError as error:
         return fail(error)
+
+
+def _as_image(argv: list[str]) -> str:
+    """What to type where the first word was meant as an image, as other programs have it."""
+    import shlex
+
+    words = shlex.join(argv)
+    return f"if {shlex.quote(argv[0])} is an image: sandboxctl run --image {words}" if words.isprintable() else ""
 
 
 def _leave(connection: Connection, sandbox: dict[str, Any], *, remove: bool) -> None:

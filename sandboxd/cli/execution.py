@@ -123,7 +123,7 @@ def run_in(
                 end, sandbox, arguments.timeout, more_memory=MORE_ANEW if gone else MORE_WHILE_THERE
             )
         except RpcError as error:
-            if candidate is candidates[-1] or not _is_not_found(error):
+            if candidate is candidates[-1] or not is_not_found(error):
                 raise
     raise AssertionError("there is always a last candidate")
 
@@ -171,7 +171,8 @@ def exit_code_of_end(
     return SIGNAL_BASE + int(end["signal"]) if end["signal"] else EXEC_FAILED
 
 
-def _is_not_found(error: RpcError) -> bool:
+def is_not_found(error: RpcError) -> bool:
+    """Whether there is no such program."""
     return error.type == "command_not_started" and error.detail.startswith("ENOENT")
 
 
@@ -181,7 +182,7 @@ def fail(error: RpcError) -> int:
     if error.type == "invalid_argument":
         return USAGE
     if error.type == "command_not_started":
-        return NOT_FOUND if _is_not_found(error) else NOT_EXECUTABLE
+        return NOT_FOUND if is_not_found(error) else NOT_EXECUTABLE
     return EXEC_FAILED
 
 

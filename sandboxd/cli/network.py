@@ -9,6 +9,7 @@ import time
 from sandboxd.cli import render_network, verb
 from sandboxd.cli.session import USAGE, request, say, show, show_json
 from sandboxd.cli.verb import Verb
+from sandboxd.client import RpcError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -92,16 +93,17 @@ def _add_forward(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         help="from a port, or a Unix socket, of the host to a port inside; on 127.0.0.1, on a free port",
     )
-    parser.add_argument("--close", metavar="ID", help="close a forward")
+    parser.add_argument("--close", metavar="ID | HOST_PORT", help="close a forward, by its id or where it begins")
     verb.add_json(parser)
 
 
 def _forward(arguments: argparse.Namespace) -> int:
     if (arguments.place is None) == (arguments.close is None):
-        say("forward what? give a port, or --close ID")
+        say("forward what? give a port, or --close HOST_PORT")
         return USAGE
     if arguments.close is not None:
-        reply = request("ports/close", sandbox=arguments.sandbox, forward_id=arguments.close)
+        forward_id = _forward_at(arguments.sandbox, arguments.close)
+        reply = request("ports/close", sandbox=arguments.sandbox, forward_id=forward_id)
         if arguments.json:
             show_json(reply)
         return 0
@@ -115,6 +117,25 @@ def _forward(arguments: argparse.Namespace) -> int:
     else:
         show(render_network.place(reply))
     return 0
+
+
+def _forward_at(sandbox: str, text: str) -> str:
+    """The id of the forward that begins at this port of the host; whatever is no port is an id.
+
+    Raises:
+        RpcError: None begins there, or more than one.
+    """
+    if not _is_port(text):
+        return text
+    forwards = request("ports/list", sandbox=sandbox)["forwards"]
+    found = [forward["forward_id"] for forward in forwards if forward["host_port"] == int(text)]
+    if len(found) == 1:
+        return str(found[0])
+    hint = f"sandboxctl ports {sandbox}"
+    if found:
+        brief = f"cannot tell which forward is meant: {' and '.join(found)} begin at port {text}"
+        raise RpcError(0, "invalid_argument", brief, hint=hint)
+    raise RpcError(0, "not_found", f"cannot find a forward of sandbox {sandbox!r} from port {text}", hint=hint)
 
 
 def _place(text: str) -> dict[str, Any] | None:

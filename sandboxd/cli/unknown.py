@@ -67,7 +67,6 @@ SAME = {"ls": "list", "list": "ls"}
 """Actions, each by the name that another verb has for it."""
 
 _CHOICE = re.compile(r"invalid choice: '(?P<word>.*)' \(choose from (?P<words>[^()]*)\)\Z", re.DOTALL)
-_NUMBER = re.compile(r"argument NUMBER: invalid int value: '(?P<word>.*)'\Z", re.DOTALL)
 _STRAY = "unrecognized arguments: "
 
 
@@ -86,9 +85,6 @@ def explained(message: str, parser: Parser) -> tuple[str, str]:
         same = SAME.get(choice["word"])
         meant = same if same in words else nearest(choice["word"], words)
         return message, f"did you mean {meant}?" if meant else more
-    number = _NUMBER.match(message)
-    if number is not None:
-        return message, _as_flag(number["word"], parser) or more
     return message, more
 
 

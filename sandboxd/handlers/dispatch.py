@@ -95,7 +95,7 @@ class Dispatcher:
                 return await self._handlers[method](params, context)
             raise _interrupted(method)
         except FileRefused as error:
-            raise files.failure_from_refusal(error) from error
+            raise files.failure_from_refusal(error, getattr(params, "sandbox", None)) from error
         except (RuntimeFailure, InitError) as error:
             raise failure_from(error) from error
         except OSError as error:

@@ -268,6 +268,11 @@ def test_metrics_are_text_as_it_came(ctl: Ctl) -> None:
         (("rm",), 2, "which sandboxes?"),
         (("rm", "--all", "x"), 2, "which sandboxes?"),
         (("exec", "absent", "true"), 125, "cannot find 'absent'"),
+        (
+            ("run", "--rm", "no.such/image:1", "sh"),
+            127,
+            "hint: if no.such/image:1 is an image: sandboxctl run --image",
+        ),
         (("wait", "absent", "0000000000ff"), 125, "cannot find command 0000000000ff"),
         (("kill", "absent", "0000000000ff"), 5, "cannot find command 0000000000ff"),
         (("exec", "absent"), 2, "which command?"),

@@ -54,10 +54,20 @@ def test_a_program_that_is_there_and_is_refused_is_not_explained_away() -> None:
     assert not failure.hint
 
 
-@pytest.mark.parametrize(("number", "says"), [(errno.EISDIR, "files ls"), (errno.ENOTEMPTY, "files rm -r")])
-def test_a_directory_where_a_file_was_meant_is_told_what_takes_directories(number: int, says: str) -> None:
-    """The words of the errno alone leave one to guess."""
-    assert says in failure_from_refusal(FileRefused(number, FileType.DIRECTORY, b"d")).hint
+@pytest.mark.parametrize(
+    ("number", "path", "hint"),
+    [
+        (errno.EISDIR, b"d", "sandboxctl files ls box d"),
+        (errno.ENOTEMPTY, b"my d", "with what is in it: sandboxctl files rm -r box 'my d'"),
+        (errno.ENOTEMPTY, b"a\x1b[2J", "with what is in it: sandboxctl files rm -r box PATH"),
+        (errno.ENOENT, b"d", ""),
+    ],
+)
+def test_a_directory_where_a_file_was_meant_is_told_what_takes_directories(
+    number: int, path: bytes, hint: str
+) -> None:
+    """The words of the errno alone leave one to guess, and what can be typed as it stands is typed."""
+    assert failure_from_refusal(FileRefused(number, FileType.DIRECTORY, path), "box").hint == hint
 
 
 @pytest.mark.parametrize(("left_ms", "shown"), [(600_000, "10m"), (599_990, "10m"), (599_400, "9m"), (0, "now")])

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 STOP_TIMEOUT_S = 45.0
 
-LINES_MAX = 1_000_000
-
 
 def _add_daemon(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -46,15 +44,9 @@ def _add_daemon(parser: argparse.ArgumentParser) -> None:
 def add_log_flags(parser: argparse.ArgumentParser) -> None:
     """``--lines`` and ``--follow``, of the daemon's own log."""
     parser.add_argument(
-        "-n", "--lines", type=_lines, default=own_service.LINES, metavar="N", help="how many lines logs shows"
+        "-n", "--lines", type=verb.lines, default=own_service.LINES, metavar="N", help="how many lines logs shows"
     )
     parser.add_argument("-f", "--follow", action="store_true", help="with logs: and what is logged from now on")
-
-
-def _lines(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) > LINES_MAX:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of lines up to {LINES_MAX}")
-    return int(text)
 
 
 def _daemon(arguments: argparse.Namespace) -> int:

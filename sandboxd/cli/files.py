@@ -7,7 +7,7 @@ import sys
 import time
 
 from sandboxd.cli import render, verb, wire
-from sandboxd.cli.session import call, connect, request, say, show, show_json
+from sandboxd.cli.session import call, connect, request, say, show, show_json, show_json_line
 from sandboxd.cli.verb import Parser, Verb
 
 TYPE_CHECKING = False
@@ -225,9 +225,7 @@ def _watch(arguments: argparse.Namespace) -> int:
 
 def _show_change(change: dict[str, Any], arguments: argparse.Namespace) -> None:
     if arguments.json:
-        import json
-
-        show(json.dumps(change, ensure_ascii=False))
+        show_json_line(change)
     else:
         show(render.change(change))
 

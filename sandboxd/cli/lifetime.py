@@ -8,14 +8,12 @@ import time
 
 from sandboxd.cli import render, verb
 from sandboxd.cli.sandboxes import each
-from sandboxd.cli.session import USAGE, call, connect, connect_after, request, say, show, show_json
+from sandboxd.cli.session import USAGE, call, connect, connect_after, request, say, show, show_json, show_json_line
 from sandboxd.cli.verb import Verb
 from sandboxd.client import RpcError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
     from sandboxd.client import Message
 
 EVENT_KINDS = (
@@ -73,6 +71,7 @@ def _timeout(arguments: argparse.Namespace) -> int:
 
 def _add_events(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", "--follow", action="store_true", help="go on with what happens from now on")
+    parser.add_argument("-n", "--lines", type=verb.lines, metavar="N", help="of what is kept, only the last N")
     parser.add_argument(
         "--since", type=int, metavar="NUMBER", help="only what came after this one; default: all that is kept"
     )
@@ -91,6 +90,8 @@ def _add_events(parser: argparse.ArgumentParser) -> None:
 def _events(arguments: argparse.Namespace) -> int:
     """When the daemon is restarted, it goes on with the next one, after the last number that it was told."""
     last: int | None = arguments.since
+    wanted = {"sandbox": arguments.sandbox, "kinds": arguments.kind}
+    ending = None if arguments.lines is None else _Ending(arguments.lines)
 
     def take(message: Message) -> None:
         nonlocal last
@@ -102,21 +103,19 @@ def _events(arguments: argparse.Namespace) -> int:
                 last = params["seq"]
             case "events/lost":
                 last = params["last_seq"]
-        _show_event(method, params, as_json=arguments.json)
+        _show_event(message, as_json=arguments.json)
 
     connection = connect()
     while True:
         with connection:
             try:
-                call(
-                    connection,
-                    "events/subscribe",
-                    take,
-                    since=last,
-                    follow=arguments.follow,
-                    sandbox=arguments.sandbox,
-                    kinds=arguments.kind,
-                )
+                if ending is not None:
+                    reply = call(connection, "events/subscribe", ending, since=last, follow=False, **wanted)
+                    for message in ending.messages:
+                        _show_event(message, as_json=arguments.json)
+                    last, ending = reply["last_seq"], None
+                if arguments.follow or arguments.lines is None:
+                    call(connection, "events/subscribe", take, since=last, follow=arguments.follow, **wanted)
             except RpcError as error:
                 failed = error
             else:
@@ -124,13 +123,27 @@ def _events(arguments: argparse.Namespace) -> int:
         connection = connect_after(failed)
 
 
-def _show_event(method: str, params: dict[str, Any], *, as_json: bool) -> None:
+class _Ending:
+    """Keeps the last of what is told. Begun anew by each ``events/begun``: the next daemon tells all of it again."""
+
+    def __init__(self, count: int) -> None:
+        from collections import deque
+
+        self.messages: deque[Message] = deque(maxlen=count)
+
+    def __call__(self, message: Message) -> None:
+        if message.content["method"] == "events/begun":
+            self.messages.clear()
+        else:
+            self.messages.append(message)
+
+
+def _show_event(message: Message, *, as_json: bool) -> None:
+    method, params = message.content["method"], message.content["params"]
     if method not in {"events/event", "events/lost"}:
         return
     if as_json:
-        import json
-
-        show(json.dumps({"method": method, **params}, ensure_ascii=False))
+        show_json_line({"method": method, **params})
     else:
         show(render.event(params) if method == "events/event" else render.events_lost(params))
     sys.stdout.flush()

@@ -188,6 +188,13 @@ def show(text: str) -> None:
     sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
 
 
+def show_json_line(value: dict[str, Any]) -> None:
+    """One of many, each on a line of its own."""
+    import json
+
+    show(json.dumps(value, ensure_ascii=False).translate(_CONTROLS_IN_JSON))
+
+
 def show_json(reply: dict[str, Any] | list[dict[str, Any]]) -> None:
     """A reply as it came, or several as one array."""
     import json

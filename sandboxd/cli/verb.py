@@ -18,6 +18,7 @@ COLUMNS_DEFAULT = 80
 COLUMNS_MAX = 120
 """Longer lines are hard to read."""
 
+LINES_MAX = 1_000_000
 
 NAMES_FUNCTION = "_sandboxctl_names"
 """The shell's function that completes ids and names of sandboxes."""
@@ -279,6 +280,13 @@ def _mount_of_fields(text: str) -> dict[str, str]:
     if "src" not in found or "dst" not in found:
         raise argparse.ArgumentTypeError(f"{text!r} needs src=PATH and dst=PATH")
     return found
+
+
+def lines(text: str) -> int:
+    """How many lines."""
+    if not (text.isascii() and text.isdigit()) or len(text) > len(str(LINES_MAX)) or int(text) > LINES_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of lines up to {LINES_MAX}")
+    return int(text)
 
 
 def pair(text: str) -> tuple[str, str]:

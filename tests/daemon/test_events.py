@@ -198,6 +198,31 @@ def test_sandboxctl_follows_events_over_a_restart_of_the_daemon(house: House) ->
         follower.terminate()
 
 
+def test_sandboxctl_shows_the_last_ones_and_goes_on_after_them(house: House) -> None:
+    """Of thousands that are kept, one mostly wants the end; nothing that happens meanwhile falls between the two."""
+    house.publish(*["paused", "removed"] * 50)
+    env = {**environment(Path(house.path).parent), "SANDBOXD_SOCKET": house.path}
+
+    def seqs(*flags: str) -> list[int]:
+        argv = [*CTL, "events", "--json", *flags]
+        done = subprocess.run(argv, env=env, capture_output=True, check=True, timeout=20)
+        return [json.loads(line)["seq"] for line in done.stdout.splitlines()]
+
+    assert seqs("-n", "3") == [98, 99, 100]
+    assert seqs("-n", "2", "--kind", "removed") == [98, 100]
+    assert seqs("-n", "5", "--since", "98") == [99, 100]
+    assert seqs("-n", "0") == []
+    follow = [*CTL, "events", "-f", "-n", "2", "--json"]
+    with subprocess.Popen(follow, env=env, stdout=subprocess.PIPE, text=True) as follower:
+        assert follower.stdout is not None
+        for seq in (99, 100):
+            assert json.loads(follower.stdout.readline())["seq"] == seq
+        house.interrupt()
+        house.publish("paused")
+        assert json.loads(follower.stdout.readline())["seq"] == 101
+        follower.terminate()
+
+
 def test_sandboxctl_says_what_it_missed_and_goes_on(house: House) -> None:
     """Whoever was away for too long must not believe that nothing happened."""
     house.publish(*["paused"] * (KEPT_MAX + 10))

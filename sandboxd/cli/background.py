@@ -187,12 +187,21 @@ def _add_wait(parser: argparse.ArgumentParser) -> None:
 def _wait(arguments: argparse.Namespace) -> int:
     try:
         with connect() as connection:
-            end = call(connection, "commands/wait", None, **find(connection, arguments.sandbox, arguments.command))
+            end = _end(connection, arguments)
     except RpcError as error:
         return fail(error)
     if arguments.json:
         show_json(end)
     return exit_code_of_end(end, arguments.sandbox)
+
+
+def _end(connection: Connection, arguments: argparse.Namespace) -> dict[str, Any]:
+    """How it ended; when the daemon is restarted, the next one is asked."""
+    try:
+        return call(connection, "commands/wait", None, **find(connection, arguments.sandbox, arguments.command))
+    except RpcError as error:
+        with connect_after(error) as following:
+            return _end(following, arguments)
 
 
 def _signal_number(text: str) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from sandboxd.cli import units
 from tests.engine.daemons import CHECKOUT, IMAGE
 from tests.stock.bed import CALL_S_MAX, run
 
@@ -36,9 +39,25 @@ class Ctl:
         }
 
     def __call__(self, *words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        argv = [sys.executable, "-m", "sandboxd.cli.main", *words]
         return subprocess.run(
-            argv, input=stdin, capture_output=True, text=True, env=self.env, timeout=CALL_S_MAX, check=False
+            self._argv(words),
+            input=stdin,
+            capture_output=True,
+            text=True,
+            env=self.env,
+            timeout=CALL_S_MAX,
+            check=False,
+        )
+
+    def begin(self, *words: str, stdout: int | IO[str] = subprocess.PIPE) -> subprocess.Popen[str]:
+        """The same, for who does something else meanwhile."""
+        return subprocess.Popen(
+            self._argv(words),
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=self.env,
         )
 
     def json(self, *words: str) -> Any:
@@ -49,6 +68,30 @@ class Ctl:
         done = self(*words, stdin=stdin)
         assert done.returncode == 0, (words, done.stdout, done.stderr, journal())
         return done.stdout
+
+    @staticmethod
+    def _argv(words: Sequence[str]) -> list[str]:
+        return [sys.executable, "-m", "sandboxd.cli.main", *words]
+
+
+@contextlib.contextmanager
+def service(directory: Path) -> Iterator[Ctl]:
+    """The daemon as a service, for the length of a ``with``; nothing of it is left."""
+    ctl = Ctl(directory)
+    assert ctl.json("daemon", "install") == {
+        "installed": [str(UNITS / name) for name in units.UNITS],
+        "socket": str(SOCKET),
+    }
+    try:
+        yield ctl
+    finally:
+        ctl("rm", "--all", "--wait", "--yes")
+        done = ctl("daemon", "uninstall")
+    assert done.returncode == 0, done.stderr
+    assert not list(UNITS.glob("sandboxd.*"))
+    assert not SOCKET.exists()
+    assert show("sandboxd.service", "LoadState") == "not-found"
+    assert ctl("daemon", "status").returncode == 1
 
 
 def show(unit: str, field: str) -> str:

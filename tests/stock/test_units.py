@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,13 +18,54 @@ from runtimes.process import SERVICE_VARIABLES
 from sandboxd.cli import units
 from sandboxd.client import Connection
 from tests.engine.daemons import wait_until
-from tests.stock.bed import POLICY, quick_bed, run
-from tests.stock.installed import SOCKET, UNITS, Ctl, journal, show
+from tests.stock.bed import CALL_S_MAX, POLICY, quick_bed, run
+from tests.stock.installed import SOCKET, UNITS, Ctl, journal, service, show
 
 pytestmark = quick_bed
 
 WATCHDOG_S = 4
 """Short, for it is waited for, and long enough for a busy host to have its daemon answer in time."""
+
+
+HELD = {
+    "Delegate": "yes",
+    "KeyringMode": "private",
+    "KillMode": "process",
+    "LimitCORE": "0",
+    "NoNewPrivileges": "no",
+    "OOMPolicy": "continue",
+}
+
+
+class Hardened:
+    """What a service may do that has one more of systemd's options."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def run(self, option: str, *words: str) -> subprocess.CompletedProcess[str]:
+        argv = ["systemd-run", "--user", "--quiet", "--wait", "--pipe", "--collect", f"--property={option}", *words]
+        return subprocess.run(argv, capture_output=True, text=True, timeout=CALL_S_MAX, check=False)
+
+    def podman_starts(self, option: str) -> bool:
+        """Whether Podman can set everything up: nothing of it is there yet."""
+        place = self._directory / option
+        place.mkdir(mode=0o700)
+        own = [f"{name}={place}" for name in ("HOME", "XDG_RUNTIME_DIR")]
+        done = self.run(option, "env", *own, "podman", "unshare", "true")
+        pause = place / "libpod" / "tmp" / "pause.pid"
+        if pause.exists():
+            os.kill(int(pause.read_text()), signal.SIGKILL)
+        return done.returncode == 0
+
+
+@pytest.fixture
+def hardened() -> Iterator[Hardened]:
+    """Not in /tmp, of which a service may have one of its own."""
+    directory = Path.home() / "hardened"
+    directory.mkdir()
+    yield Hardened(directory)
+    shutil.rmtree(directory)
 
 
 @pytest.fixture(autouse=True)
@@ -36,21 +78,9 @@ def starts_are_not_counted(ctl: Ctl) -> None:
 @pytest.fixture(scope="module")
 def ctl(tmp_path_factory: pytest.TempPathFactory, daemon: object) -> Iterator[Ctl]:
     """Installed; the daemon of the other tests is only needed for its image."""
-    ctl = Ctl(tmp_path_factory.mktemp("units"))
-    assert ctl.json("daemon", "install") == {
-        "installed": [str(UNITS / name) for name in units.UNITS],
-        "socket": str(SOCKET),
-    }
-    try:
+    del daemon
+    with service(tmp_path_factory.mktemp("units")) as ctl:
         yield ctl
-    finally:
-        ctl("rm", "--all")
-        done = ctl("daemon", "uninstall")
-    assert done.returncode == 0, done.stderr
-    assert not list(UNITS.glob("sandboxd.*"))
-    assert not SOCKET.exists()
-    assert show("sandboxd.service", "LoadState") == "not-found"
-    assert ctl("daemon", "status").returncode == 1
 
 
 def test_systemd_finds_nothing_wrong_with_the_units(tmp_path: Path) -> None:
@@ -64,6 +94,31 @@ def test_systemd_finds_nothing_wrong_with_the_units(tmp_path: Path) -> None:
         ["systemd-analyze", "--user", "--man=no", "verify", *paths], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_service_is_held_to_what_a_users_systemd_can_hold_it_to(ctl: Ctl, figures: list[str]) -> None:
+    """What is set is in force, and nothing that would keep a rootless engine from its user namespaces."""
+    pid = ctl.json("daemon", "start")["pid"]
+    (core,) = (row for row in Path(f"/proc/{pid}/limits").read_text().splitlines() if row.startswith("Max core"))
+    assert core.split()[-3:-1] == ["0", "0"]
+    assert "\nNoNewPrivs:\t0\n" in Path(f"/proc/{pid}/status").read_text()
+    found = {name: show("sandboxd.service", name) for name in HELD}
+    assert found == HELD
+    said = run("systemd-analyze", "--user", "--no-pager", "security", "sandboxd.service")
+    level = said.rpartition("sandboxd.service: ")[2].split()[0]
+    figures.append(f"systemd-analyze security: {level} of 10 for the service, where 10 is nothing that it looks for")
+
+
+def test_options_are_left_out_because_podman_starts_nothing_with_them_or_they_do_nothing(
+    hardened: Hardened,
+) -> None:
+    """As docs/INSTALL.md says. The one that Podman does not mind shows that it is not something else that fails."""
+    assert hardened.podman_starts("UMask=0077")
+    assert not hardened.podman_starts("NoNewPrivileges=yes")
+    assert not hardened.podman_starts("RestrictNamespaces=yes")
+    own = os.readlink("/proc/self/ns/mnt")
+    ignored = hardened.run("PrivateTmp=yes", "readlink", "/proc/self/ns/mnt").stdout.strip() == own
+    assert hardened.podman_starts("PrivateTmp=yes") is ignored, "Debian 12 does nothing for it, Debian 13 too much"
 
 
 def environment(pid: int) -> set[str]:
@@ -175,6 +230,40 @@ def test_a_sandbox_of_the_service_outlives_it(ctl: Ctl) -> None:
     assert ctl("exec", box["id"], "true").returncode == 0
     assert ctl("rm", box["id"]).returncode == 0, journal()
     wait_until(lambda: not Path(f"/proc/{monitor}").exists(), "nothing watches a container that is gone")
+
+
+def test_who_reads_waits_or_asks_over_a_restart_sees_a_pause_and_nothing_else(
+    ctl: Ctl, tmp_path: Path, figures: list[str]
+) -> None:
+    """The socket is systemd's: nobody is turned away, no line is lost or told twice, and no end is missed."""
+    box = ctl.json("create", *(["--degraded"] if POLICY == "degraded" else []))
+    script = "n=0; while [ ! -e /tmp/enough ]; do n=$((n + 1)); echo $n; sleep 0.01; done; echo $n; exit 7"
+    command = ctl.out("exec", "-d", box["id"], "sh", "-c", script).strip()
+    before = show("sandboxd.service", "MainPID")
+    read = tmp_path / "read"
+    with (
+        open(read, "w") as written,
+        ctl.begin("logs", "-f", box["id"], command, stdout=written) as reader,
+        ctl.begin("wait", box["id"], command) as waiter,
+    ):
+        wait_until(read.read_text, "it reads")
+        with subprocess.Popen(["systemctl", "--user", "restart", "sandboxd.service"]) as restart:
+            pauses_s = []
+            while restart.poll() is None or not pauses_s:
+                began = time.monotonic()
+                ctl.out("ls")
+                pauses_s.append(time.monotonic() - began)
+        assert restart.returncode == 0
+        assert show("sandboxd.service", "MainPID") not in {before, "0"}
+        assert reader.poll() is None, "who reads goes on"
+        assert waiter.poll() is None, "who waits goes on"
+        ctl.out("exec", box["id"], "touch", "/tmp/enough")
+        complaints = [one.communicate(timeout=CALL_S_MAX)[1] for one in (waiter, reader)]
+        assert (waiter.returncode, reader.returncode, complaints) == (7, 0, ["", ""])
+    *counted, last = read.read_text().split()
+    assert counted == [str(number) for number in range(1, int(last) + 1)]
+    figures.append(f"restart of the service: whoever asks meanwhile waits at most {max(pauses_s):.2f} s")
+    ctl.out("rm", "--wait", box["id"])
 
 
 def test_a_killed_daemon_comes_back(ctl: Ctl) -> None:

@@ -12,19 +12,50 @@ from runtimes.model import EngineInfo, EngineName
 from runtimes.suitability import choose
 from sandboxd.failures import Unsupported
 
+Detect = Callable[[], Awaitable[Sequence[EngineInfo]]]
+"""Looks at the host: one ``EngineInfo`` per engine that is known to us, usable or not."""
+
+
+class BegunLook:
+    """A look at the engines that begins before anybody has asked: who asks first is given what it finds.
+
+    Args:
+        detect: Looks.
+    """
+
+    def __init__(self, detect: Detect) -> None:
+        self._detect = detect
+        self._found: Sequence[EngineInfo] | None = None
+        self._looked = anyio.Event()
+        self._given = False
+
+    async def begin(self) -> None:
+        """Look, once."""
+        self._found = await self._detect()
+        self._looked.set()
+
+    async def __call__(self) -> Sequence[EngineInfo]:
+        """See ``Detect``."""
+        if self._given:
+            return await self._detect()
+        self._given = True
+        await self._looked.wait()
+        assert self._found is not None
+        return self._found
+
 
 class EngineRoom:
     """All engines that were found; one daemon drives them at once.
 
     Args:
-        detect: Looks at the host: one ``EngineInfo`` per engine that is known to us, usable or not.
+        detect: Looks at the host.
         build: Makes the engine for a usable ``EngineInfo``, whose calls wait their turn at the semaphore.
         calls_max: Calls of one engine at once.
     """
 
     def __init__(
         self,
-        detect: Callable[[], Awaitable[Sequence[EngineInfo]]],
+        detect: Detect,
         build: Callable[[EngineInfo, anyio.Semaphore], Engine],
         calls_max: int,
     ) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import anyio
 
 from runtimes.model import ContainerSpec, EngineInfo
-from sandboxd import daemon, sandbox
+from sandboxd import composition, daemon, sandbox
 from sandboxd.journal import Journal
 from sandboxd.lifecycle import State
 from tests.engine.daemons import IMAGE
@@ -55,7 +55,7 @@ def main() -> int:
     # Its containers have no init, and nobody is to wait for one.
     sandbox.INIT_DEADLINE_S = 0.02
     daemon.detect.detect_all = detect_all
-    daemon._build_engine = lambda *_, **__: engine
+    composition._build_engine = lambda *_, **__: engine
     return daemon.main(sys.argv[sys.argv.index("sandboxd.daemon") + 1 :])
 
 

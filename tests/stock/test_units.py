@@ -181,7 +181,7 @@ def test_its_messages_are_in_the_journal_with_their_fields(ctl: Ctl) -> None:
 
     last = wait_until(told, "it was told")[-1]
     assert last["_TRANSPORT"] == "journal"
-    assert last["CODE_FILE"].endswith("sandboxd/daemon.py")
+    assert last["CODE_FILE"].endswith("sandboxd/composition.py")
     assert last["LOGGER"]
 
 

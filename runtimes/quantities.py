@@ -192,16 +192,20 @@ def parse_optional_duration_ms(text: str, *, option: str) -> int | None:
 
 
 def format_bytes(count_bytes: int) -> str:
-    """A size to read: ``512B``, ``64.0MiB``, ``1.5GiB``. One decimal, rounded half up; not meant to be parsed."""
+    """A size to read: ``512 B``, ``64 MiB``, ``1.5 GiB``. One decimal at most, rounded half up; not to be parsed."""
     power = 0
     while power < len(_SIZE_LETTERS) and count_bytes >= 1024 ** (power + 1):
         power += 1
     if power == 0:
-        return f"{count_bytes}B"
+        return f"{count_bytes} B"
     tenths = (count_bytes * 10 + 1024**power // 2) // 1024**power
     if tenths >= 10240 and power < len(_SIZE_LETTERS):
         power, tenths = power + 1, 10
-    return f"{tenths // 10}.{tenths % 10}{_SIZE_LETTERS[power - 1].upper()}iB"
+    return f"{_in_tenths(tenths)} {_SIZE_LETTERS[power - 1].upper()}iB"
+
+
+def _in_tenths(tenths: int) -> str:
+    return f"{tenths // 10}.{tenths % 10}" if tenths % 10 else str(tenths // 10)
 
 
 def format_bytes_exact(count_bytes: int) -> str:
@@ -221,13 +225,12 @@ def format_bytes_short(count_bytes: int, *, round_down: bool = False) -> str:
     if len(exact) <= 4:
         return exact
     if not round_down:
-        return format_bytes(count_bytes).removesuffix("iB").removesuffix("B").lower()
+        return format_bytes(count_bytes).removesuffix("iB").removesuffix("B").replace(" ", "").lower()
     power = max((p for p in range(1, len(_SIZE_LETTERS) + 1) if count_bytes >= 1024**p), default=0)
     if power == 0:
         return exact
     tenths = count_bytes * 10 // 1024**power
-    fraction = f".{tenths % 10}" if tenths % 10 else ""
-    return f"{tenths // 10}{fraction}{_SIZE_LETTERS[power - 1]}"
+    return f"{_in_tenths(tenths)}{_SIZE_LETTERS[power - 1]}"
 
 
 def format_cpus(cpu_millis: int) -> str:

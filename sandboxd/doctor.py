@@ -201,7 +201,7 @@ def _disk(facts: Facts) -> Check:
     fix = f"df -h {shlex.quote(facts.state_dir)}"
     if facts.state_free_bytes is None:
         return Check(name="disk", status="warning", detail=f"cannot look at {facts.state_dir}", fix=fix)
-    free = f"{facts.state_free_bytes // (1024 * 1024)} MiB free for {facts.state_dir}"
+    free = f"{format_bytes(facts.state_free_bytes)} free for {facts.state_dir}"
     return _check("disk", facts.state_free_bytes >= FREE_BYTES_MIN, free, fix)
 
 

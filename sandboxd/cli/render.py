@@ -39,7 +39,7 @@ def size(count: int | None) -> str:
     for unit, name in _SIZES:
         if count >= unit:
             value = count / unit
-            return f"{value:.0f} {name}" if value >= 100 or count % unit == 0 else f"{value:.1f} {name}"
+            return f"{value:.0f} {name}" if value >= 100 else f"{value:.1f}".removesuffix(".0") + f" {name}"
     return f"{count} B"
 
 

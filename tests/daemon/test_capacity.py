@@ -90,7 +90,7 @@ async def test_who_does_not_wait_is_refused_at_once_with_what_is_short(world: Wo
         await house.settle(lambda: house.inside)
         house.come("b", 60)
         await house.settle(lambda: house.refused)
-        assert "60.0MiB of 100.0MiB of memory are promised" in house.refused["b"].detail
+        assert "60 MiB of 100 MiB of memory are promised" in house.refused["b"].detail
         assert "--wait-capacity" in house.refused["b"].hint
         house.go("a")
         await house.settle(lambda: not house.capacity._reservations)
@@ -127,7 +127,7 @@ async def test_a_wait_has_an_end_and_what_can_never_be_is_not_waited_for(world: 
         house.come("huge", 101, 60)
         await house.settle(lambda: len(house.refused) == 2)
         assert "within 0.05 s" in house.refused["late"].brief
-        assert "100.0MiB" in house.refused["huge"].detail
+        assert "100 MiB" in house.refused["huge"].detail
         assert house.capacity.waiting == 0
 
 

@@ -35,7 +35,7 @@ def test_a_full_host_refuses_at_once_or_lets_wait(daemon: Daemon, engine: str, t
         first = small.create(**params)
         refusal = small.refusal("sandbox/create", **params)
         assert refusal.type == "capacity_exceeded"
-        assert "64.0MiB" in refusal.detail
+        assert "64 MiB" in refusal.detail
         assert "--wait-capacity" in refusal.hint
         assert small.refusal("sandbox/create", **params, wait_capacity=0.2).type == "capacity_exceeded"
         assert small.refusal("sandbox/update", sandbox=first["id"], limits={"memory": "128m"}).type == (

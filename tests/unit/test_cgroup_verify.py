@@ -90,7 +90,7 @@ def test_what_cannot_be_read_is_not_verified(name: str, changes: dict[str, objec
     ("name", "changes", "reason"),
     [
         ("memory", {"memory_bytes_max": UNLIMITED, "own_memory_bytes_max": UNLIMITED}, "no such limit in force"),
-        ("memory", {"memory_bytes_max": 65 * MIB, "own_memory_bytes_max": 65 * MIB}, "65.0MiB, looser"),
+        ("memory", {"memory_bytes_max": 65 * MIB, "own_memory_bytes_max": 65 * MIB}, "65 MiB, looser"),
         ("cpus", {"cpu_millis": 501, "own_cpu_quota_us": 50100}, "0.501, looser"),
         ("pids", {"pids_max": 51, "own_pids_max": 51}, "51, looser"),
         ("pids", {"pids_max": UNLIMITED, "own_pids_max": UNLIMITED}, "no such limit in force"),
@@ -139,7 +139,7 @@ def test_the_engines_word_proves_nothing_and_is_shown_where_it_differs() -> None
     told = Limits(memory_bytes_max=32 * MIB)
     stale = verify(ALL, told, effective())[0]
     assert stale.verified
-    assert (stale.reported, stale.reason) == (32 * MIB, "holds; the engine still reports 32.0MiB")
+    assert (stale.reported, stale.reason) == (32 * MIB, "holds; the engine still reports 32 MiB")
     believed = verify(ALL, ALL, effective(memory_bytes_max=UNLIMITED, own_memory_bytes_max=UNLIMITED))[0]
     assert not believed.verified
 
@@ -160,9 +160,9 @@ def test_a_quota_for_another_period_is_the_same_limit() -> None:
     ("total", "swap_bytes", "verified", "reason"),
     [
         (64 * MIB, None, True, ""),
-        (128 * MIB, None, False, "together are 128.0MiB"),
+        (128 * MIB, None, False, "together are 128 MiB"),
         (128 * MIB, 0, True, "as long as the host has no swap"),
-        (128 * MIB, 1, False, "together are 128.0MiB"),
+        (128 * MIB, 1, False, "together are 128 MiB"),
         (UNLIMITED, 2**30, False, "swap is not limited"),
         (None, 2**30, False, "swap accounting is off"),
         (None, None, False, "swap accounting is off"),

@@ -36,6 +36,7 @@ def test_columns_start_at_the_same_place_in_every_line(rows: list[tuple[str, str
         (1536, "1.5 KiB"),
         (512 << 20, "512 MiB"),
         ((512 << 20) + 1, "512 MiB"),
+        ((8 << 20) - 100, "8 MiB"),
         (3 << 40, "3 TiB"),
     ],
 )

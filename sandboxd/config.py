@@ -563,6 +563,19 @@ def _template_entries(templates: Mapping[str, Template], origin: str) -> list[Co
     ]
 
 
+def _as_written(value: object) -> str:
+    """A value as it is in the environment; but for quotes, also as it is in a file."""
+    match value:
+        case bool():
+            return str(value).lower()
+        case float():
+            return f"{value:g}"
+        case list():
+            return ":".join(value)
+        case _:
+            return str(value)
+
+
 def _entries(config: Config, origins: Mapping[tuple[str, str], str]) -> list[ConfigEntry]:
     entries = []
     for (section, key), kind in _SETTINGS.items():
@@ -571,7 +584,7 @@ def _entries(config: Config, origins: Mapping[tuple[str, str], str]) -> list[Con
         entries.append(
             ConfigEntry(
                 key=f"{section}.{key}",
-                value=":".join(value) if isinstance(value, list) else str(value),
+                value=_as_written(value),
                 origin=origins.get((section, key), "default"),
                 description=description,
             )

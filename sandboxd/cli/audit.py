@@ -6,7 +6,7 @@ import argparse
 import time
 
 from sandboxd.cli import render_audit, verb
-from sandboxd.cli.session import FAILURE, request, show, show_json
+from sandboxd.cli.session import FAILURE, columns, request, show, show_json
 from sandboxd.cli.verb import Parser, Verb
 
 TYPE_CHECKING = False
@@ -80,7 +80,7 @@ def _query(arguments: argparse.Namespace) -> int:
     if arguments.json:
         show_json(reply)
     else:
-        show(render_audit.entries(reply))
+        show(render_audit.entries(reply, columns()))
     return 0
 
 

@@ -10,8 +10,8 @@ import sys
 import time
 
 from sandboxd import __version__
-from sandboxd.cli import install, own_service, render, units, verb, versions
-from sandboxd.cli.session import FAILURE, call, connect, request, say, say_starting, show, show_json
+from sandboxd.cli import install, own_service, render_host, units, verb, versions
+from sandboxd.cli.session import FAILURE, call, columns, connect, request, say, say_starting, show, show_json
 from sandboxd.cli.verb import Verb
 from sandboxd.client import Connection, NotRunning, RpcError, starting
 from sandboxd.paths import lock_path, socket_path
@@ -88,7 +88,7 @@ def _show_info(info: dict[str, Any], arguments: argparse.Namespace) -> int:
     if arguments.json:
         show_json(info)
     else:
-        show(render.daemon(info, int(time.time() * 1000)))
+        show(render_host.daemon(info, int(time.time() * 1000), columns()))
     return 0
 
 
@@ -208,7 +208,7 @@ def unit_status(arguments: argparse.Namespace) -> int:
     if arguments.json:
         show_json(found)
     else:
-        show(render.own_service(found))
+        show(render_host.own_service(found))
         if found["installed"] and found["lingers"] is False:
             sys.stderr.write(f"hint: {install.LINGER_HINT}\n")
     return 0 if found["pid"] is not None else FAILURE
@@ -385,11 +385,11 @@ def _doctor(arguments: argparse.Namespace) -> int:
     report = request("daemon/doctor")
     if repaired is not None:
         report["repair"] = repaired
-        say(render.repaired(repaired))
+        say(render_host.repaired(repaired))
     if arguments.json:
         show_json(report)
     else:
-        show(render.doctor(report))
+        show(render_host.doctor(report, columns()))
     return 0 if report["healthy"] else FAILURE
 
 
@@ -403,7 +403,7 @@ def _gc(arguments: argparse.Namespace) -> int:
     if arguments.json:
         show_json(report)
     elif report["found"]:
-        show(render.gc(report["found"]))
+        show(render_host.gc(report["found"], columns()))
     else:
         say("nothing is nobody's")
     if report["unseen_engines"] and not arguments.json:
@@ -416,7 +416,7 @@ def _config(arguments: argparse.Namespace) -> int:
     if arguments.json:
         show_json(reply)
     else:
-        show(render.config(reply["entries"]))
+        show(render_host.config(reply["entries"], columns()))
     return 0
 
 

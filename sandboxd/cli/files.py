@@ -8,6 +8,7 @@ import time
 
 from sandboxd.cli import render, verb, wire
 from sandboxd.cli.session import call, connect, request, say, show, show_json, show_json_line
+from sandboxd.cli.tables import shown
 from sandboxd.cli.verb import Parser, Verb
 
 TYPE_CHECKING = False
@@ -219,7 +220,7 @@ def _watch(arguments: argparse.Namespace) -> int:
 
     with connect() as connection:
         call(connection, "files/watch", take, **_named(arguments, arguments.path), recursive=arguments.recursive)
-    say(f"{render.shown(arguments.path)} is gone")
+    say(f"{shown(arguments.path)} is gone")
     return 0
 
 

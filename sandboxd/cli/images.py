@@ -6,8 +6,8 @@ import argparse
 import sys
 import time
 
-from sandboxd.cli import render, verb
-from sandboxd.cli.session import call, connect, request, say, show, show_json
+from sandboxd.cli import render_host, verb
+from sandboxd.cli.session import call, columns, connect, request, say, show, show_json
 from sandboxd.cli.verb import Parser, Verb
 
 TYPE_CHECKING = False
@@ -70,7 +70,7 @@ def _show(reply: dict[str, Any], arguments: argparse.Namespace) -> None:
     if arguments.json:
         show_json(reply)
     else:
-        show(render.images(reply["images"], int(time.time() * 1000)))
+        show(render_host.images(reply["images"], int(time.time() * 1000), columns()))
 
 
 class _Lines:

@@ -7,7 +7,7 @@ import os
 import time
 
 from sandboxd.cli import render_network, verb
-from sandboxd.cli.session import USAGE, request, say, show, show_json
+from sandboxd.cli.session import USAGE, columns, request, say, show, show_json
 from sandboxd.cli.verb import Verb
 from sandboxd.client import RpcError
 
@@ -81,7 +81,7 @@ def _network(arguments: argparse.Namespace) -> int:
     if arguments.json:
         show_json(reply)
     else:
-        show(render_network.network(reply, int(time.time() * 1000)))
+        show(render_network.network(reply, int(time.time() * 1000), columns()))
     return 0
 
 
@@ -166,7 +166,7 @@ def _ports(arguments: argparse.Namespace) -> int:
     if arguments.json:
         show_json(reply)
     else:
-        show(render_network.ports(reply))
+        show(render_network.ports(reply, columns()))
     return 0
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from sandboxd.cli import render, verb
-from sandboxd.cli.session import USAGE, request, say, show, show_json
+from sandboxd.cli import render_host, verb
+from sandboxd.cli.session import USAGE, columns, request, say, show, show_json
 from sandboxd.cli.verb import Parser, Verb
 
 TYPE_CHECKING = False
@@ -90,7 +90,7 @@ def _list(arguments: argparse.Namespace) -> int:
     if arguments.json:
         show_json(reply)
     else:
-        show(render.pools(reply["pools"]))
+        show(render_host.pools(reply["pools"], columns()))
     return 0
 
 
@@ -101,7 +101,7 @@ def _resize(arguments: argparse.Namespace) -> int:
     if arguments.json:
         show_json(reply)
     else:
-        show(render.pools(reply["pools"]))
+        show(render_host.pools(reply["pools"], columns()))
     return 0
 
 
@@ -149,7 +149,7 @@ def _list_templates(arguments: argparse.Namespace) -> int:
     if arguments.json:
         show_json(reply)
     else:
-        show(render.templates(reply["templates"]))
+        show(render_host.templates(reply["templates"], columns()))
     return 0
 
 
@@ -158,7 +158,7 @@ def _get_template(arguments: argparse.Namespace) -> int:
     if arguments.json:
         show_json(reply)
     else:
-        show(render.template(reply))
+        show(render_host.template(reply, columns()))
     return 0
 
 

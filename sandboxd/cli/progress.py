@@ -6,7 +6,7 @@ import os
 import sys
 import time
 
-from sandboxd.cli import render
+from sandboxd.cli.tables import size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -59,10 +59,10 @@ def line_of(done: int, total: int | None, entries: int | None, elapsed_s: float)
     if total:
         filled = min(BAR_CHARACTERS * done // total, BAR_CHARACTERS)
         parts += [f"[{'#' * filled}{' ' * (BAR_CHARACTERS - filled)}] {min(100 * done // total, 100):3d} %"]
-    parts += [f"{render.size(done)} of {render.size(total)}" if total else render.size(done)]
+    parts += [f"{size(done)} of {size(total)}" if total else size(done)]
     if entries and entries > 1:
         parts += [f"{entries} entries"]
-    parts += [f"{render.size(int(rate))}/s"]
+    parts += [f"{size(int(rate))}/s"]
     if total and rate:
         parts += [f"{max(total - done, 0) / rate:.0f} s left"]
     return "   ".join(parts)

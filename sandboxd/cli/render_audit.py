@@ -4,30 +4,41 @@ from __future__ import annotations
 
 import time
 
-from sandboxd.cli.render import UNKNOWN, shown, table
+from sandboxd.cli.tables import UNKNOWN, fitted, on_screen, shown, table
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+_HEADER = ("SEQ", "AT", "WHO", "METHOD", "SANDBOX", "RESULT", "TOOK")
+_INDENT = "    "
 
-def entries(reply: dict[str, Any]) -> str:
-    """One line per entry, the oldest first."""
-    rows = [
-        (
-            str(row["seq"]),
-            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["at_ms"] / 1000)),
-            _who(row),
-            row["method"] or row["kind"],
-            row["sandbox"] or UNKNOWN,
-            row["result"] or (row["kind"] if row["method"] else UNKNOWN),
-            UNKNOWN if row["duration_ms"] is None else f"{row['duration_ms']:.1f}ms",
-            _facts(row),
-        )
+
+def entries(reply: dict[str, Any], columns: int | None = None) -> str:
+    """One line per entry, the oldest first; on a terminal its arguments are below it, cut to one line."""
+    entered = [
+        (_cells(row, "%Y-%m-%d %H:%M:%S" if columns is None else "%m-%d %H:%M:%S"), _facts(row))
         for row in reply["entries"]
     ]
-    text = table(("SEQ", "AT", "WHO", "METHOD", "SANDBOX", "RESULT", "TOOK", ""), rows)
+    if columns is None:
+        text = table((*_HEADER, ""), [(*cells, told) for cells, told in entered])
+    else:
+        lines = on_screen(_HEADER, [cells for cells, _ in entered], columns, ("TOOK", "WHO")).splitlines()
+        below = [fitted(f"{_INDENT}{told}", columns) if told else "" for _, told in entered]
+        text = "".join(f"{line}\n{told}" for line, told in zip(lines, ["", *below], strict=True))
     return text + ("older ones fit as well: --limit, --until\n" if reply["more"] else "")
+
+
+def _cells(row: dict[str, Any], time_format: str) -> tuple[str, ...]:
+    return (
+        str(row["seq"]),
+        time.strftime(time_format, time.localtime(row["at_ms"] / 1000)),
+        _who(row),
+        row["method"] or row["kind"],
+        row["sandbox"] or UNKNOWN,
+        row["result"] or (row["kind"] if row["method"] else UNKNOWN),
+        UNKNOWN if row["duration_ms"] is None else f"{row['duration_ms']:.1f}ms",
+    )
 
 
 def _who(row: dict[str, Any]) -> str:
@@ -48,6 +59,8 @@ def _value(value: object) -> str:
             return f"[{' '.join(_value(item) for item in value)}]"
         case dict():
             return ",".join(f"{name}={_value(item)}" for name, item in value.items())
+        case bool():
+            return str(value).lower()
         case _:
             return shown(str(value))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sandboxd.cli.render import GAP, UNKNOWN, age, size, table
+from sandboxd.cli.tables import UNKNOWN, age, ago, facts, on_screen, size, table, with_prose
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 DENIALS_SHOWN_MAX = 20
 
 
-def network(info: dict[str, Any], now_ms: int) -> str:
+def network(info: dict[str, Any], now_ms: int, columns: int | None = None) -> str:
     """What a sandbox may reach, and what it did with that."""
-    facts = [
+    pairs = [
         ("mode", _mode(info)),
         ("allow", "   ".join(info["allow"]) or UNKNOWN),
         ("deny", "   ".join(info["deny"]) or UNKNOWN),
@@ -24,14 +24,13 @@ def network(info: dict[str, Any], now_ms: int) -> str:
         ("sent", size(info["sent_bytes"])),
         ("received", size(info["received_bytes"])),
     ]
-    width = max(len(name) for name, _ in facts)
-    parts = ["".join(f"{name.ljust(width)}{GAP}{value}\n" for name, value in facts)]
+    parts = [facts(pairs, columns)]
     if info["services"]:
         header = ("SERVICE", "SCOPES", "INSIDE", "STATE")
-        parts.append(table(header, [_granted(granted) for granted in info["services"]]))
+        parts.append(with_prose(header, [_granted(granted) for granted in info["services"]], columns))
     if info["denials"]:
         rows = [_denied(denied, now_ms) for denied in info["denials"][-DENIALS_SHOWN_MAX:]]
-        parts.append(table(("DENIED", "WHAT", "COMMAND", "REASON"), rows))
+        parts.append(with_prose(("DENIED", "WHAT", "COMMAND", "REASON"), rows, columns, ("COMMAND",)))
     return "\n".join(parts) + "".join(f"\nproblem: {problem}\n" for problem in info["problems"])
 
 
@@ -49,7 +48,7 @@ def _granted(granted: dict[str, Any]) -> tuple[str, ...]:
 
 def _denied(denied: dict[str, Any], now_ms: int) -> tuple[str, ...]:
     what = f"{denied['method']} {denied['host']}:{denied['port']}"
-    return f"{age(denied['at_ms'], now_ms)} ago", what, denied["command"] or UNKNOWN, denied["reason"]
+    return ago(denied["at_ms"], now_ms), what, denied["command"] or UNKNOWN, denied["reason"]
 
 
 def place(forward: dict[str, Any]) -> str:
@@ -60,9 +59,9 @@ def place(forward: dict[str, Any]) -> str:
     return f"{address}:{forward['host_port']}"
 
 
-def ports(info: dict[str, Any]) -> str:
+def ports(info: dict[str, Any], columns: int | None = None) -> str:
     """What is forwarded, and what listens inside."""
-    forwards = table(
+    forwards = with_prose(
         ("FORWARD", "HOST", "INSIDE", "CONNECTIONS", "PROBLEM"),
         [
             (
@@ -74,6 +73,8 @@ def ports(info: dict[str, Any]) -> str:
             )
             for forward in info["forwards"]
         ],
+        columns,
+        ("HOST",),
     )
     if info["listening"] is None:
         return forwards
@@ -81,14 +82,14 @@ def ports(info: dict[str, Any]) -> str:
     return f"{forwards}\n{table(('LISTENS ON', 'PORT'), rows)}"
 
 
-def services(rows: Sequence[dict[str, Any]], now_ms: int) -> str:
-    """One line per service."""
-    return table(
+def services(rows: Sequence[dict[str, Any]], now_ms: int, columns: int | None = None) -> str:
+    """One line per service; on a terminal the reasons are below them."""
+    text = on_screen(
         ("NAME", "STATE", "SINCE", "PID", "ADDRESS", "INSIDE", "RESTARTS", "SANDBOXES"),
         [
             (
                 row["name"],
-                row["state"] + (f" ({row['reason']})" if row["reason"] else ""),
+                row["state"] + (f" ({row['reason']})" if row["reason"] and columns is None else ""),
                 age(row["since_ms"], now_ms),
                 UNKNOWN if row["pid"] is None else str(row["pid"]),
                 row["address"] or row["sandbox"] or UNKNOWN,
@@ -98,4 +99,8 @@ def services(rows: Sequence[dict[str, Any]], now_ms: int) -> str:
             )
             for row in rows
         ],
+        columns,
+        ("ADDRESS", "PID"),
     )
+    reasons = [(f"{row['name']}:", row["reason"]) for row in rows if row["reason"]]
+    return text + (facts(reasons, columns) if reasons and columns is not None else "")

@@ -246,7 +246,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 def _inspect(arguments: argparse.Namespace) -> int:
     now_ms = _now_ms()
-    return each(arguments, "sandbox/get", {}, lambda reply: render.sandbox(reply, now_ms))
+    return each(arguments, "sandbox/get", {}, lambda reply: render.sandbox(reply, now_ms, columns()))
 
 
 def _add_update(parser: argparse.ArgumentParser) -> None:
@@ -265,7 +265,7 @@ def _update(arguments: argparse.Namespace) -> int:
     if arguments.json:
         show_json(reply)
     else:
-        show(render.limits_table(reply["limits"]))
+        show(render.limits_table(reply["limits"], columns()))
     return 0
 
 
@@ -282,7 +282,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     if arguments.json:
         show_json(proof)
     else:
-        show(render.verification(proof))
+        show(render.verification(proof, columns()))
     return 0 if proof["verified"] else FAILURE
 
 

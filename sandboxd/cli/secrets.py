@@ -7,7 +7,7 @@ import base64
 import sys
 import time
 
-from sandboxd.cli import render, verb
+from sandboxd.cli import tables, verb
 from sandboxd.cli.session import USAGE, request, say, show, show_json
 from sandboxd.cli.verb import Parser, Verb
 
@@ -121,14 +121,14 @@ def _list(arguments: argparse.Namespace) -> int:
     rows = [
         (
             row["name"],
-            render.UNKNOWN if row["size_bytes"] is None else render.size(row["size_bytes"]),
-            render.age(row["changed_at_ms"], now_ms),
+            tables.UNKNOWN if row["size_bytes"] is None else tables.size(row["size_bytes"]),
+            tables.age(row["changed_at_ms"], now_ms),
             str(len(row["sandboxes"])),
             f"{row['source']} {row['origin']}".rstrip(),
         )
         for row in reply["secrets"]
     ]
-    show(render.table(("NAME", "SIZE", "CHANGED", "SANDBOXES", "SOURCE"), rows))
+    show(tables.table(("NAME", "SIZE", "CHANGED", "SANDBOXES", "SOURCE"), rows))
     return 0
 
 

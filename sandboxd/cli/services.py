@@ -8,7 +8,8 @@ import sys
 import time
 
 from sandboxd.cli import daemon, render_network, verb
-from sandboxd.cli.session import FAILURE, request, say, show, show_json
+from sandboxd.cli.session import FAILURE, columns, request, say, show, show_json
+from sandboxd.cli.tables import harmless
 from sandboxd.cli.verb import Parser, Verb
 
 TYPE_CHECKING = False
@@ -51,7 +52,7 @@ def _show(arguments: argparse.Namespace, reply: dict[str, Any], rows: list[dict[
     if arguments.json:
         show_json(reply)
     else:
-        show(render_network.services(rows, int(time.time() * 1000)))
+        show(render_network.services(rows, int(time.time() * 1000), columns()))
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -81,7 +82,7 @@ def _logs(arguments: argparse.Namespace) -> int:
     if arguments.json:
         show_json(reply)
     else:
-        sys.stdout.write(reply["text"])
+        sys.stdout.write(harmless(reply["text"]) if sys.stdout.isatty() else reply["text"])
     return 0
 
 

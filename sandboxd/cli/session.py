@@ -170,9 +170,9 @@ def say(text: str) -> None:
 def _harmless(text: str) -> str:
     if text.isprintable():
         return text
-    from sandboxd.cli import render
+    from sandboxd.cli.tables import harmless
 
-    return render.harmless(text)
+    return harmless(text)
 
 
 def columns() -> int | None:

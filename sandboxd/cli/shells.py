@@ -9,7 +9,7 @@ import time
 
 from sandboxd.cli import render, verb
 from sandboxd.cli.execution import exit_code_of_end, fail
-from sandboxd.cli.session import call, connect, env_of, request, say, show, show_json
+from sandboxd.cli.session import call, columns, connect, env_of, request, say, show, show_json
 from sandboxd.cli.spooled import Output, say_dropped
 from sandboxd.cli.verb import Parser, Verb
 from sandboxd.client import RpcError
@@ -164,7 +164,7 @@ def _list(arguments: argparse.Namespace) -> int:
     if arguments.json:
         show_json(reply)
     else:
-        show(render.shell_list(reply["shells"], int(time.time() * 1000)))
+        show(render.shell_list(reply["shells"], int(time.time() * 1000), columns()))
     return 0
 
 

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from sandboxd.cli import render, verb
+from sandboxd.cli import render, tables, verb
 from sandboxd.cli.session import FAILURE, call, connect, request, say, show, show_json
 from sandboxd.cli.verb import Parser, Verb
 
@@ -102,7 +102,7 @@ def _write_patch(change: dict[str, Any]) -> None:
         say(render.change_in_words(change))
         return
     if sys.stdout.isatty():
-        show(render.harmless(data.decode(errors="backslashreplace")))
+        show(tables.harmless(data.decode(errors="backslashreplace")))
     else:
         sys.stdout.flush()
         sys.stdout.buffer.write(data)
@@ -128,13 +128,13 @@ def _report(reply: dict[str, Any], arguments: argparse.Namespace) -> int:
     if arguments.json:
         show_json(reply)
     else:
-        sys.stdout.writelines(f"{render.one_line(path)}\n" for path in reply["applied"])
+        sys.stdout.writelines(f"{tables.one_line(path)}\n" for path in reply["applied"])
         more = reply["applied_total"] - len(reply["applied"])
         if more > 0:
             show(f"and {more} more")
         sys.stdout.flush()
         for problem in (*reply["conflicts"], *reply["failed"]):
-            say(f"{render.one_line(problem['path'])}: {problem['reason']}")
+            say(f"{tables.one_line(problem['path'])}: {problem['reason']}")
     stands = reply["failed"] or (reply["conflicts"] and not getattr(arguments, "force", False))
     return FAILURE if stands else os.EX_OK
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from sandboxd.cli import render
+from sandboxd.cli import render, render_audit, render_host, render_network, tables
 from sandboxd.cli.render import command_list, verification
 
 
@@ -103,3 +103,164 @@ def test_a_narrow_terminal_costs_the_long_names_and_not_what_one_looks_for() -> 
     assert {"AGE", "LEFT", "COMMANDS", "VERIFIED", "PROBLEMS"} <= set(header.split())
     assert "disk_full" in line
     assert max(len(header), len(line)) <= 80
+
+
+WIDTH = 80
+SENTENCE = "several words that say what is wrong here, and that go on for more than a terminal has room for " * 2
+
+
+def pool_row() -> dict[str, Any]:
+    return {
+        "template": "web-front-end",
+        "engine": "podman",
+        "user": "1000:1000",
+        "workspace": "/home/me/" + "long" * 20,
+        "warm": 1,
+        "filling": 0,
+        "drained": False,
+        "target": 2,
+        "min": 0,
+        "max": 8,
+        "hits": 1234,
+        "misses": {"empty": 12},
+        "ready_ms": 812.0,
+        "failure": "",
+    }
+
+
+def template_row() -> dict[str, Any]:
+    return {
+        "name": "web-front-end",
+        "image": "localhost/sandboxd/default:latest",
+        "memory": "512m",
+        "cpus": "0.5",
+        "pids": 512,
+        "network": "allow",
+        "pool_min": 0,
+        "pool_max": 8,
+        "description": SENTENCE,
+    }
+
+
+SCREENS = {
+    "doctor": (
+        lambda columns: render_host.doctor(
+            {"checks": [{"name": "id-mapped mounts", "status": "warning", "detail": SENTENCE, "fix": ""}]}, columns
+        ),
+        {"id-mapped", "warning", "room"},
+    ),
+    "pool": (lambda columns: render_host.pools([pool_row()], columns), {"web-front-end", "1234", "12", "8"}),
+    "template": (lambda columns: render_host.templates([template_row()], columns), {"web-front-end", "512m", "0-8"}),
+    "image": (
+        lambda columns: render_host.images(
+            [
+                {
+                    "engine": "podman",
+                    "tags": ["localhost/" + "long" * 20 + "/name:1"],
+                    "size_bytes": 1 << 20,
+                    "image_id": "a" * 64,
+                    "created_at_ms": 0,
+                }
+            ],
+            60_000,
+            columns,
+        ),
+        {"podman", "aaaaaaaaaaaa", "1m"},
+    ),
+    "config": (
+        lambda columns: render_host.config(
+            [
+                {
+                    "key": "capacity.memory_overcommit",
+                    "value": "localhost/sandboxd/default:latest",
+                    "origin": "/home/me/.config/sandboxd/config.toml",
+                    "description": SENTENCE,
+                }
+            ],
+            columns,
+        ),
+        {"capacity.memory_overcommit", ".../config.toml"},
+    ),
+    "gc": (
+        lambda columns: render_host.gc(
+            [{"action": "remove", "kind": "container", "name": "c" * 64, "engine": "podman", "reason": SENTENCE}],
+            columns,
+        ),
+        {"remove", "container", "podman", "room"},
+    ),
+    "services": (
+        lambda columns: render_network.services(
+            [
+                {
+                    "name": "chroma",
+                    "state": "degraded",
+                    "reason": SENTENCE,
+                    "since_ms": 0,
+                    "pid": 123456,
+                    "address": "127.0.0.1:45678",
+                    "sandbox": None,
+                    "port": 8000,
+                    "restarts": 12,
+                    "sandboxes": [],
+                }
+            ],
+            60_000,
+            columns,
+        ),
+        {"chroma", "degraded", "127.0.0.1:8000", "chroma:", "room"},
+    ),
+    "audit": (
+        lambda columns: render_audit.entries(
+            {
+                "entries": [
+                    {
+                        "seq": 123456,
+                        "at_ms": 0,
+                        "kind": "request",
+                        "uid": 1000,
+                        "pid": 123456,
+                        "exe": "/usr/bin/python3.11",
+                        "method": "sandbox/set_timeout",
+                        "sandbox": "sb-abcdefghij",
+                        "result": "not_found",
+                        "duration_ms": 1234.5,
+                        "data": {},
+                        "arguments": {"lifetime": "10m", "on_timeout": "kill", "text": SENTENCE, "dry_run": True},
+                    }
+                ],
+                "more": False,
+            },
+            columns,
+        ),
+        {"123456", "sandbox/set_timeout", "sb-abcdefghij", "not_found", "lifetime=10m"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCREENS)
+def test_every_table_fits_a_narrow_terminal_with_what_one_looks_for(name: str) -> None:
+    """A line that a terminal breaks is no row of a table any more. A pipe gets all of it, each row on its line."""
+    text_of, told = SCREENS[name]
+    narrow = text_of(WIDTH)
+    assert max(len(line) for line in narrow.splitlines()) <= WIDTH, narrow
+    assert told <= set(narrow.split()), narrow
+    assert max(len(line) for line in text_of(None).splitlines()) > WIDTH
+
+
+def test_what_one_asks_for_by_name_goes_on_below_itself_and_is_not_cut() -> None:
+    """Words are kept whole where a line is too short for them all: a path may be wanted."""
+    path = "/home/me/" + "long" * 30
+    text = tables.facts([("detail", SENTENCE), ("path", path)], WIDTH)
+    assert " ".join(text.split()) == f"detail {SENTENCE}path {path}"
+    assert all(line.startswith(("detail   ", "path     ", "         ")) for line in text.splitlines())
+
+
+def test_what_a_template_has_none_of_is_a_dash_and_lists_are_no_programs_text() -> None:
+    row = {**template_row(), "description": "short", "env": {"A": "hidden", "B": ""}, "allow": [], "deny": ["a", "b"]}
+    lines = dict(line.split(None, 1) for line in render_host.template(row).splitlines())
+    assert (lines["env"], lines["allow"], lines["deny"]) == ("A   B", "-", "a   b")
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "now"), (5, "5s ago"), (120, "2m ago")])
+def test_now_is_not_ago(seconds: int, text: str) -> None:
+    assert tables.ago(1_000_000, 1_000_000 + seconds * 1000) == text

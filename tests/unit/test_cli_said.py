@@ -7,14 +7,15 @@ import io
 import json
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
 import pytest
 
-from sandboxd.cli import session
-from sandboxd.cli.main import FAMILIES, build_parser
+from sandboxd.cli import services, session
+from sandboxd.cli.main import FAMILIES, build_parser, main
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(path for room in ("sandboxd", "runtimes", "images") for path in (ROOT / room).rglob("*.py"))
@@ -185,3 +186,15 @@ def test_what_a_sandbox_chose_moves_no_cursor(capsys: pytest.CaptureFixture[str]
     out = capsys.readouterr().out
     assert out.replace("\n", "").isprintable()
     assert json.loads(out) == {"path": name}
+
+
+def test_what_a_service_printed_moves_no_cursor(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pipe gets it as it came."""
+    monkeypatch.setattr(services, "request", lambda _, **__: {"text": "a\x1b[2Jb\tc\nd\n"})
+    assert main(["service", "logs", "mine"]) == 0
+    assert capsys.readouterr().out == "a\x1b[2Jb\tc\nd\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(["service", "logs", "mine"]) == 0
+    assert capsys.readouterr().out == "a\\x1b[2Jb\tc\nd\n"

@@ -15,8 +15,8 @@ from runtimes.init.wire import SpawnRequest, Stage
 from sandboxd.cli import execution, lifetime, shells
 from sandboxd.cli.execution import MORE_ANEW, exit_code_of_end
 from sandboxd.cli.main import main
-from sandboxd.cli.render import until
 from sandboxd.cli.shortcut import ExecArguments
+from sandboxd.cli.tables import until
 from sandboxd.client import Message
 from sandboxd.failures import CommandNotStarted
 from sandboxd.files import failure_from_refusal

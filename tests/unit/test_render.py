@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sandboxd.cli import render
+from sandboxd.cli import render, render_host, tables
 
 LIMIT = {
     "name": "memory",
@@ -20,8 +20,8 @@ LIMIT = {
 @given(st.lists(st.tuples(st.text("abc ", max_size=9), st.text("abc", max_size=9)), max_size=5))
 def test_columns_start_at_the_same_place_in_every_line(rows: list[tuple[str, str]]) -> None:
     """That is what makes it a table."""
-    lines = render.table(("A", "B"), rows).splitlines()
-    width = max(len(first) for first, _ in [("A", "B"), *rows]) + len(render.GAP)
+    lines = tables.table(("A", "B"), rows).splitlines()
+    width = max(len(first) for first, _ in [("A", "B"), *rows]) + len(tables.GAP)
     assert len(lines) == len(rows) + 1
     assert [line[width:] for line in lines[1:]] == [second for _, second in rows]
 
@@ -42,7 +42,7 @@ def test_columns_start_at_the_same_place_in_every_line(rows: list[tuple[str, str
 )
 def test_sizes_are_in_the_largest_unit_that_fits(count: int | None, text: str) -> None:
     """And unknown is not zero."""
-    assert render.size(count) == text
+    assert tables.size(count) == text
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_sizes_are_in_the_largest_unit_that_fits(count: int | None, text: str) -
 )
 def test_ages_are_in_the_largest_unit_that_fits(since_ms: int | None, text: str) -> None:
     """Clocks of two processes may differ by a little, so an age is never negative."""
-    assert render.age(since_ms, 100_000_000) == text
+    assert tables.age(since_ms, 100_000_000) == text
 
 
 def test_a_limit_shows_what_was_asked_said_and_enforced() -> None:
@@ -67,9 +67,9 @@ def test_a_limit_shows_what_was_asked_said_and_enforced() -> None:
 def test_doctor_lists_each_fix_once() -> None:
     """One command often mends several findings."""
     check = {"name": "a", "status": "failure", "detail": "", "fix": "mend it"}
-    text = render.doctor({"checks": [check, check | {"name": "b"}]})
+    text = render_host.doctor({"checks": [check, check | {"name": "b"}]})
     assert text.count("  mend it\n") == 1
-    assert "mend" not in render.doctor({"checks": [check | {"fix": ""}]})
+    assert "mend" not in render_host.doctor({"checks": [check | {"fix": ""}]})
 
 
 def test_the_inspected_environment_is_names_only() -> None:
@@ -125,7 +125,7 @@ def test_the_daemon_lists_its_engines() -> None:
         "reason": "no socket",
     }
     info = {"pid": 1, "version": "1", "started_at_ms": 0, "socket": "/s", "state_dir": "/d", "sandboxes": 0}
-    text = render.daemon({**info, "rss_bytes": 1, "engines": [engine]}, 0)
+    text = render_host.daemon({**info, "rss_bytes": 1, "engines": [engine]}, 0)
     assert "podman (default)" in text
     assert "no socket" in text
-    assert render.daemon({**info, "rss_bytes": 1, "engines": []}, 0).count("ENGINE") == 0
+    assert render_host.daemon({**info, "rss_bytes": 1, "engines": []}, 0).count("ENGINE") == 0

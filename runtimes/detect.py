@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Mapping
 import anyio
 
 from runtimes import parse
-from runtimes.errors import RuntimeFailure
+from runtimes.errors import RuntimeFailure, UnreadableAnswer
 from runtimes.model import EngineInfo
 from runtimes.process import client_environment, run
 from runtimes.suitability import (
@@ -131,7 +131,10 @@ async def _look_for_docker(host: HostFacts, env: Mapping[str, str]) -> EngineInf
 
 async def _docker_endpoint(client_path: str, env: Mapping[str, str]) -> tuple[str, SocketState]:
     """The endpoint that the user has set, else the system's socket, else the user's own (rootless Docker)."""
-    endpoint = env.get("DOCKER_HOST") or await _context_endpoint(client_path, env)
+    endpoint = env.get("DOCKER_HOST")
+    if not endpoint:
+        asks = _may_have_context(env)
+        endpoint = await _context_endpoint(client_path, env) if asks else f"unix://{DOCKER_SOCKET}"
     state = connect(endpoint)
     runtime_dir = env.get("XDG_RUNTIME_DIR")
     if state is not SocketState.OPEN and endpoint == f"unix://{DOCKER_SOCKET}" and runtime_dir:
@@ -139,6 +142,24 @@ async def _docker_endpoint(client_path: str, env: Mapping[str, str]) -> tuple[st
         if connect(own) is SocketState.OPEN:
             return own, SocketState.OPEN
     return endpoint, state
+
+
+def _may_have_context(env: Mapping[str, str]) -> bool:
+    """Whether somebody has chosen a context: where nobody has, there is no need to ask a client for its endpoint.
+
+    Source: docker-context(1). What cannot be read here the client may understand.
+    """
+    if env.get("DOCKER_CONTEXT"):
+        return True
+    directory = env.get("DOCKER_CONFIG") or os.path.join(env.get("HOME") or os.path.expanduser("~"), ".docker")
+    settings = os.path.join(directory, "config.json")
+    if not os.path.lexists(settings):
+        return False
+    try:
+        chosen = parse.docker_context((_text(settings) or "").encode())
+    except UnreadableAnswer:
+        return True
+    return chosen not in {"", "default"}
 
 
 async def _context_endpoint(client_path: str, env: Mapping[str, str]) -> str:

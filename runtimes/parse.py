@@ -81,6 +81,10 @@ class _PodmanRow(msgspec.Struct, rename="pascal"):
     names: tuple[_Label, ...] = ()
 
 
+class _DockerSettings(msgspec.Struct, frozen=True):
+    current_context: str = msgspec.field(name="currentContext", default="")
+
+
 class _PodmanEvent(msgspec.Struct, rename="pascal"):
     status: _Word
     id: _ContainerId = msgspec.field(name="ID")
@@ -289,6 +293,16 @@ def docker_info(answer: bytes) -> DockerInfo:
     """``docker info``. Where no server answered, ``server_version`` is empty and the rest says nothing."""
     info: DockerInfo = _decode(answer, DockerInfo, "info")
     return info
+
+
+def docker_context(settings: bytes) -> str:
+    """The context that is chosen in the ``config.json`` of Docker's client; empty where none is.
+
+    Raises:
+        UnreadableAnswer: it is no such file.
+    """
+    chosen: _DockerSettings = _decode(settings, _DockerSettings, "config.json")
+    return chosen.current_context
 
 
 def podman_info(answer: bytes) -> PodmanInfo:

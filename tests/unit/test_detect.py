@@ -84,10 +84,34 @@ async def test_both_engines_are_found(bin_dir: Path, install: Install, listening
     assert podman.nofile_hard_max
 
 
-async def test_a_docker_context_leads_to_the_socket(bin_dir: Path, install: Install, listening: str) -> None:
+@pytest.mark.parametrize("chosen_by", ["config.json", "unreadable config.json", "DOCKER_CONTEXT"])
+async def test_a_docker_context_leads_to_the_socket(
+    bin_dir: Path, install: Install, listening: str, tmp_path: Path, chosen_by: str
+) -> None:
+    """And a file that we cannot read, the client may."""
     install("docker", f"case \"$1\" in context) echo unix://{listening};; *) cat <<'X'\n{DOCKER_INFO}\nX\n;; esac")
-    _, docker = await look(bin_dir)
+    env = {"DOCKER_CONFIG": str(tmp_path)}
+    if chosen_by == "DOCKER_CONTEXT":
+        env[chosen_by] = "elsewhere"
+    else:
+        text = '{"auths": {}, "currentContext": "elsewhere"' + ("}" if chosen_by == "config.json" else "")
+        (tmp_path / "config.json").write_text(text)
+    _, docker = await look(bin_dir, **env)
     assert (docker.usable, docker.socket_path) == (True, listening)
+
+
+@pytest.mark.parametrize("text", [None, '{"auths": {}}', '{"currentContext": "default"}'])
+async def test_where_nobody_has_chosen_a_context_no_client_is_asked_for_its_socket(
+    bin_dir: Path, install: Install, listening: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None
+) -> None:
+    """A start waits for one client less."""
+    monkeypatch.setattr(detect, "DOCKER_SOCKET", listening)
+    install("docker", f"[ \"$1\" != context ] || : > {tmp_path}/asked; cat <<'X'\n{DOCKER_INFO}\nX")
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    _, docker = await look(bin_dir, HOME="/nowhere", DOCKER_CONFIG=str(tmp_path))
+    assert (docker.usable, docker.socket_path) == (True, listening)
+    assert not (tmp_path / "asked").exists()
 
 
 async def test_a_closed_socket_still_tells_the_clients_version(

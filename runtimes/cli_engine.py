@@ -201,7 +201,7 @@ class CliEngine(ABC):
     async def follow(self, *, owner: str, told: Callable[[ContainerEvent], None]) -> None:
         """See ``Engine.follow``."""
         words = events_argv(self._client, owner=owner)
-        client = start(words, what=self._what("events"), env=self._env)
+        client = start(words, what=self._what("events"), env=self._env, ends_with_us=True)
         said = ""
         try:
             async for line in client.lines(bytes_max=EVENT_BYTES_MAX):

@@ -17,6 +17,7 @@ import errno
 import math
 import os
 import select
+import shutil
 import signal
 import subprocess
 import time
@@ -418,7 +419,14 @@ class Running:
             os.close(self.output)
 
 
-def start(argv: Sequence[str], *, what: str, env: Mapping[str, str], passed: Sequence[int] = ()) -> Running:
+def start(
+    argv: Sequence[str],
+    *,
+    what: str,
+    env: Mapping[str, str],
+    passed: Sequence[int] = (),
+    ends_with_us: bool = False,
+) -> Running:
     """Start a program that nobody waits for. Its stdin is /dev/null, its working directory the root.
 
     Args:
@@ -426,16 +434,20 @@ def start(argv: Sequence[str], *, what: str, env: Mapping[str, str], passed: Seq
         what: For messages.
         env: The whole environment.
         passed: Descriptors that it keeps, under the same numbers.
+        ends_with_us: The kernel kills it when the calling thread ends, however that comes about; where there is no
+            setpriv(1), which asks the kernel for that, it goes on until it writes the next time.
 
     Raises:
         EngineUnavailable: the program is missing or cannot be started.
         Unsupported: an argument holds a NUL, or the arguments are too long for the kernel.
     """
+    bound = shutil.which("setpriv", path=env.get("PATH")) if ends_with_us else None
+    words = argv if bound is None else [bound, "--pdeathsig", "KILL", "--", *argv]
     reading, writing = os.pipe2(os.O_CLOEXEC)
     try:
         with _spawn_errors(what, argv[0]):
             process = subprocess.Popen(
-                argv,
+                words,
                 bufsize=0,
                 stdin=subprocess.DEVNULL,
                 stdout=writing,

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.engine.daemons import Daemon, running, wait_until
+from tests.engine.daemons import PATIENCE_S, Daemon, running, wait_until
 
 pytestmark = pytest.mark.engine
+
+
+def followers_of(daemon: Daemon) -> list[psutil.Process]:
+    return [child for child in psutil.Process(daemon.pid).children() if "events" in child.cmdline()]
 
 
 def test_what_is_done_behind_our_back_is_noticed_at_once(daemon: Daemon, engine: str, tmp_path: Path) -> None:
@@ -34,6 +39,11 @@ def test_what_is_done_behind_our_back_is_noticed_at_once(daemon: Daemon, engine:
         quiet.client(engine, "unpause", container_id)
         wait_until(lambda: quiet.state_of(box) == "running", "it went on")
         assert quiet.sh(box, "echo here") == "here\n"
+        followers = wait_until(lambda: followers_of(quiet), "its events are followed")
+        quiet.kill()
+        _, left = psutil.wait_procs(followers, PATIENCE_S)
+        assert not left, "nobody reads what they say"
+        quiet.start()
         quiet.call("sandbox/stop", sandbox=box["id"], grace=0)
         quiet.client(engine, "rm", container_id)
         wait_until(lambda: quiet.state_of(box) == "lost", "it was removed")

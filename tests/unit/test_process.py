@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,14 @@ pytestmark = pytest.mark.anyio
 
 AT_ONCE_S = 3.0
 """Far below the programs' own duration, far above what a loaded machine takes."""
+
+FOLLOWED = """
+import sys
+from runtimes.process import start
+env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+print(start(["sleep", "600"], what="it", env=env, ends_with_us=True).pid, flush=True)
+sys.stdin.read()
+"""
 
 Program = Callable[[str], str]
 
@@ -46,6 +56,11 @@ def program(tmp_path: Path) -> Program:
         return "client"
 
     return write
+
+
+def followed() -> subprocess.Popen[bytes]:
+    """A process that has started another one, and says which."""
+    return subprocess.Popen([sys.executable, "-c", FOLLOWED], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
 async def call(name: str, env: dict[str, str], **options: object) -> Finished:
@@ -294,3 +309,17 @@ async def test_a_call_costs_little_more_than_a_bare_spawn(environment: dict[str,
     bare_s = sorted([bare() for _ in range(40)])[10]
     ours_s = sorted([await ours() for _ in range(40)])[10]
     assert ours_s < 3 * bare_s + 0.002
+
+
+async def test_a_client_that_is_to_end_with_us_does_so_when_we_are_killed() -> None:
+    """Who follows events writes nothing for hours, and would not notice that nobody reads them any more."""
+    with followed() as ours:
+        assert ours.stdout is not None
+        pid = int(ours.stdout.readline())
+        try:
+            await until(lambda: Path(f"/proc/{pid}/comm").read_text() == "sleep\n", "it runs")
+            ours.kill()
+            await until(lambda: is_gone(pid), "it has ended")
+        finally:
+            if not is_gone(pid):
+                os.kill(pid, signal.SIGKILL)

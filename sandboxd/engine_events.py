@@ -104,5 +104,6 @@ class EngineEvents:
             settled = before is not State.BROKEN
             why = f"its container was {happening.value}, and not by sandboxd"
             await self._manager.look(sandbox, why=why if settled else "its container runs")
-            if settled and sandbox.record.state is not before:
+            # What is condemned meanwhile is removed by us, and that is no news of its container.
+            if settled and sandbox.record.state not in (before, State.REMOVING):
                 logger.info("%s is %s: %s", sandbox.record.id, sandbox.record.state.value, why)

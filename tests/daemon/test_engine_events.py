@@ -154,3 +154,24 @@ async def test_an_engine_that_ends_it_is_followed_again_and_not_too_often(
         assert max(pauses) == engine_events.PAUSE_S_MAX
         await world.engine.remove(container_id)
         await until(sandbox, State.LOST)
+
+
+async def test_what_we_remove_while_it_is_looked_at_was_not_done_by_somebody_else(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A paused sandbox is thawed to be removed, and its engine tells of that."""
+    caplog.set_level(logging.INFO)
+    async with followed(world, State.PAUSED) as (manager, sandbox, container_id):
+        looked = anyio.Event()
+
+        async def look(found: Sandbox, *, why: str) -> None:
+            manager.condemn(found)
+            looked.set()
+
+        monkeypatch.setattr(manager, "look", look)
+        world.engine.tell_late(container_id, Happening.RESUMED)
+        with anyio.fail_after(10):
+            await looked.wait()
+        await anyio.wait_all_tasks_blocked()
+        assert sandbox.record.state is State.REMOVING
+        assert "not by" not in caplog.text

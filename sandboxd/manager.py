@@ -384,13 +384,15 @@ class Manager:
 
     async def _stop_again(self, sandbox: Sandbox) -> None:
         """Undo a start that failed: a sandbox whose limits are not proven must not run."""
-        engine = self.engine_of(sandbox)
+        engine, container_id = self.engine_of(sandbox), container_id_of(sandbox)
         sandbox.disconnect()
+        ran = False
         try:
-            await engine.stop(container_id_of(sandbox), grace_s=0)
+            ran = (await engine.inspect(container_id)).state is ContainerState.RUNNING
+            await engine.stop(container_id, grace_s=0)
         except RuntimeFailure as error:
             logger.warning("cannot stop %s again: %s", sandbox.record.id, error)
-        await self._look(sandbox, engine, container_id_of(sandbox))
+        await self._look(sandbox, engine, container_id, stopped_by_us=ran)
 
     async def _start(self, sandbox: Sandbox, secrets: Mapping[str, bytes], timings: Timings) -> None:
         await self.containers.start(sandbox, self.engine_of(sandbox), timings)
@@ -517,7 +519,9 @@ class Manager:
             if sandbox.record.state is not State.REMOVING:
                 raise
 
-    async def _look(self, sandbox: Sandbox, engine: Engine, container_id: str, *, why: str = "") -> None:
+    async def _look(
+        self, sandbox: Sandbox, engine: Engine, container_id: str, *, why: str = "", stopped_by_us: bool = False
+    ) -> None:
         """Ask the engine what became of a container, and write it down. Connects again if it runs."""
         try:
             facts = await engine.inspect(container_id)
@@ -538,7 +542,7 @@ class Manager:
                     sandbox.change(Event.PAUSE, reason=reconcile.PAUSED)
             elif sandbox.record.state is not State.STOPPED:
                 # Of one that was to stop it matters to nobody how its init took it.
-                asked = sandbox.record.state is State.STOPPING
+                asked = stopped_by_us or sandbox.record.state is State.STOPPING
                 self.note(sandbox, Event.EXITED, "" if asked else _why_stopped(facts))
 
     async def adopt(self, sandbox: Sandbox, engine: Engine, container_id: str, *, why: str = "") -> None:

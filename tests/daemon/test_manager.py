@@ -17,7 +17,7 @@ from runtimes.errors import EngineRefused, EngineTimeout, EngineUnavailable, Ima
 from runtimes.inotify import Inotify
 from runtimes.model import ContainerSpec, ContainerSummary, EngineInfo, Limits, User
 from runtimes.usernet import UserNetworks
-from sandboxd import reconcile, running
+from sandboxd import health, reconcile, running
 from sandboxd.attaching import Attachments
 from sandboxd.background import Background
 from sandboxd.config import Capacity, Config, Daemon, Template
@@ -729,3 +729,29 @@ async def test_a_templates_rules_come_first_and_a_mode_without_rules_does_withou
         assert with_both == EgressRecord(allow=("pypi", "npm"), deny=("a.example",), inject=(rule,))
         assert egress(SandboxCreateParams(template="online", network="none")) is None
         assert egress(SandboxCreateParams()) is None
+
+
+@pytest.mark.parametrize("by_itself", [False, True])
+async def test_a_start_that_failed_says_that_init_ended_only_where_it_did_so_by_itself(
+    world: World, monkeypatch: pytest.MonkeyPatch, *, by_itself: bool
+) -> None:
+    """We end what ran and may not go on, and that is nothing to look for in the image."""
+    box = await world.container_of(record(state=State.STOPPED))
+    world.engine.end(str(box.container_id))
+    begin = world.engine.start
+
+    async def start(container_id: str) -> None:
+        await begin(container_id)
+        if by_itself:
+            world.engine.end(container_id)
+
+    monkeypatch.setattr(world.engine, "start", start)
+    async with world.managed() as manager:
+        await world.recovery.recover()
+        (sandbox,) = manager.all()
+        with pytest.raises(SandboxGone):
+            await manager.start(sandbox, Timings())
+        assert sandbox.record.state is State.STOPPED
+        assert sandbox.record.state_reason.startswith("its init ended") is by_itself
+        problems = [problem.kind for problem in health.counted(sandbox)]
+        assert problems == (["init_gone"] if by_itself else [])

@@ -94,6 +94,7 @@ class Patience:
         self._idle_s = idle_s
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stopped = False
+        self._polls: dict[tuple[int, int], select.poll] = {}
 
     def stop(self) -> None:
         """End what waits now or later. From any thread; idempotent."""
@@ -128,9 +129,11 @@ class Patience:
         """
         self.check()
         ends = None if timeout_s is None else time.monotonic() + timeout_s
-        poll = select.poll()
-        poll.register(descriptor, events)
-        poll.register(self._wake, select.POLLIN)
+        poll = self._polls.get((descriptor, events))
+        if poll is None:
+            poll = self._polls[descriptor, events] = select.poll()
+            poll.register(descriptor, events)
+            poll.register(self._wake, select.POLLIN)
         ready = poll.poll(None if ends is None else max(0.0, ends - time.monotonic()) * 1000)
         self.check()
         return bool(ready)

@@ -3,7 +3,8 @@
 
 Who runs it: hack/bench, which has it enter the network of a sandbox with nsenter. When: in those rows.
 
-    far_end.py serve FD...            serve the listening sockets, and one of its own, whose port it prints
+    far_end.py serve PORT FD...       serve the listening sockets, and one of its own, whose port it prints: on PORT
+                                      of all addresses of a container, or for 0 on a free one of the loopback
     far_end.py ask PORT URL [PROXY]   fetch the URL, by a connection of its own each time, as often and in
                                       as many threads as a line of stdin says, and print the seconds
     far_end.py get PORT               the same, with a `get` of the stock client of ChromaDB
@@ -45,8 +46,8 @@ def accept(listening: socket.socket) -> None:
         threading.Thread(target=answer, args=(listening.accept()[0],), daemon=True).start()
 
 
-def serve(descriptors: list[int]) -> None:
-    own = socket.create_server(("127.0.0.1", 0))
+def serve(port: int, descriptors: list[int]) -> None:
+    own = socket.create_server(("" if port else "127.0.0.1", port))
     for listening in (own, *(socket.socket(fileno=number) for number in descriptors)):
         threading.Thread(target=accept, args=(listening,), daemon=True).start()
     print(own.getsockname()[1], flush=True)
@@ -104,7 +105,7 @@ def measure(operation: Callable[[], None]) -> None:
 
 def main(verb: str, *words: str) -> None:
     if verb == "serve":
-        serve([int(word) for word in words])
+        serve(int(words[0]), [int(word) for word in words[1:]])
     elif verb == "ask":
         measure(asking(int(words[0]), words[1], int(words[2]) if len(words) > 2 else None))
     else:

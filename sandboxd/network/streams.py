@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable
 
 import anyio
 
+from sandboxd.egress_rules import address_of
 from sandboxd.network.bulk import BulkMover, Outcome
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,9 @@ CHUNK_BYTES = 256 * 1024
 BULKY_BYTES = 4 * 1024 * 1024
 BULKY_S = 0.5
 """A connection that carries so many bytes in this time goes on in a thread: see ``bulk``."""
+
+NEAR_BUFFER_BYTES = 512 * 1024
+"""Of connections that do not leave this machine: see ``_hold_near``."""
 
 _BULK = BulkMover()
 
@@ -99,6 +103,8 @@ async def relay(inside: socket.socket, outside: socket.socket, traffic: Traffic,
 
     An end of one direction is passed on, and the other goes on: protocols rely on half-closed connections.
     """
+    for end in (inside, outside):
+        _hold_near(end)
     traffic.touched_s = time.monotonic()
     ways = [
         asyncio.ensure_future(_pass_on(inside, outside, traffic, sending=True)),
@@ -119,6 +125,24 @@ async def relay(inside: socket.socket, outside: socket.socket, traffic: Traffic,
         # Whoever ends us closes the sockets next: not before nobody uses them any more.
         with anyio.CancelScope(shield=True):
             await asyncio.gather(*ways, return_exceptions=True)
+
+
+def _hold_near(end: socket.socket) -> None:
+    """Have the bytes of a loopback connection read before they have left the processor's cache.
+
+    The kernel lets megabytes queue up, for links that are long, and paces what it sends, for networks of others:
+    here both only cost. Connections to elsewhere stay as the kernel has them. ADR 16 has the figures.
+    """
+    if end.family == socket.AF_UNIX:
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, NEAR_BUFFER_BYTES)
+        return
+    with contextlib.suppress(OSError):
+        address = address_of(end.getpeername()[0])
+        if address is None or not address.is_loopback:
+            return
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, NEAR_BUFFER_BYTES)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, NEAR_BUFFER_BYTES)
+        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
 
 
 async def _pass_on(source: socket.socket, target: socket.socket, traffic: Traffic, *, sending: bool) -> None:

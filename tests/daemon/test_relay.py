@@ -116,6 +116,44 @@ async def test_much_arrives_whole_through_a_thread_both_ways_at_once(host: str, 
     assert "ended" in outcomes
 
 
+def queues_of(end: socket.socket) -> tuple[bytes, int, int]:
+    """Its congestion control, and what it queues at most in each direction."""
+    control = end.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0")
+    return control, *(end.getsockopt(socket.SOL_SOCKET, buffer) for buffer in (socket.SO_RCVBUF, socket.SO_SNDBUF))
+
+
+async def test_ends_on_this_machine_queue_little_and_are_not_paced_as_on_a_network() -> None:
+    """Megabytes in the kernel's queues are out of the cache when they are read: a forward carried half."""
+    with contextlib.ExitStack() as opened:
+        (far, near), (within, deep) = tcp(), tcp()
+        for each in (far, near, within, deep):
+            each.setblocking(False)
+            opened.enter_context(each)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(relay(within, near, Traffic(), idle_s=PATIENCE_S))
+            await say(far, b"hello")
+            assert (await digest_of(deep))[1] == len(b"hello")
+            for end in (near, within):
+                control, *buffers = queues_of(end)
+                assert control == b"reno"
+                # The kernel makes twice of what is asked for, and less of it where it allows less.
+                assert max(buffers) <= 2 * streams.NEAR_BUFFER_BYTES
+            deep.shutdown(socket.SHUT_WR)
+
+
+def test_an_end_elsewhere_keeps_the_windows_and_the_pace_of_the_host() -> None:
+    """A bound of half a megabyte would be a brake on a long link."""
+
+    class Elsewhere(socket.socket):
+        def getpeername(self) -> tuple[str, int]:
+            return "192.0.2.1", 443
+
+    with Elsewhere(socket.AF_INET, socket.SOCK_STREAM) as end:
+        before = queues_of(end)
+        streams._hold_near(end)
+        assert queues_of(end) == before
+
+
 async def test_little_never_sees_a_thread(outcomes: list[str]) -> None:
     async with relaying("tcp", "tcp") as (far, deep, _, _):
         await say(far, b"hello")

@@ -134,9 +134,7 @@ class CliEngine(ABC):
         """See ``Engine.ping``."""
         finished = await self._ask(ping_argv(self._client), "ping", deadline_s=PING_S_MAX)
         if finished.returncode != 0:
-            raise EngineUnavailable(
-                f"cannot reach {self.name.value}", detail=parse.complaint(finished.stderr), hint=self._info.hint
-            )
+            raise self._unreachable(finished)
 
     async def create(self, spec: ContainerSpec) -> str:
         """See ``Engine.create``."""
@@ -362,9 +360,7 @@ class CliEngine(ABC):
     async def _is_there(self, container_id: str) -> bool:
         finished = await self._ask(find_argv(self._client, container_id), "ps")
         if finished.returncode != 0:
-            raise EngineUnavailable(
-                f"cannot reach {self.name.value}", detail=parse.complaint(finished.stderr), hint=self._info.hint
-            )
+            raise self._unreachable(finished)
         return container_id.encode() in finished.stdout.split()
 
     async def _why_failed(self, verb: str, container_id: str, finished: Finished) -> RuntimeFailure:
@@ -379,6 +375,13 @@ class CliEngine(ABC):
                 hint="sandboxctl image build",
             )
         return self._refused("create a container", finished)
+
+    def _unreachable(self, finished: Finished) -> EngineUnavailable:
+        return EngineUnavailable(
+            f"cannot reach {self.name.value}",
+            detail=parse.complaint(finished.stderr),
+            hint=self._info.hint or "sandboxctl doctor",
+        )
 
     def _refused(self, action: str, finished: Finished) -> EngineRefused:
         detail = parse.complaint(finished.stderr) or f"{self.name.value} ended with status {finished.returncode}"

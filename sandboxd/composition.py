@@ -271,7 +271,7 @@ async def run(
                 supervision.ready(tasks)
                 tell("ready")
                 clients.end_followers(events_filter_argument(ground.owner))
-                tasks.start_soon(EngineEvents(manager, ground.engines, background).run)
+                tasks.start_soon(EngineEvents(manager, ground.engines, background, recovery.try_sweep).run)
                 await stop.wait()
                 logger.info("stopping")
                 launcher.pools.close()

@@ -3,7 +3,8 @@
 What ends is noticed without them, for its init falls silent. They tell the rest: paused, let go on, started again,
 and removed while it was stopped. An event says only that it is time to look: what is written down, and said, is what
 the engine answers then. It may come late, after whatever we did next, and so accuses nobody: somebody else did
-something where a container is not as we left it. What an event stream has missed, the next sweep finds.
+something where a container is not as we left it. What happened while an engine told nothing, because it was stopped
+and started again, say, a sweep finds as soon as it answers.
 
 An engine is followed while it has sandboxes: a follower is a process of some 5 MB.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Awaitable, Callable
 
 import anyio
 from anyio import sleep
@@ -43,12 +45,19 @@ _NEWS: dict[Happening, frozenset[State]] = {
 
 
 class EngineEvents:
-    """Follows the engines of one daemon."""
+    """Follows the engines of one daemon.
 
-    def __init__(self, manager: Manager, engines: EngineRoom, background: Background) -> None:
+    Args:
+        sweep: Looks at everything, where it is not known what was missed. Raises nothing.
+    """
+
+    def __init__(
+        self, manager: Manager, engines: EngineRoom, background: Background, sweep: Callable[[], Awaitable[None]]
+    ) -> None:
         self._manager = manager
         self._engines = engines
         self._background = background
+        self._sweep = sweep
         self._changed = anyio.Event()
         manager.watchers.append(self._on_changed)
 
@@ -73,15 +82,20 @@ class EngineEvents:
 
     async def _follow(self, engine: Engine, scope: anyio.CancelScope) -> None:
         pause_s = PAUSE_S_MIN
+        missed = False
         with scope:
             while True:
                 began_s = time.monotonic()
                 try:
+                    if missed:
+                        await engine.ping()
+                        self._background.start(self._sweep)
                     await engine.follow(owner=self._manager.owner, told=self._on_event)
                 except RuntimeFailure as error:
                     logger.info("%s; sweeps go on, and it is tried again in %g s", error, pause_s)
                 if time.monotonic() - began_s >= STEADY_S:
                     pause_s = PAUSE_S_MIN
+                missed = True
                 await sleep(pause_s)
                 pause_s = min(pause_s * 2, PAUSE_S_MAX)
 

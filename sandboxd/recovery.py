@@ -89,6 +89,8 @@ class Recovery:
         self._layers_dir = places.layers_dir
         self._bin_dir = places.bin_dir
         self._went_down = went_down
+        self._sweeping = anyio.Lock()
+        """Held by whoever looks at everything: one that looked before another acted would act on it again."""
 
     async def recover(self) -> None:
         """Make the journal, the engines and this process agree again, after a start."""
@@ -245,16 +247,24 @@ class Recovery:
         """Look for containers of ours that nobody owns, a few times soon after the start and then now and then."""
         for pause_s in itertools.chain(SWEEP_AFTER_START_S, itertools.repeat(SWEEP_PERIOD_S)):
             await anyio.sleep(pause_s)
-            try:
-                await self.sweep()
-            except (RuntimeFailure, Failure, OSError) as error:
-                logger.warning("cannot sweep: %s", error)
+            await self.try_sweep()
+
+    async def try_sweep(self) -> None:
+        """Sweep; what cannot be done now is logged, and done by a later one."""
+        try:
+            await self.sweep()
+        except (RuntimeFailure, Failure, OSError) as error:
+            logger.warning("cannot sweep: %s", error)
 
     async def sweep(self) -> None:
         """Remove what nobody owns, finish removals that failed, and find again what was out of reach.
 
         And write limits again that somebody has changed behind our back: an engine, systemd, an administrator.
         """
+        async with self._sweeping:
+            await self._sweep()
+
+    async def _sweep(self) -> None:
         usable = {engine.name.value for engine in self._engines.usable()}
         if any(sandbox.record.engine not in usable for sandbox in self._manager.all()):
             await self._engines.refresh()
@@ -285,6 +295,10 @@ class Recovery:
         Returns:
             What was found, and the engines that did not answer.
         """
+        async with self._sweeping:
+            return await self._collect(dry_run=dry_run)
+
+    async def _collect(self, *, dry_run: bool) -> tuple[list[Finding], list[str]]:
         await self._engines.refresh()
         seen = await self._look()
         due = await self._due(seen)

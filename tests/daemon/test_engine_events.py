@@ -38,7 +38,7 @@ async def followed(world: World, state: State) -> AsyncIterator[tuple[Manager, S
         await world.recovery.recover()
         (sandbox,) = manager.all()
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(EngineEvents(manager, world.room, world.background).run)
+            tasks.start_soon(EngineEvents(manager, world.room, world.background, world.recovery.try_sweep).run)
             await anyio.wait_all_tasks_blocked()
             yield manager, sandbox, container_id
             tasks.cancel_scope.cancel()
@@ -175,3 +175,32 @@ async def test_what_we_remove_while_it_is_looked_at_was_not_done_by_somebody_els
         await anyio.wait_all_tasks_blocked()
         assert sandbox.record.state is State.REMOVING
         assert "not by" not in caplog.text
+
+
+async def test_what_happened_while_an_engine_told_nothing_is_found_as_soon_as_it_answers(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was stopped, and its containers with it: nobody is to be told for a minute that it does not answer."""
+    tries = 0
+
+    async def sleep(pause_s: float) -> None:
+        nonlocal tries
+        tries += 1
+        if tries == 2:
+            # By now it is there again, and its container is not what it was.
+            world.engine.end(str(box.container_id))
+        await anyio.lowlevel.checkpoint()
+
+    monkeypatch.setattr(engine_events, "sleep", sleep)
+    box = await world.container_of(record(state=State.RUNNING))
+    world.engine.fail_next("follow", EngineUnavailable("cannot follow the events of podman"))
+    world.engine.fail_next("ping", EngineUnavailable("cannot reach podman"))
+    async with world.managed() as manager:
+        await world.recovery.recover()
+        (sandbox,) = manager.all()
+        assert sandbox.record.state is State.BROKEN, "there is no init here"
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(EngineEvents(manager, world.room, world.background, world.recovery.try_sweep).run)
+            await until(sandbox, State.STOPPED)
+            assert tries == 2
+            tasks.cancel_scope.cancel()

@@ -186,16 +186,6 @@ class FilesChannel:
             lambda n: wire.encode_chmod(n, flags, base, mode, path), path, RequestType.CHMOD, again=True
         )
 
-    async def set_times(self, path: bytes, mtime_ns: int, *, follow: bool = True) -> None:
-        """Sets the time of last modification. Idempotent."""
-        base, flags = self._worker.base_of(path), Flag.FOLLOW if follow else Flag.NONE
-        await self._worker.do(
-            lambda n: wire.encode_set_times(n, flags, base, mtime_ns, path),
-            path,
-            RequestType.SET_TIMES,
-            again=True,
-        )
-
     async def temp(
         self,
         path: bytes,

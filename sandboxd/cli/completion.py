@@ -71,8 +71,16 @@ PREAMBLE = {
 }
 
 
+def _shell(name: str) -> str:
+    if name not in PREAMBLE:
+        raise argparse.ArgumentTypeError(f"there is no completion for {name!r}: {' and '.join(PREAMBLE)} have one")
+    return name
+
+
 def _add_completion(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shell", choices=("bash", "zsh"), help="to use it: source <(sandboxctl completion bash)")
+    parser.add_argument(
+        "shell", type=_shell, choices=tuple(PREAMBLE), help="to use it: source <(sandboxctl completion bash)"
+    )
 
 
 def _completion(arguments: argparse.Namespace) -> int:

@@ -62,6 +62,8 @@ def _build(arguments: argparse.Namespace) -> int:
             reference=arguments.reference,
             force=arguments.force,
         )
+    if reply["source"] == "present" and not arguments.json:
+        say("it is there already; to make it anew: sandboxctl image build --force")
     _show(reply, arguments)
     return 0
 

@@ -93,16 +93,7 @@ def add_create_arguments(parser: argparse.ArgumentParser) -> None:
         help="give it a secret, as the file /run/secrets/NAME; see: sandboxctl secret",
     )
     verb.add_env(parser)
-    parser.add_argument(
-        "--label",
-        "--metadata",
-        dest="metadata",
-        action="append",
-        default=[],
-        type=verb.pair,
-        metavar="NAME=VALUE",
-        help="something to find it by",
-    )
+    verb.add_labels(parser, "something to find it by")
     verb.add_limits(parser, create=True)
     group = parser.add_argument_group("lifetime")
     group.add_argument("--lifetime", metavar="TIME", help="how long it lasts, such as 30m; none: until it is removed")
@@ -215,16 +206,7 @@ def _create(arguments: argparse.Namespace) -> int:
 
 def _add_ls(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="print ids only")
-    parser.add_argument(
-        "--label",
-        "--metadata",
-        dest="metadata",
-        action="append",
-        default=[],
-        type=verb.pair,
-        metavar="NAME=VALUE",
-        help="only those that carry it",
-    )
+    verb.add_labels(parser, "only those that carry it")
     verb.add_json(parser)
 
 

@@ -140,6 +140,19 @@ def complete_places(action: argparse.Action) -> None:
     action.complete = {"bash": PLACES_FUNCTION, "zsh": PLACES_FUNCTION}  # type: ignore[attr-defined]
 
 
+def add_labels(parser: argparse.ArgumentParser, text: str) -> None:
+    """``--label``, which may be repeated."""
+    parser.add_argument(
+        *("--label", "--metadata"),
+        dest="metadata",
+        action="append",
+        default=[],
+        type=pair,
+        metavar="NAME=VALUE",
+        help=text,
+    )
+
+
 def add_engine(parser: argparse.ArgumentParser) -> None:
     """``--engine``."""
     parser.add_argument("--engine", choices=("podman", "docker"), help="default: the daemon's")

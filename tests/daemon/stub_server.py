@@ -642,6 +642,8 @@ class Stub:
         return p.ImageList(images=[self._image(params.engine)])
 
     async def image_build(self, params: p.ImageBuildParams, context: Context) -> p.ImageBuilt:
+        if params.reference == "present":
+            return p.ImageBuilt(images=[self._image(params.engine)], source="present", timings_ms=TIMINGS)
         context.progress("copying files", done=1, total=2)
         context.progress("copying files", done=2, total=2)
         context.progress("importing")

@@ -262,6 +262,7 @@ def test_metrics_are_text_as_it_came(ctl: Ctl) -> None:
         (("forward", "absent", "0"), 2, "ports go from 1 to 65535"),
         (("events", "--kind", "gone"), 2, "removed"),
         (("audit", "query", "--since", "yesterday"), 2, "is no time"),
+        (("completion", "fish"), 2, "there is no completion for 'fish': bash and zsh have one"),
         (("audit",), 2, "ACTION"),
         ((), 2, "usage:"),
         (("update", "absent"), 2, "which limit?"),
@@ -595,6 +596,13 @@ def test_json_is_one_object_and_nothing_else(ctl: Ctl, arguments: tuple[str, ...
 def test_progress_is_lines_where_nobody_watches(ctl: Ctl) -> None:
     """A log wants each step once and no moving bar."""
     assert ctl("image", "build").stderr == "sandboxctl: copying files\nsandboxctl: importing\n"
+
+
+def test_an_image_that_is_there_is_said_to_be(ctl: Ctl) -> None:
+    """Else one waits for a build that there was none of."""
+    done = ctl("image", "build", "--reference", "present")
+    assert done.stderr == "sandboxctl: it is there already; to make it anew: sandboxctl image build --force\n"
+    assert ctl("image", "build", "--reference", "present", "--json").stderr == ""
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])

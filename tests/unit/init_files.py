@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from runtimes.init.files import FilesChannel
+from runtimes.init.files_wire import Flag, RequestType, encode_set_times
 from tests.unit.init_harness import Host, descriptor_count, running_init, state_of, until
 
 
@@ -32,6 +33,14 @@ class Tree:
 
     async def names(self, path: bytes = b".", depth: int = 64) -> set[bytes]:
         return {entry.path for entry in (await self.files.list_dir(path, depth=depth)).entries}
+
+    async def set_times(self, path: bytes, mtime_ns: int, *, follow: bool = True) -> None:
+        """What an upload asks for at the end of a file."""
+        worker = self.files._worker
+        base, flags = worker.base_of(path), Flag.FOLLOW if follow else Flag.NONE
+        await worker.do(
+            lambda n: encode_set_times(n, flags, base, mtime_ns, path), path, RequestType.SET_TIMES, again=True
+        )
 
 
 @contextlib.asynccontextmanager

@@ -116,7 +116,7 @@ WRONG = [
     ({"swap_bytes": 2**30, "swap_counted": False}, "swap", "warning", COUNT_SWAP_HINT),
     ({"engines": engine(**NO_PIDS)}, "podman limits", "failure", DELEGATE_HINT),
     (
-        {"engines": engine(cpuset_limit=False, controllers=("memory", "cpu", "pids"))},
+        {"engines": engine(**NO_CPUSET)},
         "podman limits",
         "warning",
         DELEGATE_HINT,

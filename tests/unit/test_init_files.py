@@ -115,7 +115,7 @@ async def test_links_are_followed_only_where_that_was_asked_for() -> None:
         await t.files.chmod(b"link", 0o600)
         assert stat.S_IMODE(os.stat(t.root / "file").st_mode) == 0o600
         assert (await refusal(t.files.chmod(b"link", 0o600, follow=False)))[0] in (errno.EOPNOTSUPP, errno.ELOOP)
-        await t.files.set_times(b"link", 5, follow=False)
+        await t.set_times(b"link", 5, follow=False)
         assert os.lstat(t.root / "link").st_mtime_ns == 5
 
 
@@ -123,7 +123,7 @@ async def test_links_are_followed_only_where_that_was_asked_for() -> None:
 async def test_times_are_set_to_the_nanosecond(time_ns: int) -> None:
     async with tree() as t:
         os.close((await t.files.open(b"file", write=True, create=True)).descriptor)
-        await t.files.set_times(b"file", time_ns)
+        await t.set_times(b"file", time_ns)
         assert (await t.files.stat(b"file")).facts.mtime_ns == os.stat(t.root / "file").st_mtime_ns == time_ns
 
 

@@ -35,6 +35,7 @@ FAMILIES = {
     "ls": "sandboxes",
     "inspect": "sandboxes",
     "stats": "usage",
+    "top": "top",
     "metrics": "usage",
     "update": "sandboxes",
     "workspace": "workspaces",

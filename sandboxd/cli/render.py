@@ -237,7 +237,7 @@ def metrics_table(sandboxes: Sequence[dict[str, Any]], columns: int | None = Non
             row["id"],
             known(row["name"]),
             row["state"],
-            _cpu(row["cpu_percent"], row["cpu_millis"]),
+            cpu(row["cpu_percent"], row["cpu_millis"]),
             f"{size(row['memory_bytes'])} / {size(row['memory_bytes_max'])}",
             size(row["memory_bytes_peak"]),
             f"{known(row['pids'])} / {known(row['pids_max'])}",
@@ -250,7 +250,8 @@ def metrics_table(sandboxes: Sequence[dict[str, Any]], columns: int | None = Non
     return on_screen(header, rows, columns, ("NAME", "PEAK", "THROTTLED"))
 
 
-def _cpu(percent: float | None, millis: int | None) -> str:
+def cpu(percent: float | None, millis: int | None) -> str:
+    """How much of a CPU is used, and may be."""
     used = UNKNOWN if percent is None else f"{percent:.1f}%"
     return f"{used} / {UNKNOWN if millis is None else f'{millis / 10:g}%'}"
 

@@ -302,6 +302,9 @@ class Stub:
         ]
         return p.SandboxList(sandboxes=rows)
 
+    async def service_list(self, params: p.NoParams, context: Context) -> p.ServiceList:
+        return p.ServiceList(services=[])
+
     async def sandbox_kill(self, params: p.SandboxKillParams, context: Context) -> p.SandboxGone:
         info = self._find(params.sandbox)
         del self._sandboxes[info.id]

@@ -764,6 +764,20 @@ def test_exec_imports_no_more_than_it_needs(ctl: Ctl, box: str, flags: tuple[str
 # --- lifetimes and events
 
 
+def test_top_is_a_line_of_json_or_a_table_for_each_look_where_there_is_no_terminal(ctl: Ctl, box: str) -> None:
+    """All that the daemon told, for who draws it elsewhere."""
+    looks = replies(ctl("top", "--json", "-n", "2", "--interval", "0.1").stdout)
+    assert len(looks) == 2
+    for look in looks:
+        assert {"at_ms", "pools", "services"} <= look.keys()
+        assert box in {row["id"] for row in look["sandboxes"]} & {row["id"] for row in look["metrics"]}
+        assert look["events"][-1]["kind"] == "removed"
+    shown = ctl("top", "-n", "1").stdout
+    assert box in shown
+    assert "\x1b" not in shown
+    assert ctl("top", "--interval", "0").returncode == 2
+
+
 def test_a_lifetime_is_shown_as_it_was_given(ctl: Ctl, box: str) -> None:
     done = ctl("timeout", box, "10m", "--on-timeout", "pause")
     assert (done.returncode, done.stderr) == (0, "")

@@ -301,3 +301,42 @@ def test_output_that_cannot_be_written_is_a_failure(ctl: Ctl, box: str) -> None:
     with open("/dev/full", "w") as full:
         done = ctl("exec", box, "echo", "x", capture_output=False, stdout=full, stderr=subprocess.PIPE)
     assert (done.returncode, done.stderr) == (125, "sandboxctl: cannot write: No space left on device\n")
+
+
+@pytest.mark.parametrize("keys", ["q", "\x03"])
+def test_top_is_drawn_on_the_other_screen_and_gives_the_terminal_back(
+    ctl: Ctl, box: str, terminal: Terminal, keys: str
+) -> None:
+    """What was on the terminal before is there again. Its size is followed at once."""
+    before = terminal.attributes()
+    with running(ctl, terminal, "top", "--interval", "3600") as process:
+        terminal.read_until("\x1b[?1049h")
+        terminal.read_until("removed")
+        terminal.resize(8, 40)
+        terminal.read_until("\x1b[H")
+        terminal.type(keys)
+        terminal.read_until("\x1b[?1049l")
+        assert process.wait(PATIENCE_S) == 0
+    assert terminal.attributes() == before
+
+
+def test_top_gives_the_terminal_back_when_it_is_told_to_go(ctl: Ctl, terminal: Terminal) -> None:
+    before = terminal.attributes()
+    with running(ctl, terminal, "top", "--interval", "3600") as process:
+        terminal.read_until("sandboxes")
+        process.terminate()
+        terminal.read_until("\x1b[?1049l")
+        assert process.wait(PATIENCE_S) == 128 + signal.SIGTERM
+    assert terminal.attributes() == before
+
+
+def test_top_gives_the_terminal_back_when_nobody_answers(tmp_path: Path, terminal: Terminal) -> None:
+    """And only then says why, where one can read it."""
+    before = terminal.attributes()
+    with stub_daemon(tmp_path) as env, running(Ctl(env), terminal, "top", "--interval", "0.1") as process:
+        terminal.read_until("sandboxes")
+        Ctl(env)("daemon", "stop")
+        terminal.read_until("\x1b[?1049l")
+        terminal.read_until("sandboxctl: ")
+        assert process.wait(PATIENCE_S) == 1
+    assert terminal.attributes() == before

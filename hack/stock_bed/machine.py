@@ -150,7 +150,7 @@ def booted(root: Root) -> Iterator[Machine]:
         began = time.monotonic()
         with open(directory / "qemu.log", "wb") as output:
             qemu = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", "nice", "-n", "5", *_qemu(root, directory, port)],
+                ["setpriv", "--pdeathsig", "KILL", *_qemu(root, directory, port)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

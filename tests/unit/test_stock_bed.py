@@ -35,6 +35,19 @@ def test_what_runs_where() -> None:
     assert plan(bed=["namespaces"]) == [("trixie", "namespaces"), ("bookworm", "namespaces")]
 
 
+def test_the_readme_says_of_no_bed_that_it_ran_which_is_not_in_the_plan() -> None:
+    """That a bed has its rows, and what is in them, is tested in the bed."""
+    rows = [
+        line for line in (ROOT / "README.md").read_text().splitlines() if line.endswith("bed |") or "both" in line
+    ]
+    said = set()
+    for cells in ([cell.strip() for cell in row.strip("|").split("|")] for row in rows if "`hack/stock`" in row):
+        (name,) = (release.name for release in roots.RELEASES.values() if release.title == cells[0])
+        beds = {"`hack/stock`, both beds": set(main.BEDS), "`hack/stock`, the quick bed": {"namespaces"}}[cells[-1]]
+        said |= {(name, bed) for bed in beds}
+    assert said == set(main.PLAN)
+
+
 def test_each_way_down_is_followed_by_a_look_and_all_but_the_last_by_a_new_beginning() -> None:
     went: list[str] = []
     bed: Any = SimpleNamespace(reboots={name: functools.partial(went.append, name) for name in ("one", "two")})

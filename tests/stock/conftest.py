@@ -33,7 +33,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory, figures: list[str]) -> Iter
     Docker is there only for the tests of it: on an emulated machine its start takes all that there is for a while.
     """
     sudo("systemctl stop docker.socket docker.service")
-    daemon = Daemon(tmp_path_factory.mktemp("daemon"))
+    daemon = Daemon(tmp_path_factory.mktemp("daemon"), module="tests.stock.telling")
     try:
         daemon.start()
         # Asked for the first time on an emulated machine, Podman may take longer than it is waited for.

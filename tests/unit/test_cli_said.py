@@ -198,3 +198,21 @@ def test_what_a_service_printed_moves_no_cursor(
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert main(["service", "logs", "mine"]) == 0
     assert capsys.readouterr().out == "a\\x1b[2Jb\tc\nd\n"
+
+
+@pytest.mark.parametrize(
+    ("former", "now"),
+    [
+        ("the parent container", "service install"),
+        ("a worker", "create"),
+        ("the pool manager", "pool list"),
+        ("the coordinator", "stats"),
+        ("the tmux dashboard", "top"),
+        ("the shared ChromaDB", "service status"),
+    ],
+)
+def test_who_comes_from_hal_9000_finds_what_does_each_of_its_jobs_now(former: str, now: str) -> None:
+    """One row for each of its parts, with a command in it; that it exists is tested above."""
+    page = (ROOT / "docs" / "MIGRATION.md").read_text()
+    (row,) = [line for line in page.splitlines() if re.match(rf"\| \*\*{former}\*\*", line)]
+    assert re.search(rf"`sandboxctl [^`]*\b{now}\b", row) or re.search(rf"`{now}`", row), row

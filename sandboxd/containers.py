@@ -48,7 +48,7 @@ class Containers:
 
     def prepare_claim(self, slot: Sandbox, engine: EngineInfo) -> None:
         """Have at hand what a claim of this slot needs: a claim has milliseconds, and these are some of them."""
-        slot.keep_limits_open()
+        slot.prepare_claim()
         if self.changes_late(engine):
             self._staging.prepare()
 

@@ -17,6 +17,7 @@ from sandboxd import note, rebuilding
 from sandboxd.journal import Journal
 from sandboxd.lifecycle import State
 from sandboxd.records import SandboxRecord
+from sandboxd.sandbox import CLAIM_SPARE_NAME
 from sandboxd.timings import Timings
 from tests.daemon.test_manager import IMAGE, UNAVAILABLE, World, anyio_backend, no_patience, world
 from tests.unit.records import record
@@ -144,6 +145,7 @@ async def test_a_slot_of_a_lost_record_stays_nobodys_and_one_that_was_claimed_do
         (torn_claim, '{"name": "min'),
     ):
         (torn.boxes / box.id).mkdir()
+        (torn.boxes / box.id / CLAIM_SPARE_NAME).write_text("")
         if text is not None:
             (torn.boxes / box.id / rebuilding.CLAIM_NAME).write_text(text)
     found = {}

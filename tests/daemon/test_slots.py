@@ -14,13 +14,15 @@ import pytest
 from runtimes.cgroup.readings import EffectiveLimits, OwnLimits
 from runtimes.errors import CgroupUnreadable, EngineUnavailable
 from runtimes.model import Limits
+from sandboxd import note
 from sandboxd.config import Config, Template
 from sandboxd.failures import PoolExhausted, SandboxGone
 from sandboxd.launching import Launcher
 from sandboxd.lifecycle import State
 from sandboxd.protocol import SandboxCreateParams
+from sandboxd.rebuilding import CLAIM_NAME
 from sandboxd.records import SandboxRecord
-from sandboxd.sandbox import Sandbox
+from sandboxd.sandbox import CLAIM_SPARE_NAME, Sandbox
 from sandboxd.timings import Timings
 from tests.daemon.test_manager import IMAGE, World
 from tests.unit.records import record
@@ -118,6 +120,24 @@ async def test_slots_go_when_settings_that_are_read_again_change_their_template(
         assert [list(bucket.warm) for bucket in world.launcher.pools.buckets() if bucket.recipe == recipe] == [[slot]]
         world.launcher.reconfigure(other)
         await emptied(world)
+
+
+async def test_a_claim_is_noted_beside_the_socket_whole_or_not_at_all(world: World) -> None:
+    """Its file is made while the slot is warm: a claim has no time for that. Only its name says that there was one."""
+    async with world.managed() as manager:
+        slot = manager.register(record(id="sb-slot", state=State.WARM, slot=True))
+        box = Path(slot.directory)
+        box.mkdir()
+        slot.prepare_claim()
+        assert [path.name for path in box.iterdir()] == [CLAIM_SPARE_NAME]
+        slot.claim(record(id="sb-other", name="mine", template="python", state=State.CREATING))
+        assert [path.name for path in box.iterdir()] == [CLAIM_NAME]
+        noted = note.read((box / CLAIM_NAME).read_text())
+        assert noted is not None
+        assert (noted.name, noted.template, noted.slot) == ("mine", "python", False)
+        slot.prepare_claim()
+        slot.erase()
+        assert not box.exists()
 
 
 def _no_engine(_: object) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 
-from runtimes import beneath
+from runtimes import beneath, glance
 
 TEXT_BYTES_MAX = 8192
 """Of the files that name a directory: a path, and some words."""
@@ -25,6 +25,21 @@ class Untrusted(Exception):
 def says_worktree(project_fd: int) -> bool:
     """Whether a project has the file that a git worktree has instead of a repository."""
     return _pointer(project_fd) is not None
+
+
+def cannot_say(project_fd: int) -> bool:
+    """Whether a project has surely no such file, as far as that can be told without waiting for its file system."""
+    try:
+        descriptor = glance.open_below(project_fd, ".git", flags=os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return True
+    if descriptor is None:
+        return False
+    try:
+        seen = glance.look(descriptor)
+    finally:
+        os.close(descriptor)
+    return seen is not None and seen.is_directory
 
 
 def common_directory(project_fd: int, project: str) -> str | None:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from runtimes import mounts, propagation
+from runtimes import glance, mounts, propagation
 from runtimes.errors import Unsupported
 from runtimes.model import EngineInfo, OverlayDirs, User
 from runtimes.mountinfo import is_below
@@ -130,26 +130,80 @@ def _open(path: str, rules: Rules, *, what: str, flags: int) -> OpenedPath:
     except OSError as error:
         raise InvalidArgument(brief, detail=error.strerror or "", hint="give one that exists") from None
     try:
-        real = os.readlink(f"/proc/self/fd/{descriptor}")
         status = os.fstat(descriptor)
-        reason = refusal(real, _resolved(rules))
-        if reason:
-            raise InvalidArgument(
-                brief,
-                detail=reason,
-                hint="see paths.allow and paths.deny of the configuration (sandboxctl config)",
-            )
+        return OpenedPath(
+            path=_judged(descriptor, _resolved(rules), brief),
+            descriptor=descriptor,
+            device=status.st_dev,
+            inode=status.st_ino,
+            owner=User(uid=status.st_uid, gid=status.st_gid),
+            is_directory=stat.S_ISDIR(status.st_mode),
+        )
     except BaseException:
         os.close(descriptor)
         raise
-    return OpenedPath(
-        path=real,
-        descriptor=descriptor,
-        device=status.st_dev,
-        inode=status.st_ino,
-        owner=User(uid=status.st_uid, gid=status.st_gid),
-        is_directory=stat.S_ISDIR(status.st_mode),
-    )
+
+
+def _judged(descriptor: int, rules: Rules, brief: str) -> str:
+    """The real path of what was opened, if it may be seen inside; rules are real paths, too.
+
+    Raises:
+        InvalidArgument: it may not.
+    """
+    real = os.readlink(f"/proc/self/fd/{descriptor}")
+    reason = refusal(real, rules)
+    if reason:
+        raise InvalidArgument(
+            brief,
+            detail=reason,
+            hint="see paths.allow and paths.deny of the configuration (sandboxctl config)",
+        )
+    return real
+
+
+def glance_at_workspace(path: str, rules: Rules) -> OpenedPath | None:
+    """What ``open_workspace`` returns, of a directory that was used lately; None: only that can tell.
+
+    Waits for no file system, see ``glance``.
+
+    Raises:
+        InvalidArgument: it may not be a workspace.
+    """
+    if not path.startswith("/") or "\0" in path or rules.allow or rules.deny:
+        # The rules' own paths would have to be looked at as well.
+        return None
+    descriptor = _glance(path, rules.home if is_below(path, rules.home) else "/")
+    if descriptor is None:
+        return None
+    try:
+        seen = glance.look(descriptor)
+        if seen is None:
+            os.close(descriptor)
+            return None
+        return OpenedPath(
+            path=_judged(descriptor, rules, f"cannot use {shown(path)!r} as a workspace"),
+            descriptor=descriptor,
+            device=seen.device,
+            inode=seen.inode,
+            owner=User(uid=seen.uid, gid=seen.gid),
+            is_directory=True,
+        )
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _glance(path: str, base: str) -> int | None:
+    """The directory at a path at or below ``base``, which may be on a mount of its own: a home that we live in."""
+    base_fd = glance.open_base(base)
+    if base_fd is None:
+        return None
+    try:
+        return glance.open_below(base_fd, path[len(base) :].lstrip("/") or ".", flags=os.O_DIRECTORY)
+    except FileNotFoundError:
+        return None
+    finally:
+        os.close(base_fd)
 
 
 def _resolved(rules: Rules) -> Rules:

@@ -42,6 +42,7 @@ from sandboxd.workspace import (
     MountSource,
     OpenedPath,
     Rules,
+    glance_at_workspace,
     open_mount,
     open_workspace,
     refusal,
@@ -168,7 +169,12 @@ class Workspaces:
             opened.append(OpenedMount(target=mount.target, read_only=mount.mode == "ro", opened=source))
         _refuse_nested(opened)
         if workspace is not None:
-            project = await self._look(_open_project, _given_path(workspace.path, workspace.path_bytes), held)
+            path = _given_path(workspace.path, workspace.path_bytes)
+            project = _glance_at_project(path, self.rules)
+            if project is None:
+                project = await self._look(_open_project, path, held)
+            else:
+                held.callback(os.close, project.descriptor)
             if project.says_worktree and workspace.git_common != "none":
                 common, warning = await self._git_common(project, workspace.git_common == "ro", opened, held)
                 opened += common
@@ -741,6 +747,15 @@ def _open_project(path: str, rules: Rules) -> OpenedPath:
     except BaseException:
         os.close(opened.descriptor)
         raise
+
+
+def _glance_at_project(path: str, rules: Rules) -> OpenedPath | None:
+    """The same without a thread, of a project that was used lately, and is no worktree; None: of any other."""
+    opened = glance_at_workspace(path, rules)
+    if opened is None or gitworktree.cannot_say(opened.descriptor):
+        return opened
+    os.close(opened.descriptor)
+    return None
 
 
 def path_of(record: WorkspaceRecord | MountRecord) -> str:

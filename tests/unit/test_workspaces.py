@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import anyio
+import anyio.to_thread
 import msgspec
 import pytest
 
@@ -27,6 +31,96 @@ IDENTITY = Identity(user=ME, keep_id=False, mounted="same-uid")
 
 async def _nothing(_: str) -> None:
     raise AssertionError("nothing of another user's is here")
+
+
+def at_home(home: Path, **rules: list[str]) -> Workspaces:
+    return Workspaces(
+        "/nonexistent",
+        rules=Rules(home=str(home), **rules),
+        bounds=Bounds(entries_max=1, bytes_max=1),
+        may_mount=False,
+        idmap_works=False,
+        remove_foreign=_nothing,
+    )
+
+
+@pytest.fixture
+def trips(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What was done in threads."""
+    made: list[object] = []
+    run_sync = anyio.to_thread.run_sync
+
+    def counted(function: Any, *arguments: Any, **options: Any) -> Any:
+        made.append(function)
+        return run_sync(function, *arguments, **options)
+
+    monkeypatch.setattr(anyio.to_thread, "run_sync", counted)
+    return made
+
+
+async def opened(workspaces: Workspaces, path: Path) -> OpenedPath:
+    with contextlib.ExitStack() as held:
+        project = (await workspaces.open(WorkspaceParams(path=str(path)), [], held)).project
+        assert project is not None
+        status = os.fstat(project.descriptor)
+        assert (project.device, project.inode) == (status.st_dev, status.st_ino)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(project.descriptor)
+    return msgspec.structs.replace(project, descriptor=-1)
+
+
+@pytest.mark.anyio
+async def test_a_project_that_was_used_lately_is_opened_without_a_trip_to_a_thread(
+    tmp_path: Path, trips: list[object]
+) -> None:
+    """A claim has milliseconds, and sixteen of them at once make sixteen threads of as many trips."""
+    project = tmp_path / "project"
+    (project / ".git").mkdir(parents=True)
+    workspaces = at_home(tmp_path)
+    first = await opened(workspaces, project)
+    del trips[:]
+    assert await opened(workspaces, project) == first
+    assert await opened(workspaces, project / ".." / "project") == first
+    assert not trips
+
+
+@pytest.mark.anyio
+async def test_a_project_is_the_same_at_a_glance_whatever_leads_to_it(tmp_path: Path) -> None:
+    """A parent is the directory's own, and not what stands before it in the path."""
+    (tmp_path / "project" / "below").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "link").symlink_to(tmp_path / "project" / "below")
+    workspaces = at_home(tmp_path)
+    first = await opened(workspaces, tmp_path / "project")
+    for _ in range(3):
+        assert await opened(workspaces, tmp_path / "elsewhere" / "link" / "..") == first
+
+
+@pytest.mark.anyio
+async def test_what_takes_more_than_a_glance_is_looked_at_in_a_thread(tmp_path: Path, trips: list[object]) -> None:
+    """A worktree has a file that must be read, and rules have paths of their own."""
+    worktree = tmp_path / "worktree"
+    worktree.mkdir()
+    (worktree / ".git").write_text("gitdir: /nowhere/.git/worktrees/it\n")
+    for workspaces in (at_home(tmp_path), at_home(tmp_path, allow=[str(tmp_path)])):
+        for _ in range(2):
+            del trips[:]
+            assert (await opened(workspaces, worktree)).says_worktree
+            assert trips
+
+
+@pytest.mark.anyio
+async def test_a_glance_refuses_what_a_look_refuses(tmp_path: Path) -> None:
+    keys = tmp_path / ".ssh"
+    keys.mkdir()
+    (tmp_path / "link").symlink_to(keys)
+    for _ in range(2):
+        for path in (keys, tmp_path / "link"):
+            with pytest.raises(InvalidArgument) as caught:
+                await opened(at_home(tmp_path), path)
+            assert caught.value.detail == "~/.ssh holds credentials"
+    with pytest.raises(InvalidArgument, match="cannot use"):
+        await opened(at_home(tmp_path), tmp_path / "nowhere")
 
 
 def backend(mode: str, *, overlays: bool, root: bool) -> str:

@@ -10,6 +10,7 @@ from runtimes.cgroup.fs import read_fixed_limits
 from runtimes.engine import Engine
 from runtimes.errors import CgroupUnreadable, ImageNotFound, RuntimeFailure
 from runtimes.model import ContainerSpec, EngineInfo, Mount, Network, Tmpfs
+from runtimes.mounter.mounter import Told
 from sandboxd import note, spelling
 from sandboxd.limits import passable
 from sandboxd.records import SandboxRecord
@@ -92,10 +93,11 @@ class Containers:
     @contextlib.asynccontextmanager
     async def changing(
         self, sandbox: Sandbox, made: SandboxRecord | None, sources: Sequence[MountSource] | None
-    ) -> AsyncIterator[None]:
+    ) -> AsyncIterator[Told]:
         """Make a container what its record says, in all that its engine fixed when it was made.
 
-        It is asked for before the body, and seen to be done after it: what the body does goes on meanwhile.
+        It is asked for before the body, and seen to be done after it: what the body does goes on meanwhile. What the
+        body is given knows then which sizes its tmpfs have, as far as they had to be looked at.
 
         Args:
             sandbox: Whose.
@@ -103,7 +105,7 @@ class Containers:
             sources: Its project, or nothing; None: there is nothing to be changed.
         """
         if sources is None:
-            yield
+            yield Told()
             return
         record = sandbox.record
         tmpfs_bytes = {}
@@ -115,8 +117,8 @@ class Containers:
         if shm is not None and shm != shm_made:
             tmpfs_bytes["/dev/shm"] = shm  # noqa: S108  (inside the sandbox)
         source = next(iter(sources), None)
-        async with self._staging.changing(sandbox, source, tmpfs_bytes=tmpfs_bytes, hostname=record.name):
-            yield
+        async with self._staging.changing(sandbox, source, tmpfs_bytes=tmpfs_bytes, hostname=record.name) as told:
+            yield told
 
     async def _connect(
         self,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import anyio
 import msgspec
 
+from runtimes.cgroup.readings import EffectiveLimits
 from runtimes.cgroup.verify import LimitProof, enforceable
 from runtimes.engine import Engine
 from runtimes.errors import CgroupUnreadable, RuntimeFailure
@@ -53,9 +54,17 @@ class Enforcer:
         self._packs_cpus = packs_cpus
         self._engine_records = engine_records
 
-    def prove(self, sandbox: Sandbox, reported: Limits | None = None) -> tuple[LimitProof, ...]:
-        """Read the limits of a running sandbox, and keep the proofs."""
-        return sandbox.prove(swap_bytes=self._host.swap_bytes, reported=reported)
+    def prove(
+        self,
+        sandbox: Sandbox,
+        reported: Limits | None = None,
+        *,
+        ahead: EffectiveLimits | None = None,
+        tmpfs_bytes: Mapping[str, int] | None = None,
+    ) -> tuple[LimitProof, ...]:
+        """Read the limits of a running sandbox, and keep the proofs; see ``Sandbox.prove``."""
+        swap_bytes = self._host.swap_bytes
+        return sandbox.prove(swap_bytes=swap_bytes, reported=reported, ahead=ahead, tmpfs_bytes=tmpfs_bytes)
 
     def prove_again(self, sandbox: Sandbox) -> None:
         """Prove; where that fails, write the limits once more, and prove.

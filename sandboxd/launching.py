@@ -112,7 +112,7 @@ class Launcher:
         self._secrets = secrets
         self._idmap_works = idmap_works
         self._sandboxes_max = config.daemon.sandboxes_max
-        self._turns = anyio.Semaphore(CLAIMS_AT_ONCE)
+        self._turns = anyio.Semaphore(CLAIMS_AT_ONCE, fast_acquire=True)
         self.templates = Templates(config, host)
         self.pools = Pools(
             background,
@@ -368,13 +368,15 @@ class Launcher:
     ) -> None:
         with contextlib.ExitStack() as opened:
             sources = self._workspaces.sources(slot, places, opened) if slot.record.changed_late else None
-            # While the helper mounts, the limits are written.
-            async with self._containers.changing(slot, before, sources):
+            # While the helper mounts, the limits are written and read back.
+            async with self._containers.changing(slot, before, sources) as told:
                 timings.mark("workspace")
                 await self._enforcer.write_changes(slot, engine, before.limits)
                 timings.mark("limits")
+                ahead = slot.read_ahead()
+                timings.mark("verify")
             timings.mark("workspace")
-        self._enforcer.prove(slot)
+        self._enforcer.prove(slot, ahead=ahead, tmpfs_bytes=told.tmpfs_bytes)
         require_proof(slot)
         timings.mark("verify")
         await self._attach(slot, secrets)

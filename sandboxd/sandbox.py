@@ -29,7 +29,7 @@ import msgspec
 
 from runtimes import mounts
 from runtimes.cgroup.fs import CgroupHandle, read_fixed_limits
-from runtimes.cgroup.readings import EffectiveLimits, Usage
+from runtimes.cgroup.readings import SHM_TARGET, EffectiveLimits, Usage
 from runtimes.cgroup.verify import LimitProof, verify
 from runtimes.engine import Engine
 from runtimes.errors import CgroupUnreadable, Unsupported
@@ -94,6 +94,9 @@ TMPFS_TARGETS = ("/tmp", HOME)  # noqa: S108  (inside the sandbox)
 """What is writable inside, besides the workspace: sized by ``tmp``."""
 
 
+PROVEN_TMPFS = (*TMPFS_TARGETS, SHM_TARGET)
+"""Whose sizes are limits, and proven."""
+
 Tell = Callable[[str, str, str | None, dict[str, str | int | None]], None]
 """Told of an event: its kind, the sandbox's id and name, and what else there is to say."""
 
@@ -115,7 +118,7 @@ class Sandbox:
         self.record = record
         self._kept_inputs = kept_inputs
         self.directory = directory
-        self.lock = anyio.Lock()
+        self.lock = anyio.Lock(fast_acquire=True)
         self.gone = anyio.Event()
         """Set once nothing of it is left."""
         self.proofs: tuple[LimitProof, ...] = ()
@@ -662,9 +665,27 @@ class Sandbox:
 
     # --- limits and usage -----------------------------------------------------------------------------
 
-    def prove(self, *, swap_bytes: int, reported: Limits | None = None) -> tuple[LimitProof, ...]:
-        """Read the limits from the control group and compare them with what was requested; kept in ``proofs``."""
-        effective = self._effective_or_unknown()
+    def prove(
+        self,
+        *,
+        swap_bytes: int,
+        reported: Limits | None = None,
+        ahead: EffectiveLimits | None = None,
+        tmpfs_bytes: Mapping[str, int] | None = None,
+    ) -> tuple[LimitProof, ...]:
+        """Read the limits from the control group and compare them with what was requested; kept in ``proofs``.
+
+        Args:
+            swap_bytes: Of the host.
+            reported: What the engine says.
+            ahead: What ``read_ahead`` has just read.
+            tmpfs_bytes: What the kernel has said since of the sizes of its tmpfs. Where not all of them are among it,
+                everything is read.
+        """
+        if ahead is not None and tmpfs_bytes is not None and tmpfs_bytes.keys() >= set(PROVEN_TMPFS):
+            effective = ahead.with_tmpfs(tmpfs_bytes)
+        else:
+            effective = self._effective_or_unknown()
         tmpfs = dict.fromkeys(TMPFS_TARGETS, self.record.tmp_bytes_max)
         self.proofs = verify(self.record.limits, reported, effective, tmpfs=tmpfs, swap_total_bytes=swap_bytes)
         if self.pid is None:
@@ -672,10 +693,14 @@ class Sandbox:
             self.proofs = tuple(msgspec.structs.replace(proof, verified=False, reason=why) for proof in self.proofs)
         return self.proofs
 
-    def _effective_or_unknown(self) -> EffectiveLimits:
+    def read_ahead(self) -> EffectiveLimits:
+        """Read all limits but the sizes of its tmpfs, while those are still being changed."""
+        return self._effective_or_unknown(tmpfs=False)
+
+    def _effective_or_unknown(self, *, tmpfs: bool = True) -> EffectiveLimits:
         try:
             if self._cgroup is not None:
-                return self._cgroup.read_limits()
+                return self._cgroup.read_limits(tmpfs=tmpfs)
             if self.pid is not None:
                 return read_fixed_limits(self.pid)
         except CgroupUnreadable as error:

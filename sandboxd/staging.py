@@ -15,13 +15,13 @@ import msgspec
 
 from runtimes.errors import UnreadableAnswer, Unsupported
 from runtimes.model import EngineInfo, Mount
-from runtimes.mounter.mounter import LateMount, Mounter
+from runtimes.mounter.mounter import LateMount, Mounter, Told
 from runtimes.mountinfo import covering
 from runtimes.mounts import mounts_below, mounts_of
 from runtimes.propagation import SlotDirectory
 from sandboxd.failures import InvalidArgument
 from sandboxd.running import identity_inside
-from sandboxd.sandbox import Sandbox
+from sandboxd.sandbox import PROVEN_TMPFS, Sandbox
 from sandboxd.workspace import TARGET, MountSource, Stage, shown
 
 OVERLAYS = {"overlay": "podman-overlay", "fuse.fuse-overlayfs": "fuse-overlayfs"}
@@ -76,10 +76,11 @@ class Staging:
         *,
         tmpfs_bytes: Mapping[str, int],
         hostname: str | None,
-    ) -> AsyncIterator[None]:
+    ) -> AsyncIterator[Told]:
         """Change a container that runs: a mount, sizes of tmpfs, the host name.
 
-        It is asked for before the body, and seen to be done after it.
+        It is asked for before the body, and seen to be done after it. Who has it done is asked as well how large the
+        tmpfs are that a proof is about.
 
         Raises:
             Unsupported: the kernel or the file system cannot.
@@ -89,7 +90,7 @@ class Staging:
             self._pass_on(sandbox, source)
             source = None
         if source is None and not tmpfs_bytes and hostname is None:
-            yield
+            yield Told()
             return
         if self._mounter is None or sandbox.pid is None:
             raise Unsupported("cannot change a running container here", detail="there is no helper for it")
@@ -106,8 +107,9 @@ class Staging:
                     target=source.target,
                     read_only=source.read_only,
                 )
-            async with self._mounter.changing(sandbox.pid, mount=mount, tmpfs_bytes=tmpfs_bytes, hostname=hostname):
-                yield
+            asked = {**dict.fromkeys(PROVEN_TMPFS), **tmpfs_bytes}
+            async with self._mounter.changing(sandbox.pid, mount=mount, tmpfs_bytes=asked, hostname=hostname) as told:
+                yield told
 
     def _pass_on(self, sandbox: Sandbox, source: MountSource | None) -> None:
         """Have a container that runs see its project by the way that was left open for it, and close that.

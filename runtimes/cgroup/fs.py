@@ -24,6 +24,7 @@ is about 20 descriptors for each container: a process that keeps many raises its
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Collection, Iterator
@@ -53,6 +54,7 @@ GONE: Final = "the container is gone"
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _WRITE: Final = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+_READ_WRITE: Final = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 _UNIFIED: Final = "unified"
 
 _ABSENT: Final = frozenset({errno.ENOENT, errno.EOPNOTSUPP})
@@ -105,14 +107,14 @@ def read_fixed_limits(pid: int, *, proc: str = PROC) -> EffectiveLimits:
     Raises:
         CgroupUnreadable: the process is gone.
     """
-    return readings.effective_limits(
+    effective = readings.effective_limits(
         CgroupVersion.V2,
         dict.fromkeys(readings.LIMIT_FILES_V2, ()),
         cpuset_own=None,
         cpuset_effective=None,
-        mountinfo=_read_path(f"{proc}/{pid}/mountinfo", bytes_max=TABLE_BYTES_MAX),
         limits=_read_path(f"{proc}/{pid}/limits"),
     )
+    return _with_mounts(effective, _read_path(f"{proc}/{pid}/mountinfo", bytes_max=TABLE_BYTES_MAX))
 
 
 def freeze(pid: int, container_id: str, *, proc: str = PROC) -> bool:
@@ -159,6 +161,7 @@ class CgroupHandle:
         self._proc_fd = proc_fd
         self._groups: dict[str, _Group] = {}
         self._counters: dict[str, int | None] = {}
+        self._kept_proc: dict[str, int] | None = None
 
     @classmethod
     def open(cls, pid: int, container_id: str, *, proc: str = PROC) -> Self:
@@ -212,21 +215,26 @@ class CgroupHandle:
         self.close()
 
     def keep_open(self) -> None:
-        """Keep every limit file open from its next reading on: the reading after that costs a third."""
+        """Keep every limit file open from its next reading on: reading and writing after that costs a third."""
+        if self._kept_proc is None:
+            self._kept_proc = {}
         for group in self._groups.values():
             group.keep_open()
 
     def let_go(self) -> None:
         """Close what ``keep_open`` keeps. Idempotent."""
+        kept, self._kept_proc = self._kept_proc, None
+        for fd in (kept or {}).values():
+            os.close(fd)
         for group in self._groups.values():
             group.let_go()
 
-    def read_limits(self, *, fixed: bool = True) -> EffectiveLimits:
+    def read_limits(self, *, tmpfs: bool = True) -> EffectiveLimits:
         """The limits that the kernel holds the container to, from its leaf group up to the root of the mount.
 
         Args:
-            fixed: Read those that only a new container can have too: open files, /dev/shm and every tmpfs. Half
-                of the cost; None and empty without.
+            tmpfs: Read the sizes of /dev/shm and every tmpfs too, which are in the container's mount table: half of
+                the cost; empty without.
 
         Raises:
             CgroupUnreadable: the container is gone, or a file does not hold what the kernel documents.
@@ -237,14 +245,17 @@ class CgroupHandle:
         names = readings.LIMIT_FILES_V2 if v2 else readings.LIMIT_FILES_V1
         cpuset = self._group("cpuset")
         effective_name = readings.CPUSET_EFFECTIVE_V2 if v2 else readings.CPUSET_EFFECTIVE_V1
-        return readings.effective_limits(
+        effective = readings.effective_limits(
             self.version,
             {name: self._levels(controller, name) for name, controller in names.items()},
             cpuset_own=cpuset.read(cpuset.top, readings.CPUSET_OWN) if cpuset is not None else None,
             cpuset_effective=cpuset.read(0, effective_name) if cpuset is not None else None,
-            mountinfo=_read_at(self._proc_fd, "mountinfo", bytes_max=TABLE_BYTES_MAX) if fixed else None,
-            limits=_read_at(self._proc_fd, "limits") if fixed else None,
+            limits=self._read_proc("limits"),
         )
+        if not tmpfs:
+            return effective
+        # Never through a kept descriptor: that would keep the container's mounts for as long.
+        return _with_mounts(effective, _read_at(self._proc_fd, "mountinfo", bytes_max=TABLE_BYTES_MAX))
 
     def read_usage(self, *, pressure: bool = True) -> Usage:
         """Counters and gauges of the whole container, through kept descriptors.
@@ -334,8 +345,16 @@ class CgroupHandle:
 
     def _check_not_moved(self) -> None:
         """That PID 1 is still in the groups that were opened: of a group that it left, the limits say nothing."""
-        if _read_at(self._proc_fd, "cgroup") != self._membership:
+        if self._read_proc("cgroup") != self._membership:
             raise CgroupUnreadable(f"cannot tell the control group of process {self.pid}", detail="it was moved")
+
+    def _read_proc(self, name: str) -> bytes | None:
+        """A file of the process that the kernel tells in one piece."""
+        if self._kept_proc is None:
+            return _read_at(self._proc_fd, name)
+        if name not in self._kept_proc:
+            self._kept_proc[name] = _open_at(self._proc_fd, name)
+        return _read_again(self._kept_proc[name], name)
 
     def _check_exists(self) -> None:
         """That the container's groups are still there: of a group that is gone, every file is merely absent."""
@@ -438,6 +457,8 @@ class _Group:
         self.top = top
         self._kept: dict[tuple[int, str], int | None] | None = None
         """By level and name; None where there is no such file: what a group has it has always."""
+        self._writable: set[int] = set()
+        """Those of them that can be written through."""
 
     @classmethod
     def open(cls, path: CgroupPath, *, top: int) -> Self:
@@ -471,6 +492,7 @@ class _Group:
 
     def let_go(self) -> None:
         kept, self._kept = self._kept, None
+        self._writable.clear()
         for fd in (kept or {}).values():
             if fd is not None:
                 os.close(fd)
@@ -479,7 +501,7 @@ class _Group:
         """The whole file, or None where there is none."""
         if self._kept is not None:
             if (level, name) not in self._kept:
-                self._kept[level, name] = self.open_file(level, name)
+                self._kept[level, name] = self._open_to_keep(level, name)
             kept = self._kept[level, name]
             return None if kept is None else _read_again(kept, name)
         fd = self.open_file(level, name)
@@ -490,13 +512,30 @@ class _Group:
         finally:
             os.close(fd)
 
+    def _open_to_keep(self, level: int, name: str) -> int | None:
+        """For writing too, where it is the container's own and ours to change."""
+        if level <= self.top:
+            with contextlib.suppress(OSError):
+                fd = os.open("../" * level + name, _READ_WRITE, dir_fd=self.fd)
+                self._writable.add(fd)
+                return fd
+        return self.open_file(level, name)
+
     def write(self, level: int, name: str, text: str) -> None:
         """One write. OSError is the caller's to translate."""
+        kept = None if self._kept is None else self._kept.get((level, name))
+        if kept in self._writable:
+            os.pwrite(kept, text.encode("ascii"), 0)
+            return
         fd = os.open("../" * level + name, _WRITE, dir_fd=self.fd)
         try:
             os.write(fd, text.encode("ascii"))
         finally:
             os.close(fd)
+
+
+def _with_mounts(effective: EffectiveLimits, mountinfo: bytes) -> EffectiveLimits:
+    return effective.with_tmpfs(readings.parse_tmpfs_sizes(mountinfo) or {})
 
 
 def _quota_us(cpu_millis: int) -> int:
@@ -549,8 +588,8 @@ def _read_path(path: str, *, bytes_max: int = FILE_BYTES_MAX) -> bytes:
 
 def _read_at(dir_fd: int | None, name: str, *, bytes_max: int = FILE_BYTES_MAX) -> bytes:
     """A whole file of /proc, which may take several reads."""
+    fd = _open_at(dir_fd, name)
     try:
-        fd = os.open(name, _READ, dir_fd=dir_fd)
         try:
             chunks: list[bytes] = []
             size = 0
@@ -564,6 +603,13 @@ def _read_at(dir_fd: int | None, name: str, *, bytes_max: int = FILE_BYTES_MAX) 
     except OSError as error:
         raise _failure(f"cannot read {name}", error) from error
     return b"".join(chunks)
+
+
+def _open_at(dir_fd: int | None, name: str) -> int:
+    try:
+        return os.open(name, _READ, dir_fd=dir_fd)
+    except OSError as error:
+        raise _failure(f"cannot read {name}", error) from error
 
 
 def _read_again(fd: int, name: str) -> bytes | None:

@@ -91,6 +91,10 @@ class EffectiveLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Size of each tmpfs by its mount point inside; ``UNLIMITED`` where it was mounted without one."""
     own: OwnLimits = OwnLimits()
 
+    def with_tmpfs(self, sizes: Mapping[str, int]) -> EffectiveLimits:
+        """The same with these sizes of its tmpfs, by their places, /dev/shm among them."""
+        return msgspec.structs.replace(self, shm_bytes_max=sizes.get(SHM_TARGET), tmpfs_bytes_max=dict(sizes))
+
 
 class Pressure(msgspec.Struct, frozen=True, kw_only=True):
     """One pressure-stall file: the share of time that some, or all, of the processes waited for a resource."""
@@ -400,18 +404,16 @@ def effective_limits(
     *,
     cpuset_own: bytes | None,
     cpuset_effective: bytes | None,
-    mountinfo: bytes | None,
     limits: bytes | None,
 ) -> EffectiveLimits:
-    """The limits of one container.
+    """The limits of one container, but for the sizes of its tmpfs: see ``with_tmpfs``.
 
     Args:
         version: Which files ``levels`` has: ``LIMIT_FILES_V2`` or ``LIMIT_FILES_V1``.
         levels: Each limit file as read at every level, leaf first; empty where the controller is not there.
         cpuset_own: ``cpuset.cpus`` of the container's own group.
         cpuset_effective: The CPUs that are left to it by all groups above.
-        mountinfo: ``/proc/PID/mountinfo`` of a process inside.
-        limits: ``/proc/PID/limits`` of the same.
+        limits: ``/proc/PID/limits`` of a process inside.
 
     Raises:
         CgroupUnreadable: a file does not hold what the kernel documents.
@@ -419,7 +421,6 @@ def effective_limits(
     memory, own_total, total, quotas = (_levels_v2 if version is CgroupVersion.V2 else _levels_v1)(levels)
     pids = [parse_count(raw, "pids.max") for raw in levels["pids.max"]]
     own_quota = nearest_quota(quotas)
-    tmpfs = parse_tmpfs_sizes(mountinfo) or {}
     soft, hard = parse_nofile(limits) or (None, None)
     return EffectiveLimits(
         memory_bytes_max=tightest(memory),
@@ -427,10 +428,8 @@ def effective_limits(
         cpu_millis=tightest(cpu_millis_of(quota) for quota in quotas if quota is not None),
         pids_max=tightest(pids),
         cpuset_cpus=parse_cpuset(cpuset_effective, CPUSET_OWN),
-        shm_bytes_max=tmpfs.get(SHM_TARGET),
         nofile_soft_max=soft,
         nofile_max=hard,
-        tmpfs_bytes_max=tmpfs,
         own=OwnLimits(
             memory_bytes_max=nearest(memory),
             memory_swap_bytes_max=own_total,

@@ -1,6 +1,7 @@
 /*
  * sandbox-mounter: changes a container that already runs: mounts a directory of the host into it, gives its tmpfs
- * other sizes, and it another host name, in /etc/hostname too.
+ * other sizes, and it another host name, in /etc/hostname too. It tells which sizes they have in the end: whoever has
+ * to prove that need not search the container's mount table for them.
  *
  * The daemon starts one and keeps it. Requests arrive on the socket that is its stdin (SOCK_SEQPACKET), each with
  * a pipe to answer on and with the namespaces to enter, as descriptors. Every request is taken and carried out by a
@@ -35,6 +36,7 @@
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <sys/syscall.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 /* The numbers are the same on every architecture, as for all system calls since Linux 5.1. */
@@ -61,6 +63,8 @@
 #define ATTRIBUTE_MOUNT_ROOT 0x2000u
 #define NO_MAGICLINKS 0x02u
 #define NO_SYMLINKS 0x04u
+#define TMPFS_MAGIC 0x01021994
+#define SIZE_UNKNOWN UINT64_MAX
 
 enum {
     PATH_BYTES_MAX = 4096,
@@ -98,7 +102,7 @@ enum stage {
 
 struct size {
     char target[SIZE_PATH_BYTES_MAX];
-    char bytes[DECIMAL_BYTES_MAX];
+    char bytes[DECIMAL_BYTES_MAX]; /* empty: it stays, and is only told */
 };
 
 struct request {
@@ -114,6 +118,7 @@ struct request {
 struct reply {
     uint32_t stage;
     int32_t error;
+    uint64_t sizes[SIZES_MAX]; /* in bytes, of the request's places in their order; 0: without a limit */
 };
 
 struct attributes {
@@ -142,12 +147,14 @@ struct open_how_v0 {
 enum { REPLY_FD, MOUNT_NS_FD, FIRST_OPTIONAL_FD };
 
 static struct request request;
+static struct reply reply;
 static int descriptors[DESCRIPTORS_MAX];
 static size_t descriptor_count;
 
 static void answer(enum stage stage, int error)
 {
-    struct reply reply = {.stage = stage, .error = error};
+    reply.stage = stage;
+    reply.error = error;
     if (write(descriptors[REPLY_FD], &reply, sizeof reply) != (ssize_t)sizeof reply)
         _exit(1);
 }
@@ -284,6 +291,20 @@ static bool is_mount_root(int fd)
     return syscall(SYS_statx, fd, "", AT_EMPTY_PATH, 0, &status) == 0 && (status.attributes & ATTRIBUTE_MOUNT_ROOT) != 0;
 }
 
+/* How large the tmpfs is that is mounted at a place; unknown where the kernel cannot say that one is. */
+static uint64_t size_at(const char *target)
+{
+    struct statfs status;
+    uint64_t bytes = SIZE_UNKNOWN;
+    int fd = open_directory(target);
+    if (fd < 0)
+        return SIZE_UNKNOWN;
+    if (fstatfs(fd, &status) == 0 && status.f_type == TMPFS_MAGIC && is_mount_root(fd))
+        bytes = (uint64_t)status.f_blocks * (uint64_t)status.f_bsize;
+    close(fd);
+    return bytes;
+}
+
 /* The file that the engine mounted, to be written to: of a copy of that mount, for the engine's own is read-only. */
 static int open_hostname_file(int own_fds)
 {
@@ -333,8 +354,11 @@ static void carry_out(void)
         fail(ENTERING);
     if (tree_fd >= 0)
         attach_tree(tree_fd);
-    for (size_t i = 0; i < SIZES_MAX && request.sizes[i].target[0] != 0; i++)
-        resize(&request.sizes[i]);
+    for (size_t i = 0; i < SIZES_MAX && request.sizes[i].target[0] != 0; i++) {
+        if (request.sizes[i].bytes[0] != 0)
+            resize(&request.sizes[i]);
+        reply.sizes[i] = size_at(request.sizes[i].target);
+    }
     if (uts_fd >= 0 && sethostname(request.hostname, strlen(request.hostname)) != 0)
         fail(NAMING);
     if (uts_fd >= 0)
@@ -366,7 +390,7 @@ static bool is_well_formed(ssize_t length)
         const struct size *size = &request.sizes[i];
         if (!is_text(size->target, sizeof size->target) || !is_text(size->bytes, sizeof size->bytes))
             return false;
-        if (size->target[0] != 0 && (size->target[0] != '/' || size->bytes[0] == 0))
+        if (size->target[0] != 0 && size->target[0] != '/')
             return false;
     }
     return is_text(request.hostname, sizeof request.hostname);

@@ -4,7 +4,7 @@ A mount made by the engine costs an engine call, and only a container that is be
 one is made in the container's own mount namespace through the kernel's new mount API: by descriptor, so that no
 symlink can swap the directory; nosuid, nodev, private. It ends with the container, and is never seen on the host.
 With the same request its tmpfs get other sizes, and it another host name: all that an engine fixes at creation and
-the kernel does not.
+the kernel does not. What sizes they have in the end comes with the answer.
 
 Works as root, and as an ordinary user for containers in user namespaces of that user (rootless Podman).
 """
@@ -22,6 +22,7 @@ from collections.abc import AsyncIterator, Mapping
 import anyio
 import msgspec
 
+from runtimes.cgroup.readings import UNLIMITED
 from runtimes.errors import UnreadableAnswer, Unsupported
 from runtimes.process import Helper, start_helper
 
@@ -34,7 +35,8 @@ _SIZES_MAX = 6
 _SIZE_PATH_BYTES = 256
 _SIZE = struct.Struct(f"={_SIZE_PATH_BYTES}s24s")
 _REQUEST = struct.Struct(f"=QQQ{_PATH_BYTES}s{_PATH_BYTES}s{_HOSTNAME_BYTES}s")
-_REPLY = struct.Struct("=Ii")
+_REPLY = struct.Struct(f"=Ii{_SIZES_MAX}Q")
+_SIZE_UNKNOWN = 2**64 - 1
 
 _ENTER_USER_NS = 1
 _MOUNT_SOURCE = 2
@@ -77,6 +79,14 @@ class LateMount(msgspec.Struct, frozen=True, kw_only=True):
     """Of the mount that is made for an ordinary user."""
 
 
+class Told:
+    """What the kernel says of a container that was changed, once it is known that it was."""
+
+    def __init__(self) -> None:
+        self.tmpfs_bytes: dict[str, int] = {}
+        """The size of each tmpfs that was named, by its path inside; without those of which it cannot be said so."""
+
+
 class Mounter:
     """The resident helper, started when it is first needed, and again if it has ended.
 
@@ -116,12 +126,13 @@ class Mounter:
         pid: int,
         *,
         mount: LateMount | None = None,
-        tmpfs_bytes: Mapping[str, int] | None = None,
+        tmpfs_bytes: Mapping[str, int | None] | None = None,
         hostname: str | None = None,
-    ) -> None:
+    ) -> Told:
         """Change a container, and see that it was done; see ``changing``."""
-        async with self.changing(pid, mount=mount, tmpfs_bytes=tmpfs_bytes, hostname=hostname):
+        async with self.changing(pid, mount=mount, tmpfs_bytes=tmpfs_bytes, hostname=hostname) as told:
             pass
+        return told
 
     @contextlib.asynccontextmanager
     async def changing(
@@ -129,17 +140,17 @@ class Mounter:
         pid: int,
         *,
         mount: LateMount | None = None,
-        tmpfs_bytes: Mapping[str, int] | None = None,
+        tmpfs_bytes: Mapping[str, int | None] | None = None,
         hostname: str | None = None,
-    ) -> AsyncIterator[None]:
+    ) -> AsyncIterator[Told]:
         """Change a container: asked for before the body, which need not wait for it, and seen to be done after it.
 
-        Where the body fails, nobody knows whether it was done.
+        Where the body fails, nobody knows whether it was done. What it is given knows something after it.
 
         Args:
             pid: The container's PID 1, known to be it; its namespaces are entered.
             mount: What to mount into it.
-            tmpfs_bytes: Path of a tmpfs inside to its new size; six at most.
+            tmpfs_bytes: Path of a tmpfs inside to its new size; None: that stays, and is only told. Six at most.
             hostname: Its new host name.
 
         Raises:
@@ -150,16 +161,21 @@ class Mounter:
             reply_fd = self._begin(pid, mount, tmpfs_bytes or {}, hostname)
         except OSError as error:
             raise UnreadableAnswer(_WHAT, detail=error.strerror or str(error)) from error
+        told = Told()
         try:
-            yield
+            yield told
             answer = await _answer(reply_fd)
         finally:
             os.close(reply_fd)
         if len(answer) != _REPLY.size:
             raise UnreadableAnswer(_WHAT, detail="the helper ended without an answer")
-        _judge(*_REPLY.unpack(answer))
+        stage, code, *sizes = _REPLY.unpack(answer)
+        _judge(stage, code)
+        told.tmpfs_bytes = _known(dict(zip(tmpfs_bytes or {}, sizes, strict=False)))
 
-    def _begin(self, pid: int, mount: LateMount | None, tmpfs_bytes: Mapping[str, int], hostname: str | None) -> int:
+    def _begin(
+        self, pid: int, mount: LateMount | None, tmpfs_bytes: Mapping[str, int | None], hostname: str | None
+    ) -> int:
         """Ask; returns the pipe that the answer comes on."""
         flags, descriptors, fields = 0, [], (0, 0, b"", b"")
         if mount is not None:
@@ -217,12 +233,15 @@ def _is_root() -> bool:
 
 
 def _packed(
-    flags: int, fields: tuple[int, int, bytes, bytes], hostname: str | None, tmpfs_bytes: Mapping[str, int]
+    flags: int, fields: tuple[int, int, bytes, bytes], hostname: str | None, tmpfs_bytes: Mapping[str, int | None]
 ) -> bytes:
     if not _is_root():
         flags |= _ENTER_USER_NS
     name = (hostname or "").encode()
-    sizes = [(os.fsencode(target), str(size_bytes).encode()) for target, size_bytes in tmpfs_bytes.items()]
+    sizes = [
+        (os.fsencode(target), b"" if size_bytes is None else str(size_bytes).encode())
+        for target, size_bytes in tmpfs_bytes.items()
+    ]
     _, _, source, target = fields
     fits = (
         max(len(source), len(target)) < _PATH_BYTES
@@ -248,6 +267,11 @@ async def _answer(reply_fd: int) -> bytes:
         raise UnreadableAnswer(_WHAT, detail="its file system does not answer") from None
     except OSError as error:
         raise UnreadableAnswer(_WHAT, detail=error.strerror or str(error)) from error
+
+
+def _known(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Those that are known; of a tmpfs without a limit the kernel says 0."""
+    return {target: size or UNLIMITED for target, size in sizes.items() if size != _SIZE_UNKNOWN}
 
 
 def _judge(stage: int, code: int) -> None:

@@ -22,7 +22,7 @@ from sandboxd.lifecycle import State
 from sandboxd.protocol import SandboxCreateParams
 from sandboxd.rebuilding import CLAIM_NAME
 from sandboxd.records import SandboxRecord
-from sandboxd.sandbox import CLAIM_SPARE_NAME, Sandbox
+from sandboxd.sandbox import CLAIM_SPARE_NAME, PROVEN_TMPFS, Sandbox
 from sandboxd.timings import Timings
 from tests.daemon.test_manager import IMAGE, World
 from tests.unit.records import record
@@ -123,7 +123,7 @@ async def test_slots_go_when_settings_that_are_read_again_change_their_template(
 
 
 async def test_a_claim_is_noted_beside_the_socket_whole_or_not_at_all(world: World) -> None:
-    """Its file is made while the slot is warm: a claim has no time for that. Only its name says that there was one."""
+    """Its file is made while the slot is warm, for a claim has no time for that. Its name says that there was one."""
     async with world.managed() as manager:
         slot = manager.register(record(id="sb-slot", state=State.WARM, slot=True))
         box = Path(slot.directory)
@@ -189,6 +189,7 @@ class Held:
         self.told: list[tuple[str, dict[str, Any]]] = []
         self.written: list[Limits] = []
         self.refusing = False
+        self.reads = 0
         self.memory_bytes = box.record.limits.memory_bytes_max
         box.pid = 1
         box.on_told = lambda kind, _id, _name, data: self.told.append((kind, data))
@@ -196,7 +197,8 @@ class Held:
         monkeypatch.setattr(box, "_effective_or_unknown", self.read)
         monkeypatch.setattr(box, "write_limits", self.write)
 
-    def read(self) -> EffectiveLimits:
+    def read(self, *, tmpfs: bool = True) -> EffectiveLimits:
+        self.reads += tmpfs
         tmpfs = dict.fromkeys(("/tmp", "/home/sandbox"), self.box.record.tmp_bytes_max)
         own = OwnLimits(memory_bytes_max=self.memory_bytes, memory_swap_bytes_max=self.memory_bytes)
         return EffectiveLimits(memory_bytes_max=self.memory_bytes, tmpfs_bytes_max=tmpfs, own=own)
@@ -234,6 +236,21 @@ async def test_limits_that_somebody_changed_are_restored_by_a_sweep_which_says_s
         assert "somebody changed limits" in caplog.text
         await world.recovery.sweep()
         assert len(found.written) == 1
+
+
+async def test_a_proof_goes_by_sizes_that_were_told_only_where_all_of_them_were(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that cannot say what a mount's root is has its table read, as if nobody had been asked."""
+    async with world.managed() as manager:
+        found = await held(world, monkeypatch)
+        told = dict.fromkeys(PROVEN_TMPFS, 2**26)
+        for sizes, reads in ((told, 0), ({**told, "/run": 1}, 0), ({"/tmp": 2**26}, 1), ({}, 1)):
+            found.reads = 0
+            proofs = manager.enforcer.prove(found.box, ahead=found.box.read_ahead(), tmpfs_bytes=sizes)
+            assert found.reads == reads
+            (tmp,) = [proof for proof in proofs if proof.name == "tmpfs:/tmp"]
+            assert tmp.effective == (found.box.record.tmp_bytes_max if reads else 2**26)
 
 
 async def test_a_group_that_takes_no_limits_is_not_said_to_have_them(

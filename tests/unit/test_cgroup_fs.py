@@ -133,11 +133,12 @@ def test_a_tighter_group_above_is_what_is_effective(host: Host) -> None:
 
 
 @on("v2_docker")
-def test_limits_that_only_a_new_container_can_have_are_left_out_on_request(host: Host) -> None:
+def test_sizes_of_tmpfs_are_left_out_on_request(host: Host) -> None:
+    """Somebody who is inside anyway can tell them for less."""
     with host.open() as handle:
-        limits = handle.read_limits(fixed=False)
-    assert (limits.shm_bytes_max, limits.nofile_max, limits.tmpfs_bytes_max) == (None, None, {})
-    assert limits.pids_max == 40
+        limits, whole = handle.read_limits(tmpfs=False), handle.read_limits()
+    assert (limits.shm_bytes_max, limits.tmpfs_bytes_max) == (None, {})
+    assert limits.with_tmpfs(TMPFS) == whole
 
 
 @on("v1")
@@ -232,6 +233,34 @@ def test_files_are_kept_open_until_they_are_let_go(host: Host) -> None:
         handle.let_go()
         handle.let_go()
         assert os.listdir("/proc/self/fd") == before
+
+
+@every_host
+def test_a_claim_of_a_slot_whose_files_are_kept_opens_none(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the sizes of tmpfs, which the mounter tells, all is written and read through what is open."""
+    with host.open() as handle:
+        handle.keep_open()
+        assert handle.read_limits().tmpfs_bytes_max == TMPFS
+        opened: list[str] = []
+        monkeypatch.setattr(fs.os, "open", lambda path, *_, **__: opened.append(path))
+        handle.write_limits(Limits(pids_max=60))
+        limits = handle.read_limits(tmpfs=False)
+        monkeypatch.undo()
+        assert opened == []
+        assert limits.own.pids_max == 60
+        assert limits.nofile_max is not None
+    assert host.find("pids.max").read_text() == "60\n"
+
+
+@every_host
+def test_a_process_that_moves_while_its_files_are_kept_is_found_out(host: Host) -> None:
+    with host.open() as handle:
+        handle.keep_open()
+        handle.read_limits()
+        membership = host.directory / f"proc/{PID}/cgroup"
+        membership.write_text(membership.read_text().replace(CONTAINER_ID, "d" * 64))
+        with pytest.raises(CgroupUnreadable, match="it was moved"):
+            handle.read_limits()
 
 
 @on("hybrid")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from runtimes.cgroup.readings import UNLIMITED
 from runtimes.errors import UnreadableAnswer, Unsupported
 from runtimes.mounter import mounter
 from runtimes.mounter.binary import mounter_binary_path
@@ -161,6 +162,24 @@ async def test_a_tmpfs_gets_another_size(inside: subprocess.Popen[bytes], late: 
     assert options(inside, box) == before
     with pytest.raises(UnreadableAnswer, match="cannot open the place"):
         await late.change(inside.pid, tmpfs_bytes={str(box / "link"): 1 << 20})
+
+
+async def test_the_sizes_of_tmpfs_are_told_as_the_kernel_has_them_inside(
+    inside: subprocess.Popen[bytes], late: Mounter, tmp_path: Path
+) -> None:
+    """A proof goes by them. Of what is no tmpfs, of a place within one and of a link nothing is told."""
+    box = tmp_path / "box"
+    status = os.statvfs(f"/proc/{inside.pid}/root{box}")
+    asked = (box, box / "workspace", box / "link", box / "missing", "/")
+    told = await late.change(inside.pid, tmpfs_bytes={str(place): None for place in asked})
+    assert told.tmpfs_bytes == {str(box): status.f_blocks * status.f_frsize}
+    told = await late.change(inside.pid, tmpfs_bytes={"/": None, str(box): 3 << 20}, hostname="renamed")
+    assert told.tmpfs_bytes == {str(box): 3 << 20}
+    async with late.changing(inside.pid, tmpfs_bytes={str(box): 1 << 20}) as told:
+        assert told.tmpfs_bytes == {}, "it is not known to be done"
+    assert told.tmpfs_bytes == {str(box): 1 << 20}
+    told = await late.change(inside.pid, tmpfs_bytes={str(box): 0})
+    assert told.tmpfs_bytes == {str(box): UNLIMITED}
 
 
 async def test_what_is_asked_for_is_done_while_its_caller_does_something_else(

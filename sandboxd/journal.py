@@ -35,6 +35,9 @@ from sandboxd.records import CommandRecord, SandboxRecord
 
 logger = logging.getLogger(__name__)
 
+SYNC_DELAY_S = 0.05
+"""From a change to that: who has just written something goes on writing, and would wait for the disk as well."""
+
 SYNC_PAUSE_S = 0.5
 """Between two waits for the disk: a burst of changes costs one."""
 
@@ -239,6 +242,7 @@ class Journal:
         """Bring what is committed to the disk, soon after it was, and without anybody waiting for it. Never ends."""
         while True:
             await self._written.wait()
+            await anyio.sleep(SYNC_DELAY_S)
             self._written = anyio.Event()
             with contextlib.suppress(OSError):
                 await anyio.to_thread.run_sync(sync_path, f"{self._file.path}-wal")

@@ -265,6 +265,7 @@ async def test_what_is_written_reaches_the_disk_by_itself(tmp_path: Path, monkey
     """And once for a burst: a power cut may cost a moment, and nobody waits for a disk."""
     synced: list[str] = []
     monkeypatch.setattr("sandboxd.journal.sync_path", synced.append)
+    monkeypatch.setattr("sandboxd.journal.SYNC_DELAY_S", 0.0)
     monkeypatch.setattr("sandboxd.journal.SYNC_PAUSE_S", 0.0)
     journal = Journal.open(str(tmp_path / "journal"))
     async with anyio.create_task_group() as tasks:
@@ -277,6 +278,22 @@ async def test_what_is_written_reaches_the_disk_by_itself(tmp_path: Path, monkey
             while len(synced) == before:
                 await anyio.wait_all_tasks_blocked()
         assert synced[before:] == [str(tmp_path / "journal-wal")]
+        tasks.cancel_scope.cancel()
+    journal.close()
+
+
+@pytest.mark.anyio
+async def test_the_disk_is_not_asked_while_a_burst_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has written something writes more at once, and would wait for the disk as well."""
+    synced: list[str] = []
+    monkeypatch.setattr("sandboxd.journal.sync_path", synced.append)
+    monkeypatch.setattr("sandboxd.journal.SYNC_DELAY_S", 3600.0)
+    journal = Journal.open(str(tmp_path / "journal"))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(journal.keep_durable)
+        journal.put(record())
+        await anyio.wait_all_tasks_blocked()
+        assert not synced
         tasks.cancel_scope.cancel()
     journal.close()
 

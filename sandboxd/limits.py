@@ -6,6 +6,7 @@ is cut to what the host and the engine have.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import msgspec
@@ -25,6 +26,9 @@ from sandboxd.config import (
 )
 from sandboxd.failures import InvalidArgument
 from sandboxd.protocol import LimitReport, LimitsParams
+
+_RESOLVED_KEPT_MAX = 256
+"""Most sandboxes ask for what others have asked for, and each asks twice: to be let in, and to be made."""
 
 CREATE_ONLY = ("shm", "tmp", "nofile")
 """Fixed when the container is created."""
@@ -61,6 +65,7 @@ def resolve(params: LimitsParams, defaults: Defaults, host: Host, *, nofile_hard
         raise InvalidArgument(str(error)) from None
 
 
+@functools.lru_cache(maxsize=_RESOLVED_KEPT_MAX)
 def _resolve(params: LimitsParams, defaults: Defaults, host: Host, nofile_hard_max: int | None) -> ResolvedLimits:
     nofile_max = host.nr_open if nofile_hard_max is None else min(nofile_hard_max, host.nr_open)
     given = _given(params, host, nofile_max)

@@ -163,7 +163,7 @@ class Manager:
 
     def present(self) -> list[Sandbox]:
         """All but those that are as good as gone, and slots, which are nobody's."""
-        return [sandbox for sandbox in self._sandboxes.values() if not sandbox.leaving and not sandbox.record.slot]
+        return [sandbox for sandbox in self._sandboxes.values() if not sandbox.record.slot and not sandbox.leaving]
 
     def find(self, sandbox_id: str) -> Sandbox | None:
         """The sandbox with exactly this id."""

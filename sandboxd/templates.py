@@ -29,6 +29,7 @@ class Templates:
         """Go by these settings from now on. What a pool was told to hold by a caller stays."""
         self._config = config
         self._limits: dict[tuple[str, int | None], ResolvedLimits] = {}
+        self._given: dict[str, tuple[Template, Defaults]] = {}
         self._idle_s = parse_duration_ms(config.pool.idle) / 1000
         self._age_s_max = parse_duration_ms(config.pool.age_max) / 1000
         self._reserve_bytes = parse_memory(config.pool.memory_reserve, bytes_max=SIZE_BYTES_MAX)
@@ -44,7 +45,7 @@ class Templates:
         Raises:
             NotFound: there is no such template.
         """
-        return template_defaults(self._config, name)[1]
+        return self._of(name)[1]
 
     def env(self, name: str) -> dict[str, str]:
         """The variables of its sandboxes.
@@ -52,7 +53,7 @@ class Templates:
         Raises:
             NotFound: there is no such template.
         """
-        return template_defaults(self._config, name)[0].env
+        return self._of(name)[0].env
 
     def rules(self, name: str) -> tuple[list[str], list[str], list[str]]:
         """What its sandboxes are allowed, are denied, and have added to their requests.
@@ -60,8 +61,14 @@ class Templates:
         Raises:
             NotFound: there is no such template.
         """
-        template = template_defaults(self._config, name)[0]
+        template = self._of(name)[0]
         return template.allow, template.deny, template.inject
+
+    def _of(self, name: str) -> tuple[Template, Defaults]:
+        """Put together once: every claim asks some times."""
+        if name not in self._given:
+            self._given[name] = template_defaults(self._config, name)
+        return self._given[name]
 
     def limits(self, name: str, engine: EngineInfo) -> ResolvedLimits:
         """The limits of a sandbox whose request says nothing of limits.
@@ -130,7 +137,7 @@ class Templates:
         Raises:
             NotFound: there is no such template.
         """
-        template = template_defaults(self._config, name)[0]
+        template = self._of(name)[0]
         low, high = self._bounds.get(name, (None, None))
         most = _first(high, template.pool_max, self._config.pool.max)
         return min(most, _first(low, template.pool_min, self._config.pool.min)), most
@@ -152,7 +159,7 @@ class Templates:
         Raises:
             NotFound: there is no such template.
         """
-        template, defaults = template_defaults(self._config, name)
+        template, defaults = self._of(name)
         low, high = self.bounds(name)
         return TemplateInfo(
             name=name,

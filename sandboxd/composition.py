@@ -184,7 +184,11 @@ async def run(
             lifetimes = Lifetimes(manager, background)
             recovery = ground.recovery(manager)
             auditor = Auditor(
-                ground.trail, reads=config.audit.reads, required=config.audit.required, id_of=manager.id_of
+                ground.trail,
+                reads=config.audit.reads,
+                required=config.audit.required,
+                id_of=manager.id_of,
+                hides=secrets.holds,
             )
             launcher.pools.on_ready = ground.measures.slot_ready
             metrics = Metrics(
@@ -239,7 +243,7 @@ async def run(
             dispatcher = Dispatcher(
                 (family.table() for family in families),
                 lifetimes.used_by,
-                secrets.refuse_in,
+                secrets.refuse,
                 observers=(logs.observe, auditor.observe, ground.measures.observe),
             )
             logs.resolve_by(manager.id_of)

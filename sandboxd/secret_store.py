@@ -12,6 +12,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import logging
 import os
 import re
 import secrets as randomness
@@ -30,6 +31,8 @@ from sandboxd.sandbox import Sandbox
 from sandboxd.secret_sources import VALUE_BYTES_MAX, Source, Sources, read_value, write_private
 from sandboxd.timings import now_ms
 
+logger = logging.getLogger(__name__)
+
 INSIDE = "/run/secrets"
 """On the tmpfs that every sandbox has at /run."""
 
@@ -42,7 +45,10 @@ FAILED_S_MAX = 5.0
 """How long a command that gave nothing is not run again: requests come as fast as a sandbox likes."""
 
 PART_CHARS_MIN = 8
-"""Of a variable's value: shorter secrets are refused only where they are all of it, for they are words, too."""
+"""Shorter secrets are refused only where they are all of a variable's value, for they are words, too."""
+
+LEARN_S_MAX = 5.0
+"""How long a request waits for what is only compared with it."""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}\Z")
 _BETWEEN = re.compile(r"[\s\"'`,;:=@/?&<>|(){}\[\]]+")
@@ -81,6 +87,9 @@ class SecretStore:
         self._told: dict[str, tuple[float, bytes]] = {}
         self._failed: dict[str, tuple[float, Failure]] = {}
         """When, and why."""
+        self._unknown: frozenset[str] = frozenset()
+        """Those of commands that were not run since the daemon began."""
+        self._learning = anyio.Lock()
         self._running: collections.defaultdict[str, anyio.Lock] = collections.defaultdict(anyio.Lock)
         for name in self._names():
             self._learn(name)
@@ -204,6 +213,25 @@ class SecretStore:
                     hint=spelling.hint(name, sorted(present), f"sandboxctl secret set {name} < FILE"),
                 )
 
+    async def refuse(self, env: Mapping[str, str], metadata: Mapping[str, str], argv: Sequence[str]) -> None:
+        """Refuse a request that holds a known secret where it would be written down, or shown to every process.
+
+        Where there are variables or metadata, which are kept, the output of each command is known before.
+
+        Raises:
+            InvalidArgument: it does. Says where, and how a secret is given.
+        """
+        if (env or metadata) and self._unknown:
+            await self._learn_of_commands()
+        self.refuse_in(env)
+        for key, value in metadata.items():
+            self._refuse_text(value, f"the metadata {key!r}", "metadata is written down, and shown by every list")
+            self._refuse_text(key, "the name of metadata", "metadata is written down, and shown by every list")
+        for number, argument in enumerate(argv):
+            self._refuse_text(
+                argument, f"argument {number}", "arguments are written down, and every process inside can read them"
+            )
+
     def refuse_in(self, env: Mapping[str, str]) -> None:
         """Refuse variables that hold a known secret: they would be in the journal, and readable for every process.
 
@@ -212,18 +240,43 @@ class SecretStore:
         Raises:
             InvalidArgument: one does. Says which, and how a secret is given.
         """
-        if not self._digests:
-            return
-        names = {digest: name for name, digest in self._digests.items()}
         for variable, value in env.items():
-            for part in _parts(value):
-                name = names.get(self._digest(part.encode(errors="surrogateescape")))
-                if name is not None:
-                    raise InvalidArgument(
-                        f"cannot pass the secret {name!r} in the variable {variable!r}",
-                        detail="variables are written down, and every process inside can read them",
-                        hint=f"--secret {name}, and read {INSIDE}/{name} inside",
-                    )
+            why = "variables are written down, and every process inside can read them"
+            self._refuse_text(value, f"the variable {variable!r}", why, chars_min=1)
+
+    def _refuse_text(self, text: str, where: str, why: str, *, chars_min: int = PART_CHARS_MIN) -> None:
+        name = self._name_in(text, chars_min)
+        if name is not None:
+            raise InvalidArgument(
+                f"cannot pass the secret {name!r} in {where}",
+                detail=why,
+                hint=f"--secret {name}, and read {INSIDE}/{name} inside",
+            )
+
+    def holds(self, text: str) -> bool:
+        """Whether a text holds a known secret that is too long for a mere word."""
+        return self._name_in(text, PART_CHARS_MIN) is not None
+
+    def _name_in(self, text: str, chars_min: int) -> str | None:
+        if len(text) < chars_min or not self._digests:
+            return None
+        names = {digest: name for name, digest in self._digests.items()}
+        digests = (self._digest(part.encode(errors="surrogateescape")) for part in _parts(text))
+        return next((names[digest] for digest in digests if digest in names), None)
+
+    async def _learn_of_commands(self) -> None:
+        """Run those commands of which nobody knows what they print, once, all at a time and not for long."""
+        async with self._learning:
+            with anyio.move_on_after(LEARN_S_MAX):
+                async with anyio.create_task_group() as tasks:
+                    for name in self._unknown:
+                        tasks.start_soon(self._learn_of_command, name)
+            self._unknown = frozenset()
+
+    async def _learn_of_command(self, name: str) -> None:
+        # One that fails, or was removed meanwhile, is said to whoever wants to have it.
+        with contextlib.suppress(Failure):
+            await self.reveal(name)
 
     # --- giving them ----------------------------------------------------------------------------------
 
@@ -290,19 +343,21 @@ class SecretStore:
             if source.command and self._source(name) == source:
                 self._told[name] = (time.monotonic(), value)
         self._digests[name] = self._digest(value)
+        self._unknown -= {name}
         return value
 
     def _learn(self, name: str) -> None:
         """Know a value again, where that costs no more than to read a file."""
         source = self._source(name)
         if source is not None and source.command:
+            self._unknown |= {name}
             return
         try:
             path = self._path(name) if source is None else self._sources.credential_path(source.credential)
             self._digests[name] = self._digest(read_value(name, path))
-        except Failure:
+        except (Failure, OSError) as error:
             # Said again to whoever wants to have it.
-            return
+            logger.warning("cannot use the secret %r: %s", name, getattr(error, "strerror", None) or error)
 
     async def deliver(self, sandbox: Sandbox, values: Mapping[str, bytes]) -> None:
         """Put the secrets of a sandbox into its memory, readable for its user. Idempotent; no engine call.

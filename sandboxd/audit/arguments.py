@@ -26,6 +26,7 @@ CHARS_MAX = 2048
 """Of all values of one request together."""
 
 CUT = "..."
+HIDDEN = "(a secret)"
 
 Recorded = dict[str, Any]
 Reader = Callable[[Any, "Budget"], Any]
@@ -34,21 +35,29 @@ Reader = Callable[[Any, "Budget"], Any]
 class Budget:
     """How much may still be written down of one request."""
 
-    __slots__ = ("left",)
+    __slots__ = ("_hides", "left")
 
-    def __init__(self) -> None:
+    def __init__(self, hides: Callable[[str], bool]) -> None:
         self.left = CHARS_MAX
+        self._hides = hides
 
     def text(self, value: str) -> str:
-        """The beginning of a text, as much of it as fits."""
+        """The beginning of a text, as much of it as fits; nothing of one that is to be hidden."""
+        value = HIDDEN if self._hides(value) else value
         most = max(0, min(TEXT_CHARS_MAX, self.left))
         self.left -= min(len(value), most) + 1
         return value if len(value) <= most else value[:most] + CUT
 
 
-def recorded(method: str, params: Params) -> Recorded:
-    """What is written down of a request: what differs from the default, in the order of the protocol."""
-    budget = Budget()
+def recorded(method: str, params: Params, hides: Callable[[str], bool]) -> Recorded:
+    """What is written down of a request: what differs from the default, in the order of the protocol.
+
+    Args:
+        method: Its name.
+        params: Of the request.
+        hides: Whether a text is not to be written down, for it holds a secret.
+    """
+    budget = Budget(hides)
     found = {}
     for name, default, reader in _TABLE[method]:
         value = getattr(params, name)

@@ -39,11 +39,19 @@ class Auditor:
         reads: Those that only look, too.
         required: Refuse what cannot be written down.
         id_of: The id of the sandbox that a caller means, if there is one.
+        hides: Whether a text holds a secret: it is not written down, whatever field it is in.
     """
 
     def __init__(
-        self, trail: Trail | None, *, reads: bool, required: bool, id_of: Callable[[str], str | None]
+        self,
+        trail: Trail | None,
+        *,
+        reads: bool,
+        required: bool,
+        id_of: Callable[[str], str | None],
+        hides: Callable[[str], bool],
     ) -> None:
+        self._hides = hides
         self._trail = trail
         self._reads = reads
         self._required = required
@@ -82,7 +90,7 @@ class Auditor:
             **_who(peer),
             "method": method,
             "sandbox": None if reference is None else self._id_of(reference),
-            "arguments": recorded(method, params),
+            "arguments": recorded(method, params, self._hides),
         }
         lasting = trail.lasting(Note(kind="underway", fields=fields))
 

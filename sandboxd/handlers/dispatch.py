@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import anyio
@@ -40,7 +40,7 @@ class Dispatcher:
     Args:
         families: Their tables; no method is in two of them.
         used_by: Entered while a request is carried out, by its method and params.
-        refuse_in: Refuses variables of a request that must not be passed so.
+        refuse: Refuses a request by its variables, its metadata and its arguments, where they must not be passed so.
         observers: Told of each request, and of its end if they want to be. They may refuse it.
     """
 
@@ -48,10 +48,10 @@ class Dispatcher:
         self,
         families: Iterable[Mapping[str, Handler]],
         used_by: Callable[[str, protocol.Params], AbstractContextManager[None]],
-        refuse_in: Callable[[Mapping[str, str]], None],
+        refuse: Callable[[Mapping[str, str], Mapping[str, str], Sequence[str]], Awaitable[None]],
         observers: Sequence[Observer] = (),
     ) -> None:
-        self._refuse_in = refuse_in
+        self._refuse = refuse
         self._observers = observers
         self._used_by = used_by
         self._handlers = {method: handler for family in families for method, handler in family.items()}
@@ -85,7 +85,7 @@ class Dispatcher:
     async def _carry_out(self, method: str, params: protocol.Params, context: Context) -> msgspec.Struct:
         if self._draining:
             raise _stopping()
-        self._refuse_in(getattr(params, "env", {}))
+        await self._refuse(getattr(params, "env", {}), getattr(params, "metadata", {}), getattr(params, "argv", ()))
         counted = method not in _WAITING
         self._active += counted
         scope = anyio.CancelScope()

@@ -60,6 +60,10 @@ def _unused(*_: object) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
+async def _nothing_to_refuse(*_: object) -> None:
+    return None
+
+
 async def main(bases: list[str]) -> None:
     async with running_init() as host:
         boxes = {name: Directory(name, host, base) for name, base in zip(("box", "other"), bases, strict=True)}
@@ -69,7 +73,7 @@ async def main(bases: list[str]) -> None:
                 stack.callback(box.close)
             listener = stack.enter_context(open_listener(os.environ["SANDBOXD_SOCKET"]))
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(serve, listener.socket, Dispatcher([handlers.table()], _unused, lambda _: None))
+                tasks.start_soon(serve, listener.socket, Dispatcher([handlers.table()], _unused, _nothing_to_refuse))
                 print("ready", flush=True)
                 with anyio.open_signal_receiver(signal.SIGTERM) as signals:
                     async for _ in signals:

@@ -47,6 +47,10 @@ def _unused(*_: object) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
+async def _nothing_to_refuse(*_: object) -> None:
+    return None
+
+
 class FilesDaemon(NamedTuple):
     """A daemon that knows files and nothing else."""
 
@@ -71,7 +75,7 @@ def files_daemon(directory: Path, limits: Limits | None = None) -> Iterator[File
         portal.wrap_async_context_manager(tree()) as served,
     ):
         manager: Any = _Manager(served)
-        dispatch = Dispatcher([FileHandlers(manager).table()], _unused, lambda _: None)
+        dispatch = Dispatcher([FileHandlers(manager).table()], _unused, _nothing_to_refuse)
 
         async def run() -> None:
             await serve(listener.socket, dispatch, limits=limits)

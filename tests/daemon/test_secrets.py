@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +106,19 @@ async def test_there_are_only_so_many(tmp_path: Path) -> None:
         await store.put("one-more", b"x")
 
 
-async def test_a_link_is_not_followed(tmp_path: Path) -> None:
+async def test_a_link_is_not_followed_and_keeps_no_daemon_from_starting(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Somebody who could write there could have any file of this user's given away as a secret."""
     (tmp_path / "target").write_bytes(CANARY)
     (tmp_path / "secrets").mkdir()
     (tmp_path / "secrets" / "token").symlink_to(tmp_path / "target")
-    with pytest.raises(OSError, match="symbolic"):
-        SecretStore(str(tmp_path / "secrets"))
+    with caplog.at_level("WARNING"):
+        store = SecretStore(str(tmp_path / "secrets"))
+    assert "cannot use the secret 'token'" in caplog.text
+    with pytest.raises(failures.Failure, match="cannot read the secret 'token'"):
+        await store.values(["token"])
+    await store.put("other", b"is kept all the same")
 
 
 @pytest.mark.parametrize("kept", [CANARY, CANARY + b"\n"])
@@ -137,6 +143,32 @@ async def test_a_known_secret_is_found_within_a_value_too(tmp_path: Path, around
         store.refuse_in({"A": around.format(CANARY.decode())})
 
 
+@pytest.mark.parametrize(
+    ("where", "request_of"),
+    [
+        ("the metadata 'team'", lambda text: ({}, {"team": text}, ())),
+        ("the name of metadata", lambda text: ({}, {text: "x"}, ())),
+        ("argument 1", lambda text: ({}, {}, ("curl", f"Authorization: Bearer {text}"))),
+        ("the variable 'A'", lambda text: ({"A": text}, {}, ())),
+    ],
+)
+async def test_a_known_secret_is_refused_wherever_it_would_be_written_down_or_shown(
+    tmp_path: Path, where: str, request_of: Callable[[str], tuple[dict[str, str], dict[str, str], tuple[str, ...]]]
+) -> None:
+    """Arguments are in /proc for every process, in the journal and in the audit log; metadata is in every list."""
+    store = SecretStore(str(tmp_path))
+    await store.put("token", CANARY)
+    await store.put("weak", b"test")
+    with pytest.raises(failures.InvalidArgument) as refused:
+        await store.refuse(*request_of(CANARY.decode()))
+    said = f"{refused.value.brief} {refused.value.detail} {refused.value.hint}"
+    assert where in said
+    assert CANARY.decode() not in said
+    assert store.holds(f"Bearer {CANARY.decode()}")
+    # What is as short as a word is one.
+    await store.refuse({}, {"kind": "test"}, ("pytest", "test"))
+
+
 async def test_a_word_that_is_a_secret_is_still_a_word(tmp_path: Path) -> None:
     store = SecretStore(str(tmp_path))
     await store.put("weak", b"debug")
@@ -146,14 +178,17 @@ async def test_a_word_that_is_a_secret_is_still_a_word(tmp_path: Path) -> None:
 
 
 def test_whatever_takes_variables_takes_them_where_they_are_looked_at() -> None:
-    """The dispatcher looks at ``env`` of each request, whatever its method."""
-    takers = set()
+    """The dispatcher looks at ``env``, ``metadata`` and ``argv`` of each request, whatever its method."""
+    takers: dict[str, set[str]] = {"env": set(), "metadata": set(), "argv": set()}
     for method in protocol.METHODS:
         for field in msgspec.structs.fields(method.params):
-            if field.type == dict[str, str]:
-                assert field.name in ("env", "metadata"), (method.name, field.name)
-                takers |= {method.name} if field.name == "env" else set()
-    assert takers == {"sandbox/create", "commands/run", "commands/start", "shells/open"}
+            if field.type == dict[str, str] or field.name == "argv":
+                takers[field.name].add(method.name)
+    assert takers == {
+        "env": {"sandbox/create", "commands/run", "commands/start", "shells/open"},
+        "metadata": {"sandbox/create", "sandbox/list"},
+        "argv": {"commands/run", "commands/start"},
+    }
 
 
 # ---- of others than files
@@ -225,6 +260,36 @@ async def test_a_commands_value_in_a_variable_is_refused_once_it_is_known(tmp_pa
     await store.put_source("token", command=["echo", CANARY.decode()])
     with pytest.raises(failures.InvalidArgument):
         store.refuse_in({"A": CANARY.decode()})
+
+
+async def test_what_a_command_prints_is_known_to_the_next_daemon_before_anything_is_written_down(
+    tmp_path: Path,
+) -> None:
+    """Its value is kept nowhere, so the first request that could hold it has it run: once, and not for each."""
+    runs, value = tmp_path / "runs", tmp_path / "value"
+    value.write_bytes(CANARY)
+    code = f"open({str(runs)!r}, 'a').write('x'); sys.stdout.write(open({str(value)!r}).read())"
+    await SecretStore(str(tmp_path / "kept")).put_source("token", command=printing(code))
+    store = SecretStore(str(tmp_path / "kept"))
+    await store.refuse({}, {}, ("true",))
+    assert runs.read_text() == "x"
+    for request in (({"KEY": CANARY.decode()}, {}), ({}, {"note": CANARY.decode()})):
+        with pytest.raises(failures.InvalidArgument):
+            await store.refuse(*request, ())
+    assert runs.read_text() == "xx"
+
+
+async def test_a_command_that_prints_nothing_any_more_holds_nobody_up_twice(tmp_path: Path) -> None:
+    """What is only compared may not keep sandboxes from being made."""
+    runs, gone = tmp_path / "runs", tmp_path / "gone"
+    gone.write_bytes(CANARY)
+    code = f"open({str(runs)!r}, 'a').write('x'); sys.stdout.write(open({str(gone)!r}).read())"
+    await SecretStore(str(tmp_path / "kept")).put_source("token", command=printing(code))
+    gone.unlink()
+    store = SecretStore(str(tmp_path / "kept"))
+    await store.refuse({"A": "b"}, {}, ())
+    await store.refuse({"A": "b"}, {}, ())
+    assert runs.read_text() == "xx"
 
 
 @pytest.mark.parametrize(

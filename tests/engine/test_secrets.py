@@ -45,6 +45,23 @@ def places_with_the_canary(daemon: Daemon) -> list[str]:
     return [path for path in found if path != str(daemon.state / "secrets" / "token")]
 
 
+def places_of_the_engine_with_the_canary(daemon: Daemon, engine: str, box: dict[str, Any]) -> list[str]:
+    """Files in which the engine keeps this container, its log and its configuration, that hold it."""
+    if engine == "docker":
+        roots = [Path(daemon.client(engine, "info", "--format={{.DockerRootDir}}").strip(), "containers")]
+    else:
+        said = daemon.client(engine, "info", "--format={{.Store.GraphRoot}} {{.Store.RunRoot}}")
+        roots = [Path(root, "overlay-containers") for root in said.split()]
+    files = [
+        path
+        for root in roots
+        for path in (root / box["container_id"]).rglob("*")
+        if path.is_file() and not path.is_symlink()
+    ]
+    assert any(path.name in ("config.v2.json", "config.json") for path in files), roots
+    return [str(path) for path in files if CANARY.encode() in path.read_bytes()]
+
+
 def processes_with_the_canary() -> list[str]:
     """Processes of this host that show it in their arguments or variables."""
     found = []
@@ -75,6 +92,7 @@ def assert_nowhere(daemon: Daemon, engine: str, box: dict[str, Any]) -> None:
     assert CANARY not in said
     assert processes_with_the_canary() == []
     assert places_with_the_canary(daemon) == []
+    assert places_of_the_engine_with_the_canary(daemon, engine, box) == []
 
 
 def test_a_secret_is_inside_and_nowhere_else(daemon: Daemon, engine: str, token: str) -> None:
@@ -130,16 +148,18 @@ def test_what_is_to_be_added_must_be_there_before_anything_is_made(daemon: Daemo
     assert daemon.containers(engine) == before
 
 
-def test_a_secret_in_a_variable_is_refused_wherever_variables_are_taken(
+def test_a_secret_in_a_variable_an_argument_or_metadata_is_refused_and_written_down_nowhere(
     daemon: Daemon, engine: str, token: str
 ) -> None:
-    refusal = daemon.refusal("sandbox/create", engine=engine, env={"KEY": CANARY})
-    assert (refusal.type, "--secret token" in refusal.hint) == ("invalid_argument", True)
+    for request in ({"env": {"KEY": CANARY}}, {"metadata": {"note": f"with {CANARY}"}}):
+        refusal = daemon.refusal("sandbox/create", engine=engine, **request)
+        assert (refusal.type, "--secret token" in refusal.hint) == ("invalid_argument", True)
     with daemon.box(engine) as box:
         for method in ("commands/run", "commands/start"):
-            refusal = daemon.refusal(method, sandbox=box["id"], argv=["true"], env={"KEY": CANARY})
-            assert refusal.type == "invalid_argument"
-            assert CANARY not in str(refusal)
+            for request in ({"argv": ["true"], "env": {"KEY": CANARY}}, {"argv": ["curl", f"X-Token: {CANARY}"]}):
+                refusal = daemon.refusal(method, sandbox=box["id"], **request)
+                assert refusal.type == "invalid_argument"
+                assert CANARY not in str(refusal)
     assert places_with_the_canary(daemon) == []
 
 

@@ -205,11 +205,15 @@ def test_a_disk_that_hangs_behind_a_request_that_lasts_costs_no_memory_without_e
 CANARY = "the-canary-sings"
 
 
+def hides(text: str) -> bool:
+    return CANARY in text
+
+
 def test_no_value_that_could_be_secret_is_ever_recorded() -> None:
     """Variables, content, what is typed: of every method that takes any."""
     requests: dict[str, dict[str, Any]] = {
         "sandbox/create": {"env": {"TOKEN": CANARY}, "metadata": {"note": CANARY}},
-        "commands/run": {"sandbox": "a", "argv": ["true"], "env": {"TOKEN": CANARY}},
+        "commands/run": {"sandbox": "a", "argv": ["curl", f"X: {CANARY}"], "env": {"TOKEN": CANARY}},
         "commands/send_stdin": {"sandbox": "a", "command_id": "0" * 12, "data": CANARY},
         "shells/open": {"sandbox": "a", "env": {"TOKEN": CANARY}},
         "shells/run": {"sandbox": "a", "shell_id": "0" * 12, "text": CANARY},
@@ -222,10 +226,10 @@ def test_no_value_that_could_be_secret_is_ever_recorded() -> None:
             {key: value.encode() if key in {"data", "value"} else value for key, value in fields.items()},
             methods[name].params,
         )
-        said = json.dumps(recorded(name, params))
+        said = json.dumps(recorded(name, params, hides))
         assert CANARY not in said, said
     params = SandboxCreateParams(env={"TOKEN": CANARY})
-    assert recorded("sandbox/create", params) == {"env": ["TOKEN"]}
+    assert recorded("sandbox/create", params, hides) == {"env": ["TOKEN"]}
 
 
 def test_free_text_is_recorded_only_where_the_protocol_says_so() -> None:
@@ -249,10 +253,10 @@ def test_free_text_is_recorded_only_where_the_protocol_says_so() -> None:
 def test_arguments_are_bounded_whatever_was_sent() -> None:
     """A line must stay a line: megabytes of argv are legal."""
     params = CommandParams(sandbox="a", argv=["x" * 100_000] * 4000, env={f"N{n}": "" for n in range(10_000)})
-    said = recorded("commands/run", params)
+    said = recorded("commands/run", params, hides)
     assert len(json.dumps(said)) < 2 * CHARS_MAX
     assert said["argv"][0].endswith("...")
-    short = recorded("commands/run", CommandParams(sandbox="a", argv=["n"] * 100))
+    short = recorded("commands/run", CommandParams(sandbox="a", argv=["n"] * 100), hides)
     assert short["argv"] == ["n"] * ITEMS_MAX + ["..."]
 
 
@@ -264,7 +268,7 @@ def test_only_what_was_said_is_recorded_in_the_words_of_the_protocol() -> None:
         network="allow",
         allow=["pypi"],
     )
-    assert recorded("sandbox/create", params) == {
+    assert recorded("sandbox/create", params, hides) == {
         "name": "box",
         "workspace": {"path": "/p", "path_bytes": "/p\\xff"},
         "limits": {"memory": "64m", "cpus": 0.5},
@@ -277,7 +281,13 @@ def test_only_what_was_said_is_recorded_in_the_words_of_the_protocol() -> None:
 
 
 def auditor(trail: Trail, *, reads: bool = False, required: bool = False) -> Auditor:
-    return Auditor(trail, reads=reads, required=required, id_of=lambda name: f"sb-{name}" if name != "none" else None)
+    return Auditor(
+        trail,
+        reads=reads,
+        required=required,
+        id_of=lambda name: f"sb-{name}" if name != "none" else None,
+        hides=hides,
+    )
 
 
 def test_a_request_that_changes_something_is_one_line_with_who_what_and_what_came_of_it(

@@ -226,7 +226,7 @@ async def run(
                 hand_over=functools.partial(_hand_over, listener, manager),
             )
             families = (
-                SandboxHandlers(manager, launcher, lifetimes, capacity),
+                SandboxHandlers(manager, launcher, lifetimes, capacity, attachments),
                 EventHandlers(ground.events, manager),
                 CommandHandlers(manager, ground.engines),
                 FileHandlers(manager),

@@ -363,6 +363,9 @@ class SandboxInfo(Reply, frozen=True, kw_only=True):
     """``uid:gid`` inside."""
     workspace: WorkspaceInfo | None
     network: NetworkMode
+    network_verified: bool | None = None
+    """Whether the kernel shows what the mode says; ``network/get`` tells more. null: nobody looked, as in all but
+    ``sandbox/get``, or nobody can, as in a sandbox that does not run."""
     services: list[str]
     mounts: list[MountInfo]
     secrets: list[str]
@@ -1308,6 +1311,7 @@ class ListeningPort(Reply, frozen=True):
 
     address: str
     port: int
+    protocol: Literal["tcp", "udp"] = "tcp"
 
 
 class PortList(Reply, frozen=True):
@@ -1315,7 +1319,7 @@ class PortList(Reply, frozen=True):
 
     forwards: list[PortForward]
     listening: list[ListeningPort] | None
-    """TCP, our own doors included; null where the host may not look."""
+    """Our own doors included; null where the host may not look. Forwards lead to TCP ports."""
 
 
 # --- services -------------------------------------------------------------------------------------------

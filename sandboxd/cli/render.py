@@ -148,7 +148,7 @@ def sandbox(info: dict[str, Any], now_ms: int, columns: int | None = None) -> st
         ("user", info["user"]),
         ("workspace", f"{workspace['path']} ({_words_of(workspace)})" if workspace else UNKNOWN),
         *(("mount", f"{one['path']} at {one['target']} ({one['mode']}, {one['mounted']})") for one in info["mounts"]),
-        ("network", info["network"]),
+        ("network", _network(info)),
         ("services", known(" ".join(info["services"]))),
         ("secrets", known(" ".join(info["secrets"]))),
         ("env", known(" ".join(sorted(info["env"])))),
@@ -160,6 +160,13 @@ def sandbox(info: dict[str, Any], now_ms: int, columns: int | None = None) -> st
     ]
     pairs += [("problem", f"{problem['kind']}: {problem['detail']}") for problem in info.get("problems", ())]
     return f"{facts(pairs, columns)}\n{limits_table(info['limits'], columns)}"
+
+
+def _network(info: dict[str, Any]) -> str:
+    verified = info.get("network_verified")
+    if verified is None:
+        return str(info["network"])
+    return f"{info['network']} ({'verified' if verified else 'NOT verified: see sandboxctl network'})"
 
 
 def _words_of(workspace: dict[str, Any]) -> str:

@@ -78,8 +78,11 @@ def ports(info: dict[str, Any], columns: int | None = None) -> str:
     )
     if info["listening"] is None:
         return forwards
-    rows = [(listening["address"], str(listening["port"])) for listening in info["listening"]]
-    return f"{forwards}\n{table(('LISTENS ON', 'PORT'), rows)}"
+    rows = [
+        (listening["address"], str(listening["port"]), listening.get("protocol", "tcp"))
+        for listening in info["listening"]
+    ]
+    return f"{forwards}\n{table(('LISTENS ON', 'PORT', 'PROTOCOL'), rows)}"
 
 
 def services(rows: Sequence[dict[str, Any]], now_ms: int, columns: int | None = None) -> str:

@@ -67,7 +67,10 @@ class NetworkHandlers:
             forwards=[_forward(*row) for row in self._attachments.forwards(sandbox)],
             listening=None
             if listening is None
-            else [protocol.ListeningPort(address=address, port=port) for address, port in listening],
+            else [
+                protocol.ListeningPort(address=each.address, port=each.port, protocol=each.protocol)
+                for each in listening
+            ],
         )
 
     async def close(self, params: protocol.PortCloseParams, _: Context) -> protocol.Acknowledged:

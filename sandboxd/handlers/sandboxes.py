@@ -8,7 +8,7 @@ from runtimes.cgroup.readings import Pressure as PressureReading
 from runtimes.cgroup.readings import Usage
 from runtimes.errors import CgroupUnreadable
 from sandboxd import admission, expiry, health, limits, protocol, running
-from sandboxd.attaching import mode_of
+from sandboxd.attaching import Attachments, is_as_wanted, mode_of
 from sandboxd.capacity import Capacity
 from sandboxd.connection import Context
 from sandboxd.failures import InvalidArgument
@@ -29,8 +29,16 @@ _WAIT = "--wait-capacity"
 class SandboxHandlers:
     """Making sandboxes, looking at them, changing and removing them."""
 
-    def __init__(self, manager: Manager, launcher: Launcher, lifetimes: Lifetimes, capacity: Capacity) -> None:
+    def __init__(
+        self,
+        manager: Manager,
+        launcher: Launcher,
+        lifetimes: Lifetimes,
+        capacity: Capacity,
+        attachments: Attachments,
+    ) -> None:
         self._manager = manager
+        self._attachments = attachments
         self._launcher = launcher
         self._capacity = capacity
         self._lifetimes = lifetimes
@@ -81,7 +89,13 @@ class SandboxHandlers:
         timings.mark("verify")
         problems = await health.look(sandbox)
         timings.mark("health")
-        return msgspec.structs.replace(_info(sandbox, timings), problems=problems)
+        view = await self._attachments.evidence(sandbox)
+        timings.mark("network")
+        return msgspec.structs.replace(
+            _info(sandbox, timings),
+            problems=problems,
+            network_verified=None if view is None else is_as_wanted(sandbox, view),
+        )
 
     async def list(self, params: protocol.SandboxListParams, _: Context) -> protocol.SandboxList:
         """The rows."""

@@ -11,12 +11,16 @@ import contextlib
 import ipaddress
 import os
 from collections.abc import Iterable
+from typing import Literal, NamedTuple
 
 TABLE_BYTES_MAX = 4 * 1024 * 1024
 PROCESSES_MAX = 512
 DESCRIPTORS_MAX = 1024
 PROGRAM_CHARS_MAX = 64
 ANCESTORS_MAX = 64
+
+_STATE_LISTENING = {"tcp": "0A", "udp": "07"}
+"""``TCP_LISTEN``; and ``TCP_CLOSE``, which is what the kernel writes for a UDP socket without a peer."""
 
 
 def process_with_port(init_pid: int, port: int, pids: Iterable[int]) -> int | None:
@@ -88,20 +92,36 @@ def _status(pid: int) -> tuple[int, int] | None:
     return None if inside is None or parent is None else (inside, parent)
 
 
-def listening_ports(init_pid: int) -> list[tuple[str, int]]:
-    """Address and port of all that listens in the network namespace of init; TCP.
+class Listening(NamedTuple):
+    """A socket that takes what comes to a port."""
+
+    port: int
+    address: str
+    protocol: Literal["tcp", "udp"]
+
+
+def listening_ports(init_pid: int) -> list[Listening]:
+    """All that listens in the network namespace of init, by port.
+
+    A UDP socket does not listen; it is told of where it has a port and no peer, so that anybody may send to it.
 
     Raises:
         OSError: it cannot be read.
     """
-    found: set[tuple[str, int]] = set()
-    for name in ("tcp", "tcp6"):
-        with contextlib.suppress(FileNotFoundError), open(f"/proc/{init_pid}/net/{name}", encoding="ascii") as table:
-            for line in table.read(TABLE_BYTES_MAX).splitlines()[1:]:
-                fields = line.split()
-                if len(fields) > 9 and fields[3] == "0A":
-                    found.add(_address_in(fields[1]))
-    return sorted(found, key=lambda entry: (entry[1], entry[0]))
+    found: set[Listening] = set()
+    for protocol in ("tcp", "udp"):
+        state = _STATE_LISTENING[protocol]
+        for name in (protocol, f"{protocol}6"):
+            with (
+                contextlib.suppress(FileNotFoundError),
+                open(f"/proc/{init_pid}/net/{name}", encoding="ascii") as table,
+            ):
+                for line in table.read(TABLE_BYTES_MAX).splitlines()[1:]:
+                    fields = line.split()
+                    if len(fields) > 9 and fields[3] == state:
+                        address, port = _address_in(fields[1])
+                        found.add(Listening(port, address, protocol))
+    return sorted(found)
 
 
 def _address_in(text: str) -> tuple[str, int]:

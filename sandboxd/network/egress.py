@@ -121,7 +121,7 @@ class EgressProxy:
                     await let_go(peer)
                     return
         except BadMessage as error:
-            await refuse_quietly(peer, 400, _said("cannot understand this request", str(error)))
+            await refuse_quietly(peer, error.status, _said("cannot understand this request", str(error)))
             await let_go(peer)
         except TimeoutError:
             return

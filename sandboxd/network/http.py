@@ -20,6 +20,9 @@ from sandboxd.network.streams import CHUNK_BYTES, Traffic, connect, receive, sen
 HEAD_BYTES_MAX = 64 * 1024
 """A request line and its headers. Index pages of package servers are asked for with a few hundred bytes."""
 
+HEAD_LINES_MAX = 200
+"""Header lines of one message. Browsers send some twenty; each costs more to look at than its bytes do."""
+
 HEAD_DEADLINE_S = 20.0
 """From the first wait for a request to its last header: a peer that drips is let go."""
 
@@ -49,11 +52,20 @@ HOP_BY_HOP = frozenset(
 """What concerns one connection only (RFC 9110, 7.6.1)."""
 
 REASONS = {400: b"Bad Request", 403: b"Forbidden", 404: b"Not Found", 405: b"Method Not Allowed", 502: b"Bad Gateway"}
-REASONS |= {408: b"Request Timeout", 503: b"Service Unavailable", 504: b"Gateway Timeout"}
+REASONS |= {
+    408: b"Request Timeout",
+    431: b"Request Header Fields Too Large",
+    503: b"Service Unavailable",
+    504: b"Gateway Timeout",
+}
 
 
 class BadMessage(Exception):
-    """The peer said what is no HTTP, or ended in the middle of it."""
+    """The peer said what is no HTTP, or ended in the middle of it. ``status`` answers a request that was so."""
+
+    def __init__(self, said: str, *, status: int = 400) -> None:
+        super().__init__(said)
+        self.status = status
 
 
 class Peer:
@@ -159,9 +171,11 @@ async def next_request(peer: Peer) -> h11.Request | None:
     if not isinstance(event, h11.Request):
         return None
     peer.method = event.method
+    if len(event.headers) > HEAD_LINES_MAX:
+        raise BadMessage(f"a head of more than {HEAD_LINES_MAX} lines", status=431)
     if len(event.target) + sum(len(name) + len(value) for name, value in event.headers) > HEAD_BYTES_MAX:
         # h11 bounds only what is not complete yet.
-        raise BadMessage(f"a head of more than {HEAD_BYTES_MAX} bytes")
+        raise BadMessage(f"a head of more than {HEAD_BYTES_MAX} bytes", status=431)
     names = [name for name, _ in event.headers]
     if b"transfer-encoding" in names and (b"content-length" in names or event.http_version < b"1.1"):
         raise BadMessage("a request with two lengths")
@@ -250,6 +264,8 @@ async def _pass_answer(upstream: Peer, downstream: Peer, traffic: Traffic) -> No
         raise UpstreamFailed(str(error) or "it does not answer") from error
     if not isinstance(response, h11.Response):
         raise UpstreamFailed("it closed the connection")
+    if len(response.headers) > HEAD_LINES_MAX:
+        raise UpstreamFailed(f"it answers with a head of more than {HEAD_LINES_MAX} lines")
     chunked = any(name == b"transfer-encoding" for name, _ in response.headers)
     head = passed_on(response.headers)
     if chunked:

@@ -215,7 +215,7 @@ class ChromaProxy:
                     await let_go(peer)
                     return
         except BadMessage as error:
-            await refuse_quietly(peer, 400, _said("InvalidArgumentError", str(error)))
+            await refuse_quietly(peer, error.status, _said("InvalidArgumentError", str(error)))
             await let_go(peer)
         except TimeoutError:
             return

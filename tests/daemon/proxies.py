@@ -16,6 +16,7 @@ import anyio
 from sandboxd.egress_rules import Address, Egress, parse_rules
 from sandboxd.failures import NotFound
 from sandboxd.injections import Injection, parse_injections
+from sandboxd.network import streams
 from sandboxd.network.egress import EgressProxy, Ledger
 from sandboxd.network.injecting import Injector
 from sandboxd.network.outside import Outside
@@ -95,6 +96,22 @@ async def said_to(port: int, data: bytes) -> bytes:
     async with Client(port) as client:
         await client.say(data)
         return await client.rest()
+
+
+class Recorder:
+    """An upstream that answers each request with ``answer`` and keeps what it heard."""
+
+    def __init__(self, answer: bytes = b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello") -> None:
+        self.answer = answer
+        self.heard: list[bytes] = []
+
+    async def __call__(self, accepted: socket.socket) -> None:
+        data = b""
+        while b"\r\n\r\n" not in data and (part := await streams.receive(accepted)):
+            data += part
+        if data:
+            self.heard.append(data)
+            await streams.send(accepted, self.answer)
 
 
 class FakeOutside(Outside):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sandboxd.egress_rules import Egress, parse_rules
 from sandboxd.network import egress, http, streams
-from tests.daemon.proxies import PUBLIC, Client, egressing, said_to
+from tests.daemon.proxies import PUBLIC, Client, Recorder, egressing, said_to
 
 pytestmark = pytest.mark.anyio
 
@@ -20,22 +20,6 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
-
-
-class Recorder:
-    """An upstream that answers each request with ``answer`` and keeps what it heard."""
-
-    def __init__(self, answer: bytes = b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello") -> None:
-        self.answer = answer
-        self.heard: list[bytes] = []
-
-    async def __call__(self, accepted: socket.socket) -> None:
-        data = b""
-        while b"\r\n\r\n" not in data and (part := await streams.receive(accepted)):
-            data += part
-        if data:
-            self.heard.append(data)
-            await streams.send(accepted, self.answer)
 
 
 async def echo(accepted: socket.socket) -> None:
@@ -206,7 +190,7 @@ async def test_what_two_readers_could_read_in_two_ways_is_refused_before_anybody
     server = Recorder()
     async with egressing(server) as proxy:
         answer = await said_to(proxy.port, request_)
-        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert answer.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 431 "))
         assert answer.count(b"HTTP/1.1") == 1
         assert proxy.outside.connected_to == []
     assert server.heard == []
@@ -247,6 +231,25 @@ def test_nothing_that_is_said_reaches_a_host_that_no_rule_grants(data: bytes) ->
             assert b"evil" not in b"".join(server.heard)
 
     asyncio.run(attempt())
+
+
+@pytest.mark.parametrize("size_bytes", [0, http.HEAD_BYTES_MAX // http.HEAD_LINES_MAX])
+async def test_a_head_of_too_many_lines_or_bytes_is_refused_for_what_it_is(size_bytes: int) -> None:
+    """Thousands of empty headers are few bytes, and much to look at."""
+    server = Recorder()
+    lines = [f"X-{number}: {'a' * size_bytes}" for number in range(http.HEAD_LINES_MAX - 2)]
+    async with egressing(server) as proxy:
+        # With the two that every request here has.
+        for more, status in ([], b"200" if size_bytes == 0 else b"431"), (["X: y"], b"431"):
+            answer = await said_to(proxy.port, get("http://good.example/", *lines, *more))
+            assert answer.startswith(b"HTTP/1.1 " + status), answer[:100]
+    assert len(server.heard) == (size_bytes == 0)
+
+
+async def test_an_answer_of_too_many_header_lines_is_a_bad_gateway() -> None:
+    many = b"".join(b"X-%d: y\r\n" % number for number in range(http.HEAD_LINES_MAX))
+    async with egressing(Recorder(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n" + many + b"\r\n")) as proxy:
+        assert (await said_to(proxy.port, get("http://good.example/"))).startswith(b"HTTP/1.1 502 ")
 
 
 async def test_one_who_drips_is_let_go_and_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:

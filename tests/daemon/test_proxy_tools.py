@@ -16,7 +16,7 @@ import pytest
 
 from sandboxd.network import streams
 from sandboxd.network.egress import PROXY_ENV, PROXY_URL
-from tests.daemon.proxies import PATIENCE_S, egressing
+from tests.daemon.proxies import PATIENCE_S, Recorder, door, egressing
 
 pytestmark = pytest.mark.anyio
 
@@ -72,3 +72,33 @@ async def test_a_tool_goes_through_the_proxy_by_itself(tool: str, tmp_path: Path
         assert set(proxy.outside.looked_up) == {"good.example"}
         assert proxy.ledger.denied == 0
     assert heard[0].startswith(b"GET /" if tool in PLAIN else TLS_HELLO), heard[0]
+
+
+LOCAL = {
+    "curl": ["curl", "-sS", "--max-time", "10", "{url}"],
+    "wget": ["wget", "-q", "-O", "-", "--tries=1", "{url}"],
+    "python3": ["python3", "-c", "import sys, urllib.request as u; print(u.urlopen(sys.argv[1]).read())", "{url}"],
+}
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+@pytest.mark.parametrize("tool", LOCAL)
+async def test_a_service_on_the_sandboxs_own_loopback_is_not_asked_of_the_proxy(tool: str, host: str) -> None:
+    """ChromaDB at 127.0.0.1:8000 is inside; through the proxy the address would be the host's, and refused."""
+    if shutil.which(tool) is None:
+        pytest.skip(f"this host has no {tool}")
+    async with egressing(Recorder()) as proxy, door(Recorder()) as (port, _):
+        own = f"http://127.0.0.1:{proxy.port}"
+        process = await asyncio.create_subprocess_exec(
+            *(word.format(url=f"http://{host}:{port}/") for word in LOCAL[tool]),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env={
+                "PATH": os.environ["PATH"],
+                **{name: value.replace(PROXY_URL, own) for name, value in PROXY_ENV.items()},
+            },
+        )
+        said, _ = await asyncio.wait_for(process.communicate(), 3 * PATIENCE_S)
+        assert b"hello" in said
+        assert proxy.ledger.requests == 0

@@ -97,7 +97,8 @@ def test_a_port_of_the_host_leads_to_what_listens_inside(daemon: Daemon, engine:
         listens = wait_until(
             lambda: daemon.call("ports/list", sandbox=box["id"])["listening"], "something listens inside"
         )
-        assert 7000 in [row["port"] for row in listens]
+        assert (7000, "tcp") in [(row["port"], row["protocol"]) for row in listens]
+        assert daemon.call("sandbox/get", sandbox=box["id"])["network_verified"] is True
         done = daemon.ctl("forward", box["id"], "7000")
         assert done.returncode == 0, done.stderr
         host, _, port = done.stdout.decode().strip().rpartition(":")

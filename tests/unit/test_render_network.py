@@ -11,6 +11,13 @@ from sandboxd.cli import render_network
 TAP = {"name": "tap0", "received_bytes": 1, "sent_bytes": 2}
 
 
+def test_what_listens_is_told_with_its_protocol() -> None:
+    """The same number is two ports, and a forward leads to one of them."""
+    rows = [{"address": "127.0.0.1", "port": 53, "protocol": protocol} for protocol in ("tcp", "udp")]
+    shown = render_network.ports({"forwards": [], "listening": rows}).splitlines()
+    assert [line.split() for line in shown[-2:]] == [["127.0.0.1", "53", "tcp"], ["127.0.0.1", "53", "udp"]]
+
+
 @pytest.mark.parametrize(
     ("mode", "interfaces", "verified", "line"),
     [

@@ -217,6 +217,7 @@ class CommandTable:
             raise NotFound(
                 f"cannot find command {format_command_id(command_id)}",
                 detail="it never was, or it ended too long ago",
+                hint="sandboxctl ps SANDBOX",
             )
         return command
 

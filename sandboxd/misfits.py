@@ -1,4 +1,4 @@
-"""Says in words why the params of a request do not fit: who mistypes a name is not shown a regular expression.
+"""Says in words why the params of a request do not fit: nobody is shown a regular expression, or a type.
 
 Pure. What is said of a pattern stands beside it, in ``protocol``.
 """
@@ -17,6 +17,10 @@ from sandboxd.protocol import Method, Params
 VALUE_CHARS_SHOWN_MAX = 80
 
 _OF_PATTERN = re.compile(r"Expected `str` matching regex .* - at `\$(?P<path>(?:\.\w+|\[\d+\])+)`\Z", re.DOTALL)
+_OUT_OF_BOUNDS = re.compile(
+    r"Expected `(?:int|float)` (?P<sign>>=|<=) (?P<bound>-?[\d.]+) - at `\$(?P<path>(?:\.\w+|\[\d+\])+)`\Z"
+)
+_BOUNDS = {">=": "at least", "<=": "at most"}
 _STEP = re.compile(r"\.(?P<field>\w+)|\[(?P<place>\d+)\]")
 
 
@@ -29,12 +33,18 @@ def misfit(method: Method, params: bytes, error: msgspec.ValidationError) -> Inv
         error: The decoder's.
     """
     text = str(error)
-    found = _OF_PATTERN.match(text)
+    out_of_bounds = _OUT_OF_BOUNDS.match(text)
+    found = out_of_bounds or _OF_PATTERN.match(text)
     steps = [step["field"] or int(step["place"]) for step in _STEP.finditer(found["path"])] if found else []
     value = _value_at(params, steps) if steps else None
-    if value is None:
-        return InvalidArgument(f"cannot understand the params of {method.name!r}", detail=text)
     fields = [step for step in steps if isinstance(step, str)]
+    if out_of_bounds and isinstance(value, int | float):
+        return InvalidArgument(
+            f"cannot use {value} as {fields[-1].replace('_', ' ')}",
+            detail=f"it must be {_BOUNDS[out_of_bounds['sign']]} {out_of_bounds['bound']}",
+        )
+    if out_of_bounds or not isinstance(value, str):
+        return InvalidArgument(f"cannot understand the params of {method.name!r}", detail=text)
     shape = _pattern_of(method.params, fields)
     shown = value if len(value) <= VALUE_CHARS_SHOWN_MAX else f"{value[:VALUE_CHARS_SHOWN_MAX]}..."
     return InvalidArgument(
@@ -44,15 +54,15 @@ def misfit(method: Method, params: bytes, error: msgspec.ValidationError) -> Inv
     )
 
 
-def _value_at(params: bytes, steps: list[str | int]) -> str | None:
-    """The text that was refused; None: it is not there, for a field came twice and the last one is another."""
+def _value_at(params: bytes, steps: list[str | int]) -> Any:
+    """What was refused, or something else, for a field may come twice, and the last one is another."""
     value: Any = msgspec.json.decode(params)
     try:
         for step in steps:
             value = value[step]
     except (LookupError, TypeError):
         return None
-    return value if isinstance(value, str) else None
+    return value
 
 
 def _pattern_of(params: type[Params], fields: list[str]) -> msgspec.Meta:

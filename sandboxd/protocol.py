@@ -87,6 +87,15 @@ ServiceGrants = Annotated[
     list[Annotated[str, Meta(max_length=80), AUDITED]],
     Meta(max_length=16, description="``NAME`` or ``NAME=SCOPE``, such as ``chroma`` or ``chroma=private``."),
 ]
+ImageReference = Annotated[
+    str,
+    Meta(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_./:@+-]{0,511}\Z",
+        description="the name of an image, such as docker.io/library/debian:12 or localhost/mine:1.",
+        extra={"hint": "sandboxctl image list"},
+    ),
+    AUDITED,
+]
 OnTimeout = Literal["kill", "pause"]
 SandboxState = Literal[
     "creating",
@@ -199,7 +208,7 @@ class SandboxCreateParams(Params, frozen=True):
 
     name: Name | None = None
     engine: EngineChoice | None = None
-    image: Annotated[str, Meta(min_length=1, max_length=512), AUDITED] | None = None
+    image: ImageReference | None = None
     workspace: WorkspaceParams | None = None
     mounts: Annotated[list[MountParams], Meta(max_length=32)] = []
     limits: LimitsParams = LimitsParams()

@@ -75,8 +75,12 @@ def _set(arguments: argparse.Namespace) -> int:
             return USAGE
         return _acknowledged(arguments, "secret/set", name=arguments.name, command=words)
     if arguments.file is not None:
-        with open(arguments.file, "rb") as file:
-            value = file.read()
+        try:
+            with open(arguments.file, "rb") as file:
+                value = file.read()
+        except OSError as error:
+            say(f"cannot read {arguments.file!r}: {error.strerror}")
+            return USAGE
     elif sys.stdin.isatty():
         import getpass
 

@@ -11,6 +11,7 @@ from sandboxd.cli import daemon, render_network, verb
 from sandboxd.cli.session import FAILURE, columns, request, say, show, show_json
 from sandboxd.cli.tables import harmless
 from sandboxd.cli.verb import Parser, Verb
+from sandboxd.client import RpcError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -64,11 +65,14 @@ def _list(arguments: argparse.Namespace) -> int:
 def _status(arguments: argparse.Namespace) -> int:
     if arguments.service is None:
         return daemon.unit_status(arguments)
-    rows = [row for row in request("service/list")["services"] if row["name"] == arguments.service]
+    services = request("service/list")["services"]
+    rows = [row for row in services if row["name"] == arguments.service]
     if not rows:
-        say(f"cannot find a service {arguments.service!r}")
-        sys.stderr.write("hint: sandboxctl service list\n")
-        return FAILURE
+        from sandboxd import spelling
+
+        names = [row["name"] for row in services]
+        hint = spelling.hint(arguments.service, names, "sandboxctl service list")
+        raise RpcError(0, "not_found", f"cannot find a service {arguments.service!r}", "", hint)
     _show(arguments, rows[0], rows)
     if rows[0]["hint"]:
         sys.stderr.write(f"hint: {rows[0]['hint']}\n")

@@ -298,7 +298,7 @@ def _mount_of_fields(text: str) -> dict[str, str]:
 def lines(text: str) -> int:
     """How many lines."""
     if not (text.isascii() and text.isdigit()) or len(text) > len(str(LINES_MAX)) or int(text) > LINES_MAX:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of lines up to {LINES_MAX}")
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number up to {LINES_MAX}")
     return int(text)
 
 

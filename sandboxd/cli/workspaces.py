@@ -133,6 +133,8 @@ def _report(reply: dict[str, Any], arguments: argparse.Namespace) -> int:
         if more > 0:
             show(f"and {more} more")
         sys.stdout.flush()
+        if not (reply["applied_total"] or reply["conflicts"] or reply["failed"]):
+            say("nothing was changed there" if arguments.paths else "nothing was changed")
         for problem in (*reply["conflicts"], *reply["failed"]):
             say(f"{tables.one_line(problem['path'])}: {problem['reason']}")
     stands = reply["failed"] or (reply["conflicts"] and not getattr(arguments, "force", False))

@@ -40,9 +40,10 @@ class PoolHandlers:
         """Change bounds."""
         if params.min is None and params.max is None:
             raise InvalidArgument("cannot resize to nothing", hint="give --min or --max")
-        most = self._templates.bounds(params.template)[1]
-        if params.min is not None and params.min > (most if params.max is None else params.max):
-            raise InvalidArgument(f"cannot keep {params.min} slots where {most} are allowed", hint="give --max, too")
+        most = self._templates.bounds(params.template)[1] if params.max is None else params.max
+        if params.min is not None and params.min > most:
+            hint = "give --max, too" if params.max is None else "give a --max that is not below --min"
+            raise InvalidArgument(f"cannot keep {params.min} slots where {most} are allowed", hint=hint)
         self._templates.bound(params.template, params.min, params.max)
         self._pools.resized(params.template)
         return protocol.PoolList(

@@ -262,6 +262,8 @@ def test_metrics_are_text_as_it_came(ctl: Ctl) -> None:
         (("forward", "absent", "0"), 2, "ports go from 1 to 65535"),
         (("events", "--kind", "gone"), 2, "removed"),
         (("audit", "query", "--since", "yesterday"), 2, "is no time"),
+        (("secret", "set", "x", "--file", "/absent"), 2, "cannot read '/absent': No such file or directory"),
+        (("service", "status", "absent"), 5, "hint: sandboxctl service list"),
         (("completion", "fish"), 2, "there is no completion for 'fish': bash and zsh have one"),
         (("audit",), 2, "ACTION"),
         ((), 2, "usage:"),

@@ -142,3 +142,9 @@ def test_what_stands_against_it_is_on_stderr_and_in_the_exit_code(ctl: Ctl) -> N
     assert (done.returncode, done.stdout) == (1, "a\n")
     assert done.stderr == "sandboxctl: clash: it was changed in the project\n"
     assert ctl("workspace", "apply", "--force", "box", "a").returncode == 0
+
+
+def test_that_there_was_nothing_to_do_is_said(ctl: Ctl) -> None:
+    """A path with a slip in it looked as if it had been carried back."""
+    done = ctl("workspace", "apply", "box")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "sandboxctl: nothing was changed\n")

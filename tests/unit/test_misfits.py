@@ -38,6 +38,26 @@ def test_an_id_that_is_none_is_told_where_the_ids_are() -> None:
     assert (failure.brief, failure.hint) == ("cannot use 'nosuch' as forward id", "sandboxctl ports SANDBOX")
 
 
+@pytest.mark.parametrize(
+    ("method", "params", "said"),
+    [
+        ("pool/warm", {"count": 0}, "cannot use 0 as count: it must be at least 1"),
+        ("pool/warm", {"count": 9999}, "cannot use 9999 as count: it must be at most 512"),
+        ("events/subscribe", {"since": -1}, "cannot use -1 as since: it must be at least 0"),
+    ],
+)
+def test_a_number_out_of_bounds_is_told_the_bounds(method: str, params: dict[str, Any], said: str) -> None:
+    """And not the decoder's notation for them."""
+    assert str(refused(method, **params)) == said
+
+
+def test_the_name_of_an_image_that_is_none_is_told_what_one_looks_like() -> None:
+    """It was an unsupported thing, with the exit code of a prerequisite that is missing."""
+    failure = refused("sandbox/create", image="bad image")
+    assert failure.brief == "cannot use 'bad image' as image"
+    assert "debian:12" in failure.detail
+
+
 def test_the_one_of_several_that_does_not_fit_is_named() -> None:
     """A list of secrets may be long."""
     assert refused("sandbox/create", secrets=["fits", "does not"]).brief == "cannot use 'does not' as secrets"
@@ -74,3 +94,11 @@ def test_whatever_has_a_pattern_says_what_it_takes() -> None:
     ]
     assert found
     assert [(name, field) for name, field, pattern in found if not pattern.description] == []
+
+
+@pytest.mark.parametrize("last", [b'"count":"many"', b'"count":null', b'"count":[]'])
+def test_a_number_that_comes_twice_harms_nobody(last: bytes) -> None:
+    text = b'{"count":0,' + last + b"}"
+    with pytest.raises(msgspec.ValidationError) as caught:
+        msgspec.json.decode(text, type=METHOD_BY_NAME["pool/warm"].params)
+    assert misfit(METHOD_BY_NAME["pool/warm"], text, caught.value).brief.startswith("cannot understand the params")

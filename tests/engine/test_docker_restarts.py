@@ -93,8 +93,9 @@ def test_without_live_restore_they_are_stopped_and_say_so() -> None:
         assert_told_that_docker_is_not_there(mine)
         wait_until(lambda: mine.state_of(box) != "running", "it was missed")
         own.start()
-        for each in (box, other):
-            wait_until(lambda each=each: mine.state_of(each) == "stopped", "it was seen to be stopped")
+        both = (box, other)
+        wait_until(lambda: {mine.state_of(each) for each in both} == {"stopped"}, "both were seen to be stopped")
+        for each in both:
             # By its container, or by how its init ended, if Docker still said that.
             assert mine.call("sandbox/get", sandbox=each["id"])["state_reason"].startswith("its ")
         (row,) = mine.call("commands/list", sandbox=box["id"])["commands"]

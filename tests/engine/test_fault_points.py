@@ -29,6 +29,9 @@ Box = dict[str, Any]
 STEPS_MAX = 60
 """More than anything takes."""
 
+MOMENTS = ("before", "after")
+SPARSE = ("podman", "after")
+
 NAME = "again"
 """What every round calls its sandbox: a name that was not freed is noticed."""
 
@@ -141,6 +144,11 @@ def start(story: Story, project: Path) -> object:
     return story.daemon.call("commands/start", sandbox=story.box["id"], argv=["sleep", "4321"], stdio="spool")
 
 
+def run(story: Story, project: Path) -> object:
+    """In the foreground it is its caller's, and nothing of it is written down: no step, and no death."""
+    return story.daemon.sh(story.box, "true")
+
+
 def update(story: Story, project: Path) -> object:
     now = story.daemon.call("sandbox/get", sandbox=story.box["id"])["limits"]
     memory = next(limit["effective"] for limit in now if limit["name"] == "memory")
@@ -175,6 +183,7 @@ Act = Callable[[Story, Path], object]
 ACTS: dict[Act, tuple[Callable[[Story], None], int]] = {
     create: (nothing, 3),
     start: (assert_commands_are_what_runs, 1),
+    run: (assert_commands_are_what_runs, 0),
     update: (assert_limits_are_proven, 2),
     remove: (nothing, 3),
     claim: (nothing, 2),
@@ -199,25 +208,29 @@ def told(engine: str, directory: Path, slots: int) -> Iterator[Story]:
         wait_until(lambda: all(not record["slot"] for record in dying.journal()), "the slots are gone")
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Which engine, and which moment of each step."""
+    if "moment" in metafunc.fixturenames:
+        every = [(engine, moment) for engine in ENGINES for moment in MOMENTS]
+        metafunc.parametrize(("on", "moment"), every if metafunc.config.getoption("--soak") else [SPARSE])
+
+
 def test_a_daemon_may_be_killed_at_any_step(
-    daemon: Daemon, project: Path, tmp_path: Path, request: pytest.FixtureRequest, say: Callable[[str], None]
+    daemon: Daemon, on: str, moment: str, project: Path, tmp_path: Path, say: Callable[[str], None]
 ) -> None:
     """The shared daemon has seen to the image."""
-    soak = request.config.getoption("--soak")
-    for engine in ENGINES if soak else ENGINES[:1]:
-        deaths = []
-        for slots in (0, 1):
-            with told(engine, tmp_path / f"{engine}-{slots}", slots) as story:
-                deaths += [
-                    f"{act.__name__} {die_at_each_step(story, act, project, moment)}"
-                    for act in ACTS
-                    for moment in (("before", "after") if soak else ("after",))
-                    if slots == (act is claim)
-                ]
-                story.await_more()
-            numbers = story.counted.rsplit(b"\n", 1)[0].split(b"\n")
-            assert numbers == [str(number).encode() for number in range(len(numbers))], "each line once, in order"
-        say(f"{engine}: killed at so many steps of each: {', '.join(deaths)}")
+    deaths = []
+    for slots in (0, 1):
+        with told(on, tmp_path / f"slots-{slots}", slots) as story:
+            deaths += [
+                f"{act.__name__} {die_at_each_step(story, act, project, moment)}"
+                for act in ACTS
+                if slots == (act is claim)
+            ]
+            story.await_more()
+        numbers = story.counted.rsplit(b"\n", 1)[0].split(b"\n")
+        assert numbers == [str(number).encode() for number in range(len(numbers))], "each line once, in order"
+    say(f"{on}: killed {moment} so many steps of each: {', '.join(deaths)}")
 
 
 def die_at_each_step(story: Story, act: Act, project: Path, moment: str) -> int:

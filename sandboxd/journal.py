@@ -326,8 +326,9 @@ class Journal:
 
     def delete_command(self, sandbox_id: str, command_id: int) -> None:
         """Forget a background command; later, if that cannot be written now. Idempotent."""
-        self._commands.get(sandbox_id, {}).pop(command_id, None)
-        self._write_late((sandbox_id, str(command_id)))
+        # One in the foreground was never written down, and is to cost no write either.
+        if self._commands.get(sandbox_id, {}).pop(command_id, None) is not None:
+            self._write_late((sandbox_id, str(command_id)))
 
     def commands(self, sandbox_id: str) -> list[CommandRecord]:
         """The background commands of one sandbox."""

@@ -48,6 +48,30 @@ def test_a_record_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     journal.close()
 
 
+def test_a_command_that_was_never_written_down_is_forgotten_without_a_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every command in the foreground is one, and there may be hundreds in a second."""
+    journal = Journal.open(str(tmp_path / "journal"))
+    box = record()
+    journal.put(box)
+    journal.put_command(box.id, COMMAND)
+    statements: list[str] = []
+    execute = JournalFile.execute
+
+    def listening(file: JournalFile, statement: str, values: tuple[object, ...]) -> None:
+        statements.append(statement.split()[0])
+        execute(file, statement, values)
+
+    monkeypatch.setattr(JournalFile, "execute", listening)
+    journal.delete_command(box.id, COMMAND.id + 1)
+    assert statements == []
+    journal.delete_command(box.id, COMMAND.id)
+    journal.delete_command(box.id, COMMAND.id)
+    assert statements == ["DELETE"]
+    journal.close()
+
+
 def test_only_its_owner_can_read_it(tmp_path: Path) -> None:
     """It holds environment variables."""
     path = str(tmp_path / "journal")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from sandboxd.gitworktree import Untrusted, common_directory, says_worktree
 
@@ -95,3 +99,14 @@ def test_a_pointer_that_is_no_small_file_is_none(tmp_path: Path, kind: str) -> N
         case "nul":
             pointer.write_text("gitdir: /a\0b\n")
     assert found(tmp_path) is None
+
+
+@given(pointer=st.binary(max_size=300) | st.binary(max_size=300).map(lambda path: b"gitdir: " + path + b"\n"))
+@example(pointer=b"gitdir: " + b"a/" * 4000)
+@example(pointer=b"gitdir: /proc/self/fd/0\n")
+def test_whatever_a_project_claims_to_be_is_no_more_than_refused(pointer: bytes) -> None:
+    """The file is in a project, and may be a sandbox's work."""
+    with tempfile.TemporaryDirectory() as project:
+        Path(project, ".git").write_bytes(pointer)
+        with contextlib.suppress(Untrusted):
+            assert found(Path(project)) is None

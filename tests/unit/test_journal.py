@@ -60,7 +60,7 @@ def test_a_command_that_was_never_written_down_is_forgotten_without_a_write(
     execute = JournalFile.execute
 
     def listening(file: JournalFile, statement: str, values: tuple[object, ...]) -> None:
-        statements.append(statement.split()[0])
+        statements.append(statement.split(maxsplit=1)[0])
         execute(file, statement, values)
 
     monkeypatch.setattr(JournalFile, "execute", listening)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sandboxd import note
 from sandboxd.records import EgressRecord, MountRecord, SandboxRecord, WorkspaceRecord
@@ -43,6 +45,21 @@ def test_nothing_in_a_note_is_a_secret() -> None:
 def test_what_is_no_note_is_none(text: str) -> None:
     """Whoever may use the engine can write a label as well."""
     assert note.read(text) is None
+
+
+@given(
+    field=st.sampled_from(note.Note.__struct_fields__),
+    value=st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text(max_size=20)
+    | st.lists(st.text(max_size=5), max_size=3),
+)
+def test_a_note_that_somebody_has_changed_is_a_note_or_none(field: str, value: object) -> None:
+    """Whatever is believed of it is of the right kind, and can be written down."""
+    changed = msgspec.json.decode(note.written(record())) | {field: value}
+    read = note.read(msgspec.json.encode(changed).decode())
+    assert read is None or msgspec.convert(msgspec.to_builtins(read), note.Note) == read
 
 
 def test_a_note_that_would_be_too_long_is_left_out() -> None:

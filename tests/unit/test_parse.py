@@ -198,7 +198,10 @@ json_values = st.recursive(
         st.lists(inner, max_size=4)
         | st.dictionaries(
             st.sampled_from(
-                ["Id", "State", "Status", "Pid", "Labels", "HostConfig", "Config", "Image", "Memory", "host"]
+                [
+                    *("Id", "State", "Status", "Pid", "Labels", "HostConfig", "Config", "Image", "Memory", "host"),
+                    *("id", "status", "Type", "Action", "Actor", "Attributes", "ID", "Name", "Endpoints", "docker"),
+                ]
             ),
             inner,
             max_size=5,
@@ -214,11 +217,16 @@ answers = st.binary(max_size=200) | json_values.map(lambda value: json.dumps(val
 def test_no_answer_whatever_raises_anything_else(answer: bytes) -> None:
     """The engine's client is another program: its output is untrusted."""
     for engine in EngineName:
-        with contextlib.suppress(UnreadableAnswer):
-            parse.containers(engine, answer)
-    for read in (parse.container_facts, parse.container_id, parse.docker_info, parse.podman_info):
+        for read_rows in (parse.containers, parse.container_event):
+            with contextlib.suppress(UnreadableAnswer):
+                read_rows(engine, answer)
+    readers = (parse.container_facts, parse.container_id, parse.docker_info, parse.docker_context, parse.podman_info)
+    for read in readers:
         with contextlib.suppress(UnreadableAnswer):
             read(answer)
+    for read_text in (parse.image_id, parse.version):
+        with contextlib.suppress(UnreadableAnswer):
+            read_text(answer.decode(errors="replace"))
     assert len(parse.complaint(answer)) <= parse.ERROR_CHARS_MAX
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import json
 import os
 import shutil
+import sqlite3
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +18,7 @@ from tests.engine.daemons import PATIENCE_S, Daemon, ended, running, wait_until
 from tests.engine.test_full_screen import ESCAPE, LEAVE, end_of, started
 from tests.engine.test_spooled_commands import followed, logs, start
 from tests.engine.test_terminal import Terminal
-from tests.unit.init_harness import old_init
+from tests.unit.init_harness import GOLDEN, old_init
 
 pytestmark = pytest.mark.engine
 
@@ -103,6 +106,21 @@ def test_who_says_the_size_that_it_has_has_it_drawn_anew(mortal: Daemon, engine:
         assert mortal.call("commands/kill", **ref)["status"] == "killed"
 
 
+def age_journal(daemon: Daemon) -> None:
+    """Make the journal one of the first schema, with no more in a record than the daemons of that time wrote."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as golden:
+        golden.executescript((GOLDEN / "journal-schema-1.sql").read_text())
+        ((then,),) = golden.execute("SELECT record FROM sandboxes").fetchall()
+    with contextlib.closing(sqlite3.connect(daemon.state / "journal.sqlite3")) as database:
+        for sandbox_id, record in database.execute("SELECT id, record FROM sandboxes").fetchall():
+            old = {key: value for key, value in json.loads(record).items() if key in json.loads(then)}
+            assert len(old) < len(json.loads(record))
+            values = (json.dumps(old).encode(), sandbox_id)
+            database.execute("UPDATE sandboxes SET record = ? WHERE id = ?", values)
+        database.commit()
+        database.execute("PRAGMA user_version = 1")
+
+
 def test_a_sandbox_of_an_older_version_is_taken_over_with_what_its_init_could_do(mortal: Daemon, engine: str) -> None:
     """Its commands go on; only a terminal ends with the daemon, as it did in that version."""
     (programs,) = (mortal.state / "bin").iterdir()
@@ -114,6 +132,7 @@ def test_a_sandbox_of_an_older_version_is_taken_over_with_what_its_init_could_do
         ref = start(mortal, box, "cat", pty=SIZE)
         wait_until(lambda: b"got line" in logs(mortal, going_on), "it has begun")
         mortal.kill()
+        age_journal(mortal)
         mortal.start()
         assert mortal.state_of(box) == "running"
         assert mortal.call("commands/wait", **ref)["status"] in {"signaled", "nonzero", "ok"}

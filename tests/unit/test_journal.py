@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import resource
 import sqlite3
@@ -11,16 +12,28 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import anyio
 import msgspec
 import pytest
 
+from runtimes.model import Limits
 from sandboxd.failures import Failure, JournalUnusable, NotFound
 from sandboxd.journal import Journal
 from sandboxd.journal_file import SCHEMA_VERSION, JournalFile
 from sandboxd.lifecycle import State
-from sandboxd.records import CommandRecord, LifetimeRecord
+from sandboxd.protocol import CommandEnd
+from sandboxd.records import (
+    CommandRecord,
+    EgressRecord,
+    ForwardRecord,
+    GrantRecord,
+    LifetimeRecord,
+    MountRecord,
+    SandboxRecord,
+    WorkspaceRecord,
+)
 from tests.unit.records import record
 
 PAGE_BYTES = 4096
@@ -385,6 +398,67 @@ def test_a_journal_of_the_second_schema_loads(tmp_path: Path) -> None:
     assert [command.argv for command in journal.commands(box.id)] == [("sleep", "1000")]
     assert journal.reserve_event_numbers(10) == 200_001
     journal.close()
+
+
+WRITTEN = (SandboxRecord, WorkspaceRecord, MountRecord, LifetimeRecord, EgressRecord, GrantRecord, ForwardRecord)
+GOLDEN = sorted((Path(__file__).parent.parent / "golden").glob("journal-schema-*.sql"))
+
+
+def values_in(path: Path) -> dict[tuple[str, int | None], Any]:
+    """All records of a journal, as they stand in the file, by sandbox and command."""
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        sandboxes = database.execute("SELECT id, NULL, record FROM sandboxes").fetchall()
+        commands = database.execute("SELECT sandbox_id, id, record FROM commands").fetchall()
+    return {(row[0], row[1]): json.loads(row[2]) for row in (*sandboxes, *commands)}
+
+
+def is_kept(old: Any, new: Any) -> bool:
+    """Whether all that was said is said still; more may be said."""
+    if isinstance(old, dict):
+        return isinstance(new, dict) and all(key in new and is_kept(value, new[key]) for key, value in old.items())
+    if isinstance(old, list):
+        return isinstance(new, list) and len(old) == len(new) and all(map(is_kept, old, new))
+    return bool(old == new)
+
+
+@pytest.mark.parametrize("golden", GOLDEN, ids=lambda path: path.stem)
+def test_nothing_that_was_ever_written_down_is_lost(golden: Path, tmp_path: Path) -> None:
+    """A field that is renamed, or read in another way, would be; and nobody would be told."""
+    with contextlib.closing(sqlite3.connect(tmp_path / "journal")) as database:
+        database.executescript(golden.read_text())
+    before = values_in(tmp_path / "journal")
+    journal = Journal.open(str(tmp_path / "journal"))
+    assert journal.unreadable == set()
+    for box in journal.sandboxes():
+        journal.put(box)
+        for command in journal.commands(box.id):
+            journal.put_command(box.id, command)
+    journal.close()
+    after = values_in(tmp_path / "journal")
+    assert after.keys() == before.keys()
+    for key, old in before.items():
+        assert is_kept(old, after[key]), key
+
+
+def test_every_field_is_in_a_journal_that_is_kept(tmp_path: Path) -> None:
+    """One that is added is to be read for ever, too: it comes with a file that has it, and no file is changed."""
+    said: set[str] = set()
+
+    def collect(value: Any) -> None:
+        for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            collect(each)
+        if isinstance(value, dict):
+            said.update(value)
+
+    for number, golden in enumerate(GOLDEN):
+        path = tmp_path / str(number)
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.executescript(golden.read_text())
+        for record_said in values_in(path).values():
+            collect(record_said)
+    for struct in (*WRITTEN, Limits, CommandRecord, CommandEnd):
+        assert set(struct.__struct_fields__) <= said, struct
+    assert f"journal-schema-{SCHEMA_VERSION}" in {path.stem for path in GOLDEN}
 
 
 def test_numbers_of_events_never_come_again(tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ class Client:
         self.removed: set[str] = set()
         self.troubled: Callable[[], bool] = lambda: False
         """Whether anything was wrong in this round so far: then a refusal has a cause."""
+        self.interrupted: Callable[[str], bool] = lambda engine: False
+        """Whether an engine has stopped all that ran in this round."""
         self._ground = ground
         self._book = book
         self._count = 0
@@ -104,7 +106,7 @@ class Client:
         elif error.type == "timeout" and error.code == 0:
             if not self.troubled():
                 self._book.happen("unanswered", what)
-        elif not (self.troubled() or (held is not None and (held.shaken or held.unclear))):
+        elif not (self.troubled() or (held is not None and self._loose(held))):
             self._book.happen("refused_without_cause", what)
         if error.type in TRANSPORT:
             time.sleep(RETRY_S)
@@ -139,8 +141,12 @@ class Client:
             os.set_blocking(reader.fileno(), False)
             return end, reader.read(OUTPUT_BYTES_MAX) or b""
 
+    def _loose(self, held: Held) -> bool:
+        """Whether what runs in it may end at any time, or what it is in is not known."""
+        return held.shaken or held.unclear or self.interrupted(held.engine)
+
     def _expect(self, held: Held, seen: object, wanted: object, what: str) -> None:
-        if seen != wanted and not (held.shaken or held.unclear):
+        if seen != wanted and not self._loose(held):
             text = f"client {self.number}, {held}: {what}: {seen!r} and not {wanted!r}"
             self._book.happen("wrong_answer", text)
 
@@ -178,7 +184,7 @@ class Client:
     def _tell_owner(self, held: Held, said: bytes) -> None:
         if said.strip() != held.token.encode():
             kind = "double_owner" if said.startswith(b"c") else "wrong_answer"
-            if not held.shaken:
+            if not (held.shaken or (kind == "wrong_answer" and self.interrupted(held.engine))):
                 self._book.happen(kind, f"{held} is {said[:80]!r} and not {held.token}'s")
 
     def _start(self, held: Held, chance: random.Random) -> None:
@@ -208,7 +214,7 @@ class Client:
                 raise
             self._book.happen("command_lost", f"{command_id} of {held}: {error}")
             return
-        if expected.certain and not (held.shaken or held.unclear):
+        if expected.certain and not self._loose(held):
             self._expect(held, (end["exit_code"], end["status"]), _end_of(expected), f"the end of {command_id}")
             self._expect(held, said.decode(errors="replace"), expected.text, f"the output of {command_id}")
 

@@ -23,6 +23,8 @@ SPAN_OPERATIONS = 6
 SPAN_S_MAX = 3.0
 """How long what lasts for a while lasts: so many operations, or so long where nobody comes to an end."""
 
+LIVE_RESTORE_SHARE = KILLED_SHARE = 0.5
+
 CLIENT_LOOK_S = 0.01
 CLIENT_S_MAX = 2.0
 """How long a client of an engine is waited for, to be killed."""
@@ -50,6 +52,8 @@ class Faults:
         """Containers that were taken away."""
         self.active = False
         """Something has gone wrong in this round."""
+        self.interrupted: set[str] = set()
+        """Engines that have stopped all that ran in this round."""
         self._ground = ground
         self._book = book
         self._held = held
@@ -118,7 +122,7 @@ class Faults:
         victim.shaken = True
         self.seen.add(victim.container_id)
         words = [victim.engine, "rm", "--force", victim.container_id]
-        subprocess.run(words, capture_output=True, check=False)
+        subprocess.run(words, env={**os.environ, **self._ground.engine_env}, capture_output=True, check=False)
 
     def _victim(self, chance: random.Random) -> Held | None:
         held = sorted(self._held(), key=lambda one: one.token)
@@ -136,6 +140,29 @@ class Faults:
                         process.kill()
                         return
             time.sleep(CLIENT_LOOK_S)
+
+    def _engine_restarted(self, chance: random.Random) -> None:
+        """Stop an engine, or kill it, and start it again."""
+        engine = chance.choice(self._ground.engines)
+        live_restore, killed = chance.random() < LIVE_RESTORE_SHARE, chance.random() < KILLED_SHARE
+        if engine == "podman":
+            # It has no daemon. Its migration stops all that runs, and gives up where something goes away meanwhile.
+            self.interrupted.add(engine)
+            with contextlib.suppress(subprocess.CalledProcessError):
+                self._ground.podman.call("system", "migrate")
+            return
+        docker = self._ground.docker
+        docker.set_live_restore(live_restore)
+        if not live_restore:
+            self.interrupted.add(engine)
+        if killed:
+            docker.kill()
+        else:
+            docker.stop()
+        try:
+            self._for_a_while()
+        finally:
+            docker.start()
 
     def _engine_refuses(self, chance: random.Random) -> None:
         self._trouble("refuses", chance)

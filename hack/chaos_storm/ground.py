@@ -1,7 +1,7 @@
 """The daemon that is tormented, what it stands on, and the handles by which that is shaken.
 
-Its state is on a small file system of its own, and it reaches the engines through programs that can be told to
-refuse or to hang: nobody else on the host is touched.
+Its state is on a small file system of its own, and so are its engines its own, a dockerd and a store of Podman's. It
+reaches them through programs that can be told to refuse or to hang: nobody else on the host is touched.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests.engine.daemons import IMAGE, Daemon
+from tests.engine.own_docker import OwnDocker
+from tests.engine.own_podman import OwnPodman
 
 STATE_BYTES = 96 * 1024 * 1024
 
@@ -52,11 +54,19 @@ class Ground:
         self._programs.mkdir()
         for engine in self.engines:
             self._wrap(engine)
+        self.docker = OwnDocker(directory / "docker", live_restore=False)
+        self.podman = OwnPodman(directory / "podman")
+        self.engine_env = {
+            **({"DOCKER_HOST": self.docker.host} if "docker" in engines else {}),
+            **(self.podman.env if "podman" in engines else {}),
+        }
+        """What leads a client to them."""
         config = directory / "config.toml"
         tables = [f'[templates.{engine}]\nengine = "{engine}"\n' for engine in self.engines]
         config.write_text("\n".join([POOL, *tables]), encoding="utf-8")
         env = {
             "PATH": f"{self._programs}{os.pathsep}{os.environ['PATH']}",
+            **self.engine_env,
             "SANDBOXD_CONFIG": str(config),
             "SANDBOXD_POOL_MAX": None,
             "SANDBOXD_DEFAULTS_TMP": "16m",
@@ -89,21 +99,27 @@ class Ground:
 
     @contextlib.contextmanager
     def standing(self) -> Iterator[Daemon]:
-        """The daemon, started; whatever it left is removed in the end."""
-        state = self.daemon.state
-        state.mkdir(mode=0o700, parents=True)
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={STATE_BYTES},mode=0700", "chaos", state], check=True)
-        try:
+        """The daemon, started, and its engines; whatever it left is removed in the end."""
+        with contextlib.ExitStack() as stack:
+            if "podman" in self.engines:
+                stack.callback(self.podman.clear)
+            if "docker" in self.engines:
+                stack.enter_context(self.docker.standing())
+            state = self.daemon.state
+            state.mkdir(mode=0o700, parents=True)
+            subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", f"size={STATE_BYTES},mode=0700", "chaos", state], check=True
+            )
+            stack.callback(lambda: subprocess.run(["umount", "--lazy", state], check=True))
             self.daemon.start()
-            try:
-                self.daemon.call("image/build", source="busybox", reference=IMAGE)
-                yield self.daemon
-            finally:
-                self.set_mode("well")
-                if self.daemon.running:
-                    self.daemon.stop()
-        finally:
-            subprocess.run(["umount", "--lazy", state], check=True)
+            stack.callback(self._end)
+            self.daemon.call("image/build", source="busybox", reference=IMAGE)
+            yield self.daemon
+
+    def _end(self) -> None:
+        self.set_mode("well")
+        if self.daemon.running:
+            self.daemon.stop()
 
     def fill_disk(self) -> None:
         """Leave no byte free where the state is."""

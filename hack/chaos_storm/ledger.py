@@ -57,10 +57,19 @@ class Held:
     commands: dict[str, Expected] = field(default_factory=dict)
     shaken: bool = False
     """Its init or its container was taken from it: what ran is gone, and it may be, too."""
+    interrupted: bool = False
+    """Its engine was stopped: what ran is gone, and it is there."""
     unclear: bool = False
     """An answer was lost: it may be paused, or stopped, or as it was."""
     history: deque[str] = field(default_factory=lambda: deque(maxlen=HISTORY_MAX))
     """What was done with it lately."""
+
+    def interrupt(self) -> None:
+        """Its engine was stopped."""
+        self.interrupted = True
+        self.witness = None
+        for expected in self.commands.values():
+            expected.certain = False
 
     def __str__(self) -> str:
         return f"{self.id} on {self.engine} {self.mode} (lately: {', '.join(self.history)})"

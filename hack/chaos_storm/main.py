@@ -56,6 +56,7 @@ class Run:
         self._faults = Faults(ground, self.book, lambda: [held for client in self.clients for held in client.held])
         for client in self.clients:
             client.troubled = lambda: self._faults.active
+            client.interrupted = lambda engine: engine in self._faults.interrupted
         self._observer = Observer(ground)
         self._reviewer = Reviewer(ground, self.book)
         self._base = self._observer.weigh()
@@ -74,6 +75,7 @@ class Run:
         self.fingerprints.append(plan.fingerprint([*faults, *(step for steps in drawn for step in steps)]))
         self.book.begin_turn()
         self._faults.active = False
+        self._faults.interrupted.clear()
         self._threads = [
             threading.Thread(target=self._guarded, args=(client.run, steps))
             for client, steps in zip(self.clients, drawn, strict=True)
@@ -84,6 +86,9 @@ class Run:
         for thread in self._threads:
             thread.join()
         self._faults.end_turn()
+        for held in (held for client in self.clients for held in client.held):
+            if held.engine in self._faults.interrupted:
+                held.interrupt()
         self._observer.seen |= self._faults.seen
         self._observer.note()
         self._settle()

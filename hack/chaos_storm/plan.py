@@ -40,6 +40,7 @@ FAULTS = {
     "init_killed": 4,
     "client_killed": 4,
     "container_removed": 4,
+    "engine_restarted": 4,
     "engine_refuses": 3,
     "engine_hangs": 3,
     "killed_while_hanging": 2,

@@ -50,7 +50,7 @@ class Reviewer:
         for command_id in list(held.commands):
             client.collect(held, command_id)
             del held.commands[command_id]
-        held.unclear = False
+        held.unclear = held.interrupted = False
 
     def _awaited_state(self, client: Client, held: Held) -> str:
         """Its state, as soon as that is what it must be: a client that lost an answer asks again."""
@@ -64,9 +64,9 @@ class Reviewer:
     def _state(self, client: Client, held: Held) -> str:
         try:
             state = str(client.call("sandbox/get", sandbox=held.id)["state"])
-            if state == "paused" and held.unclear:
+            if state == "paused" and (held.unclear or held.interrupted):
                 state = str(client.call("sandbox/resume", sandbox=held.id)["state"])
-            if state == "stopped" and held.unclear:
+            if state == "stopped" and (held.unclear or held.interrupted):
                 held.witness = None
                 state = str(client.call("sandbox/start", sandbox=held.id)["state"])
         except RpcError as error:

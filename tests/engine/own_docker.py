@@ -49,8 +49,12 @@ class OwnDocker:
         self.set_live_restore(live_restore)
 
     def set_live_restore(self, live_restore: bool) -> None:
-        """From its next start on."""
+        """From now on."""
         self._settings.write_text(json.dumps({"live-restore": live_restore}), encoding="utf-8")
+        if self._process is not None:
+            self._process.send_signal(signal.SIGHUP)
+            said = str(live_restore).lower()
+            wait_until(lambda: self.call("info", "--format={{.LiveRestoreEnabled}}").strip() == said, "it was told")
 
     def _spawn(self, *words: str) -> subprocess.Popen[bytes]:
         with open(self.log, "ab") as log:

@@ -17,6 +17,11 @@ INSTALL_S_MAX = 180
 ENV = (f"PIP_FIND_LINKS={WHEELS}", "PIP_NO_INDEX=1", f"PATH={VENV}/bin:/usr/sbin:/usr/bin:/sbin:/bin")
 """Python packages come from the root file system: there is no network."""
 
+CODE = ("sandboxd", "runtimes", "images", "tests")
+"""What is imported inside, and not installed."""
+
+_INSTALL = f"{INSIDE}/hack/venv && cd {INSIDE} && exec {VENV}/bin/python -m compileall -qq -j 0 {' '.join(CODE)}"
+_PACK = "tar --create --files-from=- .venv runtimes/init"
 _UNPACK = ("sh", "-c", f"mkdir -p {INSIDE} && exec tar --extract --no-same-owner --directory={INSIDE}")
 
 
@@ -36,9 +41,9 @@ def put(bed: Bed) -> None:
 
 
 def install(bed: Bed, archive: IO[bytes]) -> None:
-    """Have its user make the checkout's .venv, and write that as a tar."""
-    run(bed.argv(["env", *ENV, f"{INSIDE}/hack/venv"]), timeout_s=INSTALL_S_MAX)
-    words = ["tar", "--create", f"--directory={INSIDE}", ".venv", "runtimes/init"]
+    """Have its user make the checkout's .venv and compile its code, and write what came of it as a tar."""
+    run(bed.argv(["env", *ENV, "sh", "-c", _INSTALL]), timeout_s=INSTALL_S_MAX)
+    words = ["sh", "-c", f"cd {INSIDE} && find {' '.join(CODE)} -name __pycache__ | exec {_PACK}"]
     done = subprocess.run(bed.argv(words), stdin=subprocess.DEVNULL, stdout=archive, timeout=PUT_S_MAX, check=False)
     if done.returncode != 0:
         raise BedError(f"cannot copy .venv out of the bed: tar ended with {done.returncode}")

@@ -26,10 +26,10 @@ BEDS: dict[str, Callable[[Root], AbstractContextManager[Bed]]] = {
     "machine": machine.booted,
     "namespaces": namespaces.booted,
 }
-PATIENCE_S = {"machine": 120, "namespaces": 30}
+PATIENCE_S = {"machine": 180, "namespaces": 30}
 """For one step of a test."""
 
-TESTS_S_MAX = {"machine": 540, "namespaces": 240}
+TESTS_S_MAX = {"machine": 900, "namespaces": 240}
 ALL_TESTS_S_MAX = 1800
 TESTS = "tests/stock"
 BEFORE_A_REBOOT, AFTER_A_REBOOT = f"{TESTS}/test_zzz_going_down.py", f"{TESTS}/boot/test_after.py"
@@ -173,7 +173,9 @@ def _test(root: Root, name: str, chosen: Sequence[str], user: str, *, everything
         for after, reboot, tests in _steps(bed, chosen):
             if reboot is not None:
                 say(f"{root.release.title}, {name}: {after}")
+                reboot_began = time.monotonic()
                 reboot()
+                say(f"{root.release.title}, {name}: up again after {time.monotonic() - reboot_began:.1f} s")
             parts.append(_run_pytest(bed, name, tests, user, after, everything=everything))
             if parts[-1].status:
                 break
@@ -207,7 +209,7 @@ def _run_pytest(bed: Bed, name: str, tests: Sequence[str], user: str, after: str
 
 @contextlib.contextmanager
 def _installed(root: Root) -> Iterator[IO[bytes]]:
-    """A tar of the checkout's .venv, made by its user in the quick bed: in the machine it takes minutes."""
+    """A tar of what is made of the checkout by its user, in the quick bed: in the machine it takes minutes."""
     with tempfile.TemporaryFile() as archive:
         with namespaces.booted(root) as bed:
             checkout.put(bed)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.engine.daemons import IMAGE, Daemon
-from tests.stock.bed import BED, POLICY, limits, run, sudo
+from tests.engine.daemons import IMAGE, Daemon, wait_until
+from tests.stock.bed import BED, POLICY, controllers_needed, limits, quick_bed, run, sudo
 
 ASKED = {"limits": {"memory": "64m", "cpus": "0.5", "pids": 50}} if BED == "machine" else {}
 
@@ -41,7 +41,26 @@ def test_files_are_the_callers(daemon: Daemon, box: dict[str, Any]) -> None:
     assert Path(box["project"], "inside").stat().st_uid == os.getuid()
 
 
-@pytest.mark.skipif(BED == "namespaces", reason="control groups in namespaces of a v1 host have no controllers")
+@quick_bed
+def test_one_daemon_drives_both_engines(daemon: Daemon, box: dict[str, Any]) -> None:
+    """What is root's is ended and started again as what is the user's own."""
+    with daemon.box("podman", limits_policy=POLICY) as other:
+        assert {row["id"]: row["engine"] for row in daemon.sandboxes()} == {
+            box["id"]: "docker",
+            other["id"]: "podman",
+        }
+        for each in (box, other):
+            started = daemon.ctl("exec", "-d", each["id"], "sh", "-c", "setsid sleep 3333 & sleep 3334")
+            command = started.stdout.decode().strip()
+            wait_until(lambda each=each: b"sleep 3333" in daemon.run(each, "ps").stdout, "both run")
+            assert daemon.ctl("kill", each["id"], command).returncode == 0
+            wait_until(lambda each=each: b"sleep 333" not in daemon.run(each, "ps").stdout, "both have ended")
+            assert daemon.ctl("stop", each["id"]).returncode == 0
+            assert daemon.ctl("start", each["id"]).returncode == 0
+            assert daemon.sh(each, "echo $((6 * 7))") == "42\n"
+
+
+@controllers_needed
 def test_its_limits_are_proven(box: dict[str, Any]) -> None:
     """The group belongs to root: it is read, and not written, by us."""
     assert box["verified"] is True

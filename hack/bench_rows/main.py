@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 
-from bench_rows import claims, commands, contests, network, restart
+from bench_rows import audit, claims, commands, contests, network, restart
 from bench_rows.ground import ROOT, Bench
 from runtimes import detect
 from runtimes.cli_engine import CliEngine
@@ -38,6 +38,7 @@ ROWS: dict[str, Callable[[Bench, CliEngine], None]] = {
     "proxy": network.bench_proxy,
     "chroma": network.bench_chroma,
     "restart": restart.bench_restart,
+    "audit": audit.bench_audit,
 }
 
 

@@ -92,7 +92,7 @@ class Trail:
         """Have a note written soon. Waits for nothing; what does not fit is counted."""
         with self._changed:
             self._put(note)
-            if self._idle:
+            if self._idle or len(self._queue) == BATCH_MAX:
                 self._idle = False
                 self._changed.notify_all()
 
@@ -201,9 +201,13 @@ class Trail:
                 self._changed.wait_for(lambda: not self._idle or self._closing or self._hurry, look_again_s)
                 self._idle = False
             if not (self._closing or self._hurry):
-                self._changed.wait_for(lambda: self._closing or self._hurry, LINGER_S)
+                # A batch that is full waits for nobody: more requests than one per lingering come in for minutes.
+                self._changed.wait_for(self._has_enough, LINGER_S)
             self._note_lasting()
             return list(itertools.islice(self._queue, BATCH_MAX))
+
+    def _has_enough(self) -> bool:
+        return self._closing or self._hurry or len(self._queue) >= BATCH_MAX
 
     def _note_lasting(self) -> None:
         noted_s = time.monotonic() - UNDERWAY_S

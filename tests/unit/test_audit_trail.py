@@ -21,7 +21,7 @@ from sandboxd.audit.arguments import CHARS_MAX, ITEMS_MAX, fields_of, recorded
 from sandboxd.audit.auditor import Auditor
 from sandboxd.audit.chain import file_name
 from sandboxd.audit.files import AuditFiles, Note
-from sandboxd.audit.trail import UNDERWAY_S, Trail
+from sandboxd.audit.trail import BATCH_MAX, UNDERWAY_S, Trail
 from sandboxd.failures import AuditUnavailable
 from sandboxd.peers import Peer
 from sandboxd.protocol import METHODS, CommandParams, SandboxCreateParams, SandboxParams
@@ -93,6 +93,17 @@ def test_all_that_was_taken_is_written_in_order(trail: Trail, tmp_path: Path) ->
     assert trail.flush(timeout_s=PATIENCE_S)
     assert [line["pid"] for line in lines_in(tmp_path)[1:]] == list(range(500))
     assert (trail.written, trail.lost, trail.failing) == (500, 0, "")
+
+
+def test_a_burst_is_written_at_the_pace_of_the_disk(
+    trail: Trail, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for more of what is plenty: at a batch per lingering the queue of a busy daemon would overflow."""
+    monkeypatch.setattr("sandboxd.audit.trail.LINGER_S", 100 * PATIENCE_S)
+    for number in range(10 * BATCH_MAX):
+        trail.take(note(number))
+    wait_until(lambda: trail.written == 10 * BATCH_MAX, "all is written")
+    assert trail.flush(timeout_s=PATIENCE_S)
 
 
 def test_what_is_queued_is_written_before_the_end(tmp_path: Path, disk: Disk) -> None:

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.engine
 
 STATE_BYTES = "24m"
 """Of the small file system: it holds the programs that are mounted into sandboxes, and some outputs."""
+FAILING_BYTES = 48 * 1024 * 1024
 
 
 @pytest.fixture
@@ -27,25 +28,57 @@ def mortal(daemon: Daemon, tmp_path: Path) -> Iterator[Daemon]:
         yield mortal
 
 
-@pytest.fixture
-def cramped(daemon: Daemon, tmp_path: Path) -> Iterator[Daemon]:
-    """The same, with its state on a file system of its own, which is small."""
-    state = tmp_path / "cramped" / "state"
+@contextlib.contextmanager
+def on_a_file_system_of_its_own(directory: Path, *mount: str | Path) -> Iterator[Daemon]:
+    """The same, with its state on what is mounted by these words."""
+    state = directory / "state"
     state.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={STATE_BYTES},mode=700", "tmpfs", state], check=True)
+    subprocess.run(["mount", *mount, state], check=True)
+    state.chmod(0o700)
     try:
-        cramped = Daemon(tmp_path / "cramped")
-        cramped.start()
+        daemon = Daemon(directory)
+        daemon.start()
         try:
-            yield cramped
-            cramped.remove_everything()
+            yield daemon
+            daemon.remove_everything()
         finally:
-            assert cramped.stop() == 0, cramped.log.read_text()
-        assert cramped.boxes_left() == []
+            assert daemon.stop() == 0, daemon.log.read_text()
+        assert daemon.boxes_left() == []
         for name in ("podman", "docker"):
-            assert cramped.containers(name) == []
+            assert daemon.containers(name) == []
     finally:
         subprocess.run(["umount", "--lazy", state], check=True)
+
+
+@pytest.fixture
+def cramped(daemon: Daemon, tmp_path: Path) -> Iterator[Daemon]:
+    """One whose file system is small."""
+    with on_a_file_system_of_its_own(
+        tmp_path / "cramped", "-t", "tmpfs", "-o", f"size={STATE_BYTES}", "tmpfs"
+    ) as made:
+        yield made
+
+
+@pytest.fixture
+def failing(daemon: Daemon, tmp_path: Path) -> Iterator[Daemon]:
+    """One whose disk may fail."""
+    if not os.path.exists("/dev/loop-control"):
+        pytest.skip("this kernel has no loop devices, and no other disk can be told to fail")
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(FAILING_BYTES)
+    subprocess.run(["mkfs.ext4", "-q", "-O", "^has_journal", image], check=True)
+    with on_a_file_system_of_its_own(tmp_path / "failing", "-o", "loop,errors=remount-ro", image) as made:
+        yield made
+
+
+def fail(directory: Path) -> None:
+    """Have the kernel find an error on the disk that is mounted there: from then on it takes no write."""
+    device = os.stat(directory).st_dev
+    name = os.path.basename(os.path.realpath(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"))
+    Path(f"/sys/fs/ext4/{name}/trigger_fs_error").write_text("a test")
+    with pytest.raises(OSError, match="Read-only"):
+        (directory / "written").touch()
 
 
 def assert_nothing_new(daemon: Daemon, engine: str, box: dict[str, Any]) -> None:
@@ -153,6 +186,12 @@ def test_a_slot_that_was_claimed_is_somebodys_and_another_is_not(daemon: Daemon,
         assert pooled.ctl_json("doctor", "--repair")["healthy"]
 
 
+def check(daemon: Daemon, name: str) -> dict[str, Any]:
+    """What doctor says of one thing."""
+    checks: list[dict[str, Any]] = daemon.call("daemon/doctor")["checks"]
+    return next(row for row in checks if row["name"] == name)
+
+
 def fill(directory: Path) -> Path:
     """Fill a file system to its last block; returns what can be removed to have room again."""
     ballast = directory / "ballast"
@@ -176,6 +215,7 @@ def test_a_full_disk_stops_what_is_new_and_nothing_else(cramped: Daemon, engine:
     wait_until(refused, "the journal could not be written")
     assert_nothing_new(cramped, engine, box)
     assert_life_goes_on(cramped, box)
+    wait_until(lambda: "No space" in check(cramped, "audit log")["detail"], "the audit log told of it")
     cramped.remove(gone)
     assert [row["id"] for row in cramped.sandboxes()] == [box["id"]]
     cramped.call("sandbox/stop", sandbox=box["id"], grace=0)
@@ -183,12 +223,36 @@ def test_a_full_disk_stops_what_is_new_and_nothing_else(cramped: Daemon, engine:
     assert_life_goes_on(cramped, box)
 
     ballast.unlink()
+    wait_until(lambda: check(cramped, "audit log")["status"] == "ok", "the audit log is written again")
+    verified = cramped.call("audit/verify")
+    assert (verified["intact"], verified["problems"]) == (True, [])
     with cramped.box(engine) as new:
         assert cramped.sh(new, "echo new") == "new\n"
     assert sorted(record["id"] for record in cramped.journal()) == [box["id"]], "what happened meanwhile is written"
     cramped.kill()
     cramped.start()
     assert_life_goes_on(cramped, box)
+
+
+def test_a_disk_that_fails_stops_what_is_new_and_nothing_else(failing: Daemon, engine: str) -> None:
+    """The kernel makes it read-only under a daemon that runs: nothing can be written from one moment to the next."""
+    box, gone = failing.create(engine), failing.create(engine)
+    script = "until [ -e /tmp/go ]; do sleep 0.05; done; exit 7"
+    started = failing.call("commands/start", sandbox=box["id"], argv=["sh", "-c", script], stdio="spool")
+    fail(failing.state)
+
+    assert_nothing_new(failing, engine, box)
+    assert_life_goes_on(failing, box)
+    failing.sh(box, "touch /tmp/go")
+    end = failing.call("commands/wait", sandbox=box["id"], command_id=started["command_id"])
+    assert end["exit_code"] == 7
+    failing.remove(gone)
+    assert [row["id"] for row in failing.sandboxes()] == [box["id"]]
+    failing.call("sandbox/stop", sandbox=box["id"], grace=0)
+    failing.call("sandbox/start", sandbox=box["id"])
+    assert_life_goes_on(failing, box)
+    assert check(failing, "journal")["status"] == "failure"
+    wait_until(lambda: "Read-only" in check(failing, "audit log")["detail"], "the audit log told of it")
 
 
 def test_a_state_directory_that_is_read_only_is_said_at_the_start(daemon: Daemon, tmp_path: Path) -> None:

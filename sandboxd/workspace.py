@@ -257,11 +257,9 @@ def _unless_allowed(path: str, home: str) -> str:
     home = home.rstrip("/") or "/nonexistent"
     if path in _TOO_WIDE or is_below(home, path):
         return f"{shown(path)} holds more than a project"
-    for name in _CREDENTIALS:
-        if is_below(path, os.path.join(home, name)):
-            return f"~/{name} holds credentials"
     if is_below(path, home):
-        return ""
+        held = (name for name in _CREDENTIALS if is_below(path, f"{home}/{name}"))
+        return next((f"~/{name} holds credentials" for name in held), "")
     if any(is_below(path, tree) for tree in _SYSTEM_TREES) and not any(
         is_below(path, tree) for tree in _EXCEPTED_TREES
     ):

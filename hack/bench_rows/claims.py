@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import selectors
 import subprocess
 import time
@@ -21,6 +22,7 @@ from sandboxd.config import DEFAULT_IMAGE
 
 CLIENTS = 16
 BURST, BURST_SLOTS = 100, 10
+CONTAINER_ID = re.compile(r"[0-9a-f]{64}")
 
 
 def engine_run(bench: Bench, engine: CliEngine) -> float:
@@ -210,28 +212,44 @@ def bench_burst(bench: Bench, engine: CliEngine) -> None:
 def bench_slot(bench: Bench, engine: CliEngine) -> None:
     """What an idle slot costs: the memory of its init, and of what its engine keeps beside it."""
     pool = Pool(bench, engine)
+    bench.drain()
     with bench.connection() as connection:
-        connection.call("pool/drain", {"template": pool.template})
-        time.sleep(2)
-        before = resident()
         pool.warm(connection, BURST_SLOTS)
-        made = {pid: size for pid, size in resident().items() if pid not in before}
+        sizes = [size for process in slot_processes(bench) if (size := resident_bytes(process))]
+        connection.call("pool/drain", {"template": pool.template})
     entry: dict[str, object] = {
         "row": "idle slot",
         "engine": engine.name.value,
-        "pss_bytes": sum(made.values()) // BURST_SLOTS,
-        "processes": len(made) / BURST_SLOTS,
+        "pss_bytes": sum(sizes) // BURST_SLOTS,
+        "processes": len(sizes) / BURST_SLOTS,
         "n": BURST_SLOTS,
         "target": "podman 0.4 MB and docker 2.6 MB, and init",
     }
     bench.note(entry)
 
 
-def resident() -> dict[int, int]:
-    """Proportional set size of every process, in bytes."""
-    sizes = {}
-    for path in Path("/proc").glob("[0-9]*/smaps_rollup"):
-        with contextlib.suppress(OSError):
-            rows = (line.split() for line in path.read_text().splitlines())
-            sizes[int(path.parent.name)] = next((int(row[1]) * KIBIBYTE for row in rows if row[0] == "Pss:"), 0)
-    return sizes
+def slot_processes(bench: Bench) -> list[Path]:
+    """The directories in /proc of what is there for this daemon's slots, whatever else was started meanwhile.
+
+    Their inits are the processes that see its programs mounted; an engine's are named after a container of these.
+    """
+    programs = os.path.join(bench.env["SANDBOXD_STATE_DIR"], "bin")
+    processes = list(Path("/proc").glob("[0-9]*"))
+    inits = [process for process in processes if f" {programs}/" in text_of(process / "mountinfo")]
+    containers = {found for init in inits for found in CONTAINER_ID.findall(text_of(init / "cgroup"))}
+    named = [each for each in processes if containers.intersection(CONTAINER_ID.findall(text_of(each / "cmdline")))]
+    return list({*inits, *named})
+
+
+def resident_bytes(process: Path) -> int:
+    """The proportional set size of a process; 0 where it has ended."""
+    rows = (line.split() for line in text_of(process / "smaps_rollup").splitlines())
+    return next((int(row[1]) * KIBIBYTE for row in rows if row[0] == "Pss:"), 0)
+
+
+def text_of(path: Path) -> str:
+    """A file of a process; empty where it has ended."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

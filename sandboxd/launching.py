@@ -565,7 +565,7 @@ class Launcher:
     async def _unless_cancelled(self, sandbox: Sandbox) -> None:
         """Remove what was made for a caller who went away meanwhile: nobody will ever know its id."""
         try:
-            await anyio.lowlevel.checkpoint()
+            await anyio.lowlevel.checkpoint_if_cancelled()
         except anyio.get_cancelled_exc_class():
             with anyio.CancelScope(shield=True):
                 await self._manager.remove(sandbox, Timings())

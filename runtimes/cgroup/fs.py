@@ -432,7 +432,7 @@ class CgroupHandle:
 
     def _required(self, controller: str, name: str) -> _Group:
         group = self._group(controller)
-        if group is None or group.read(group.top, name) is None:
+        if group is None or not group.has(group.top, name):
             self._check_exists()
             raise CgroupUnreadable(
                 f"cannot write {name}", detail=f"the {controller} controller is not enabled for this container"
@@ -511,6 +511,12 @@ class _Group:
             return _read_again(fd, name)
         finally:
             os.close(fd)
+
+    def has(self, level: int, name: str) -> bool:
+        """Whether there is such a file."""
+        if self._kept is not None and (level, name) in self._kept:
+            return self._kept[level, name] is not None
+        return self.read(level, name) is not None
 
     def _open_to_keep(self, level: int, name: str) -> int | None:
         """For writing too, where it is the container's own and ours to change."""

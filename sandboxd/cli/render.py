@@ -238,7 +238,7 @@ def _end(end: dict[str, Any] | None) -> str:
 
 def metrics_table(sandboxes: Sequence[dict[str, Any]], columns: int | None = None) -> str:
     """Usage against limits, one line per sandbox; no wider than a terminal."""
-    header = ("ID", "NAME", "STATE", "CPU", "MEMORY", "PEAK", "PIDS", "THROTTLED", "OOM KILLS", "WAITING")
+    header = ("ID", "NAME", "STATE", "CPU", "MEMORY", "PEAK", "PIDS", "THROTTLED", "OOMS", "WAITING")
     rows = [
         (
             row["id"],
@@ -254,7 +254,7 @@ def metrics_table(sandboxes: Sequence[dict[str, Any]], columns: int | None = Non
         )
         for row in sandboxes
     ]
-    return on_screen(header, rows, columns, ("NAME", "PEAK", "THROTTLED"))
+    return on_screen(header, rows, columns, ("NAME", "PEAK", "THROTTLED", "STATE"))
 
 
 def cpu(percent: float | None, millis: int | None) -> str:

@@ -35,7 +35,9 @@ def _add_command(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_ps(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-a", "--all", action="store_true", help="those that have ended as well, as it is without it")
+    parser.add_argument(
+        "-a", "--all", action="store_true", help="also those that have ended, which are shown without it as well"
+    )
     verb.add_sandbox(parser)
     verb.add_json(parser)
 

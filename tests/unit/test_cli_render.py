@@ -145,10 +145,22 @@ def template_row() -> dict[str, Any]:
 def metrics_row() -> dict[str, Any]:
     pressure = {"some_avg10_percent": 12.0}
     return {
-        **{"id": "sb-abcdefghij", "name": "web-front-end", "state": "running", "reason": "", "cpu_percent": 123.4},
-        **{"cpu_millis": 2000, "memory_bytes": 123 << 20, "memory_bytes_max": 512 << 20, "pids": 12, "pids_max": 512},
-        **{"memory_bytes_peak": 400 << 20, "throttled_us": 12_300_000, "oom_kills": 3},
-        **{"cpu_pressure": pressure, "memory_pressure": None, "io_pressure": None},
+        "id": "sb-abcdefghij",
+        "name": "web-front-end",
+        "state": "running",
+        "reason": "",
+        "cpu_percent": 123.4,
+        "cpu_millis": 2000,
+        "memory_bytes": 123 << 20,
+        "memory_bytes_max": 512 << 20,
+        "pids": 12,
+        "pids_max": 512,
+        "memory_bytes_peak": 400 << 20,
+        "throttled_us": 12_300_000,
+        "oom_kills": 3,
+        "cpu_pressure": pressure,
+        "memory_pressure": None,
+        "io_pressure": None,
     }
 
 

@@ -210,6 +210,9 @@ class Service(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     health: str = ""
     """A path that answers GET with 200 while all is well; empty: that it takes connections is enough."""
     memory: str = "2g"
+    network: Literal["none", "host"] = "none"
+    """Of a command: ``none``, a loopback of its own, on which nobody but the daemon reaches it; ``host``, that of the
+    host, for one that has to connect to something, with a port that every user of the host can connect to."""
 
 
 class Pool(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -352,6 +355,8 @@ def _check_service(name: str, service: Service) -> None:
         )
     if not service.image and service.secrets:
         raise msgspec.ValidationError(f"services.{name} has no image: secrets are a container's")
+    if service.network != "none" and (service.image or service.address):
+        raise msgspec.ValidationError(f"services.{name} is no command on this host: network is such a one's")
     if service.data:
         host_path(service.data)
     if service.image:

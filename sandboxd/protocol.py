@@ -1355,7 +1355,7 @@ class ServiceFileParams(Params, frozen=True):
     """Absolute."""
 
 
-class ServiceInfo(Reply, frozen=True):
+class ServiceInfo(Reply, frozen=True, kw_only=True):
     """A service that sandboxes may share."""
 
     name: str
@@ -1365,7 +1365,10 @@ class ServiceInfo(Reply, frozen=True):
     hint: str
     pid: int | None
     address: str | None
-    """On the host."""
+    """On the host, or in the network of its own."""
+    network: Literal["own", "host"] | None = None
+    """``own``: nobody but the daemon reaches it. ``host``: every user of the host can connect to its port. null: it
+    does not run, or is not run by the daemon."""
     sandbox: str | None
     """Id of the sandbox that it runs in, where it is a container."""
     port: int

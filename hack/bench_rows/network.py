@@ -163,7 +163,8 @@ def bench_chroma(bench: Bench, engine: CliEngine) -> None:
         pid = int(str(bench.call("inspect", box)["pid"]))
         with companion(bench, "get", "8000", inside=pid) as through:
             (row,) = (row for row in bench.call("service", "list")["services"] if row["name"] == "chroma")
-            with companion(bench, "get", str(row["address"]).rpartition(":")[2]) as direct:
+            beside = int(row["pid"]) if row["network"] == "own" else None
+            with companion(bench, "get", str(row["address"]).rpartition(":")[2], inside=beside) as direct:
                 requests(bench, "chroma get", name, through, direct)
 
 

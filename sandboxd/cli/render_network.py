@@ -85,6 +85,13 @@ def ports(info: dict[str, Any], columns: int | None = None) -> str:
     return f"{forwards}\n{table(('LISTENS ON', 'PORT', 'PROTOCOL'), rows)}"
 
 
+def _place_of(row: dict[str, Any]) -> str:
+    """Where on the host a service is."""
+    if row["address"] and row.get("network") == "own":
+        return "own network"
+    return str(row["address"] or row["sandbox"] or UNKNOWN)
+
+
 def services(rows: Sequence[dict[str, Any]], now_ms: int, columns: int | None = None) -> str:
     """One line per service; on a terminal the reasons are below them."""
     text = on_screen(
@@ -95,7 +102,7 @@ def services(rows: Sequence[dict[str, Any]], now_ms: int, columns: int | None = 
                 row["state"] + (f" ({row['reason']})" if row["reason"] and columns is None else ""),
                 age(row["since_ms"], now_ms),
                 UNKNOWN if row["pid"] is None else str(row["pid"]),
-                row["address"] or row["sandbox"] or UNKNOWN,
+                _place_of(row),
                 f"127.0.0.1:{row['port']}",
                 str(row["restarts"]),
                 str(len(row["sandboxes"])),

@@ -64,6 +64,7 @@ class ServiceHandlers:
             hint=service.hint,
             pid=service.pid,
             address=address if address is None or isinstance(address, str) else f"{address[0]}:{address[1]}",
+            network=service.network,
             sandbox=service.sandbox_id,
             port=service.spec.port_inside,
             restarts=service.restarts,

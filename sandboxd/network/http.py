@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 import h11
 import msgspec
 
-from sandboxd.network.streams import CHUNK_BYTES, Traffic, connect, receive, send
+from sandboxd.network.streams import CHUNK_BYTES, Traffic, receive, send
 
 HEAD_BYTES_MAX = 64 * 1024
 """A request line and its headers. Index pages of package servers are asked for with a few hundred bytes."""
@@ -299,35 +299,6 @@ async def refuse_quietly(peer: Peer, status: int, content: object) -> None:
     """Answer if the peer still listens."""
     with contextlib.suppress(OSError, TimeoutError, BadMessage):
         await peer.answer(status, content)
-
-
-async def ask(
-    address: tuple[str, int] | str,
-    method: str,
-    target: str,
-    content: object = None,
-    *,
-    deadline_s: float,
-    bytes_max: int = 1024 * 1024,
-) -> tuple[int, bytes]:
-    """One request of our own to a service, over a connection of its own: status and body.
-
-    Args:
-        address: Host address and port, or the path of a Unix socket.
-        method: Of the request.
-        target: Path and query.
-        content: What is sent, as JSON; None: nothing.
-        deadline_s: For all of it.
-        bytes_max: Of the answer.
-
-    Raises:
-        OSError: nobody answers, or what comes is no HTTP, or too much of it.
-        TimeoutError: not in time.
-    """
-    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
-    async with asyncio.timeout(deadline_s):
-        with await connect(family, address, deadline_s=deadline_s) as connected:
-            return await ask_over(connected, method, target, content, bytes_max=bytes_max)
 
 
 async def ask_over(

@@ -7,6 +7,7 @@ would have it listen on all addresses, so it is given flags alone; it is ready b
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import importlib.util
@@ -14,7 +15,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import h11
 import msgspec
@@ -23,7 +24,7 @@ from sandboxd.network.http import (
     BadMessage,
     Peer,
     UpstreamFailed,
-    ask,
+    ask_over,
     body_framing,
     exchange,
     let_go,
@@ -31,7 +32,7 @@ from sandboxd.network.http import (
     passed_on,
     refuse_quietly,
 )
-from sandboxd.network.streams import Traffic, connect
+from sandboxd.network.streams import Traffic
 from sandboxd.services.chroma_scope import PRIVATE_PREFIX, PRIVATE_TENANT, Forward, Refused, Scope, judge
 from sandboxd.services.supervisor import Service, ServiceSpec
 
@@ -44,7 +45,6 @@ HEARTBEAT = f"{API}/heartbeat"
 READY_PATIENCE_S = 15.0
 """How long a request waits for ChromaDB to be there again: a restart takes two seconds."""
 ASK_DEADLINE_S = 15.0
-CONNECT_DEADLINE_S = 5.0
 COLLECTIONS_KNOWN_MAX = 10_000
 """Ids remembered for one sandbox."""
 RETRY_AFTER_S = 2
@@ -116,9 +116,22 @@ class Chroma:
         """What serves the connections of one sandbox."""
         return ChromaProxy(self, scopes)
 
-    async def address(self) -> tuple[str, int] | str | None:
-        """Where it is; None: it is not there, although it was waited for."""
-        return await self._service.endpoint(patience_s=READY_PATIENCE_S)
+    async def ready(self) -> bool:
+        """Whether it is there; it was waited for."""
+        return await self._service.ready(patience_s=READY_PATIENCE_S)
+
+    async def connect(self) -> socket.socket:
+        """A connection to it.
+
+        Raises:
+            OSError, TimeoutError: it takes none.
+        """
+        return await self._service.connect()
+
+    async def _ask(self, method: str, target: str, content: object = None) -> tuple[int, bytes]:
+        async with asyncio.timeout(ASK_DEADLINE_S):
+            with await self._service.connect() as connected:
+                return await ask_over(connected, method, target, content)
 
     @property
     def trouble(self) -> str:
@@ -128,40 +141,35 @@ class Chroma:
     async def tidy(self) -> None:
         """Make ours what is needed, and remove what was private to sandboxes that are gone."""
         self._made.clear()
-        address = self._service.address
-        if address is None:
-            return
-        await ask(address, "POST", f"{API}/tenants", {"name": PRIVATE_TENANT}, deadline_s=ASK_DEADLINE_S)
+        await self._ask("POST", f"{API}/tenants", {"name": PRIVATE_TENANT})
         alive = {f"{PRIVATE_PREFIX}{sandbox_id}" for sandbox_id in self._sandbox_ids()}
-        for name in await self._databases(address):
+        for name in await self._databases():
             if name.startswith(PRIVATE_PREFIX) and name not in alive:
-                await self._drop(address, name)
+                await self._drop(name)
 
-    async def _databases(self, address: tuple[str, int] | str) -> list[str]:
+    async def _databases(self) -> list[str]:
         names: list[str] = []
         while True:
             target = f"{API}/tenants/{PRIVATE_TENANT}/databases?limit={DATABASES_PAGE}&offset={len(names)}"
-            status, body = await ask(address, "GET", target, deadline_s=ASK_DEADLINE_S)
+            status, body = await self._ask("GET", target)
             page = _names_in(body) if status == 200 else []
             names += page
             if len(page) < DATABASES_PAGE:
                 return names
 
-    async def _drop(self, address: tuple[str, int] | str, name: str) -> None:
+    async def _drop(self, name: str) -> None:
         target = f"{API}/tenants/{PRIVATE_TENANT}/databases/{name}"
-        status, _ = await ask(address, "DELETE", target, deadline_s=ASK_DEADLINE_S)
+        status, _ = await self._ask("DELETE", target)
         logger.info("removed the private database %s: %d", name, status)
 
     async def forget(self, sandbox_id: str) -> None:
         """Remove what was private to a sandbox. What cannot be removed now is, when it starts the next time."""
         name = f"{PRIVATE_PREFIX}{sandbox_id}"
         self._made.discard((PRIVATE_TENANT, name))
-        address = self._service.address
-        if address is not None:
-            with contextlib.suppress(OSError, TimeoutError):
-                await self._drop(address, name)
+        with contextlib.suppress(OSError, TimeoutError):
+            await self._drop(name)
 
-    async def make_sure(self, address: tuple[str, int] | str, scope: Scope) -> None:
+    async def make_sure(self, scope: Scope) -> None:
         """Have the database of a scope.
 
         Raises:
@@ -171,19 +179,19 @@ class Chroma:
         if scope.tenant != PRIVATE_TENANT or key in self._made:
             return
         target = f"{API}/tenants/{scope.tenant}/databases"
-        status, body = await ask(address, "POST", target, {"name": scope.database}, deadline_s=ASK_DEADLINE_S)
+        status, body = await self._ask("POST", target, {"name": scope.database})
         if status not in (200, 201, 409):
             raise OSError(errno.EPROTO, f"cannot make the database {scope.database}: {body[:200]!r}")
         self._made.add(key)
 
-    async def belongs(self, address: tuple[str, int] | str, scope: Scope, collection: str) -> bool:
+    async def belongs(self, scope: Scope, collection: str) -> bool:
         """Whether a collection is in the database of a scope.
 
         Raises:
             OSError, TimeoutError: it does not answer.
         """
         target = f"{API}/tenants/{scope.tenant}/databases/{scope.database}/collections/by-id/{collection}"
-        status, _ = await ask(address, "GET", target, deadline_s=ASK_DEADLINE_S)
+        status, _ = await self._ask("GET", target)
         return status == 200
 
 
@@ -227,14 +235,13 @@ class ChromaProxy:
         if isinstance(decision, Refused):
             await peer.answer(decision.status, _said(decision.error, decision.message))
             return
-        address = await self._chroma.address()
-        if address is None:
+        if not await self._chroma.ready():
             await _answer_unavailable(peer, self._chroma.trouble)
             return
         try:
-            if not await self._may_pass(peer, address, decision):
+            if not await self._may_pass(peer, decision):
                 return
-            upstream = await way.to(address)
+            upstream = await way.open(self._chroma.connect)
         except (OSError, TimeoutError) as error:
             await _answer_unavailable(peer, str(error))
             return
@@ -246,15 +253,15 @@ class ChromaProxy:
             way.close()
             await _answer_unavailable(peer, str(error))
 
-    async def _may_pass(self, peer: Peer, address: tuple[str, int] | str, decision: Forward) -> bool:
+    async def _may_pass(self, peer: Peer, decision: Forward) -> bool:
         """Whether what is asked for is there; else the peer was told."""
         scope, collection = decision.scope, decision.collection
         if scope is None:
             return True
-        await self._chroma.make_sure(address, scope)
+        await self._chroma.make_sure(scope)
         if collection is None or (scope.database, collection) in self._known:
             return True
-        if not await self._chroma.belongs(address, scope, collection):
+        if not await self._chroma.belongs(scope, collection):
             await peer.answer(404, _said("NotFoundError", f"Collection [{collection}] does not exist."))
             return False
         if len(self._known) >= COLLECTIONS_KNOWN_MAX:
@@ -270,17 +277,14 @@ class _Way:
     """The connection to ChromaDB of one connection from inside: kept between requests."""
 
     def __init__(self) -> None:
-        self._address: tuple[str, int] | str | None = None
         self._peer: Peer | None = None
 
-    async def to(self, address: tuple[str, int] | str) -> Peer:
+    async def open(self, connect: Callable[[], Awaitable[socket.socket]]) -> Peer:
         """A peer that is ready for a request."""
-        if self._peer is not None and address == self._address and self._peer.ready_for_next() and not self._stale():
+        if self._peer is not None and self._peer.ready_for_next() and not self._stale():
             return self._peer
         self.close()
-        family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
-        self._peer = Peer(await connect(family, address, deadline_s=CONNECT_DEADLINE_S), h11.CLIENT)
-        self._address = address
+        self._peer = Peer(await connect(), h11.CLIENT)
         return self._peer
 
     def _stale(self) -> bool:

@@ -191,6 +191,7 @@ def _plain_spec(name: str, setting: ServiceSetting) -> ServiceSpec:
         address=loopback_address(setting.address) if setting.address else None,
         health_path=setting.health,
         memory_bytes_max=parse_memory(setting.memory, bytes_max=SIZE_BYTES_MAX),
+        network=setting.network,
         own_listener=False,
         container=None
         if not setting.image

@@ -5,7 +5,7 @@
     IDLE --wanted--> STARTING --its health check answers--> READY --ends, or stops answering--> DEGRADED
                         `--ends, or takes too long--> DEGRADED --after a while, longer each time--> STARTING
 
-Nobody's request waits for more than it wants to: ``endpoint`` gives up by itself, and a sandbox never fails because a
+Nobody's request waits for more than it wants to: ``ready`` gives up by itself, and a sandbox never fails because a
 service does.
 """
 
@@ -22,7 +22,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Protocol
+from typing import Literal, Protocol
 
 import anyio
 import anyio.to_thread
@@ -34,6 +34,7 @@ from sandboxd.failures import Failure
 from sandboxd.network.http import ask_over
 from sandboxd.network.streams import connect
 from sandboxd.services import launcher
+from sandboxd.services.way_in import WayIn, free_port, listens
 from sandboxd.timings import now_ms
 
 logger = logging.getLogger(__name__)
@@ -106,6 +107,8 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
     """On top of what every service gets."""
     keep: tuple[str, ...] = ()
     """Directories that the program needs, where the daemon is root."""
+    network: Literal["none", "host"] = "none"
+    """On the host: ``none``: a network of its own, with nothing but a loopback, where this host lets us."""
     own_listener: bool = True
     """The program itself listens: whoever else answers on its port is not it."""
 
@@ -164,6 +167,7 @@ class Service:
             self.data_dir = spec.container.data
         self._boxes = boxes
         self._box: Box | None = None
+        self._way_in: WayIn | None = None
         self._lives = False
         self.state = ServiceState.IDLE
         self.reason = spec.missing
@@ -192,8 +196,17 @@ class Service:
 
     @property
     def address(self) -> tuple[str, int] | str | None:
-        """Where it is, if it runs; in a container it is nowhere on the host."""
+        """Where it is, if it runs, in its ``network``; in a container it is nowhere on the host."""
         return self._endpoint
+
+    @property
+    def network(self) -> Literal["own", "host"] | None:
+        """Which network it is in; None: it does not run, or is not run here."""
+        if self._box is not None:
+            return "own"
+        if self._way_in is None or self._way_in.own is None:
+            return None
+        return "own" if self._way_in.own else "host"
 
     @property
     def sandbox_id(self) -> str | None:
@@ -207,7 +220,7 @@ class Service:
             while True:
                 await self._until_ready()
                 try:
-                    return await self._connect()
+                    return await self.connect()
                 except (OSError, TimeoutError):
                     # It has ended, and nobody has seen it yet.
                     with anyio.move_on_after(RECONNECT_PAUSE_S):
@@ -218,22 +231,30 @@ class Service:
         while self.state is not ServiceState.READY:
             await self._changed.wait()
 
-    async def _connect(self) -> socket.socket:
+    async def connect(self) -> socket.socket:
+        """A connection to it, as it is now.
+
+        Raises:
+            OSError: it does not run, or takes none.
+            TimeoutError: it does not answer.
+        """
         if self._box is not None:
             return await self._box.dial(self.spec.port_inside)
+        if self._way_in is not None and isinstance(self._endpoint, tuple):
+            return await self._way_in.connect(self._endpoint[1], deadline_s=HEALTH_DEADLINE_S)
         if self._endpoint is None:
             raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
         family = socket.AF_UNIX if isinstance(self._endpoint, str) else socket.AF_INET
         return await connect(family, self._endpoint, deadline_s=HEALTH_DEADLINE_S)
 
-    async def endpoint(self, *, patience_s: float) -> tuple[str, int] | str | None:
-        """Where it is, once it is ready; None: it is not, within ``patience_s``, or cannot be."""
+    async def ready(self, *, patience_s: float) -> bool:
+        """Whether it is ready now, or within ``patience_s``."""
         self.want()
         if self.spec.missing:
-            return None
+            return False
         with anyio.move_on_after(patience_s):
             await self._until_ready()
-        return self._endpoint if self.state is ServiceState.READY else None
+        return self.state is ServiceState.READY
 
     async def restart(self) -> None:
         """Have it ended and started anew; returns when it has begun to."""
@@ -338,26 +359,41 @@ class Service:
         await anyio.to_thread.run_sync(self._prepare)
         lock = _hold(os.path.join(self._directory, "lock"))
         try:
-            port = _free_port()
+            port = free_port()
             self._endpoint = ("127.0.0.1", port)
-            child = process.start(self._argv(port), what=self.spec.name, env=self._env(), passed=(lock,))
+            way_in = self._way_in = WayIn()
+            try:
+                child = process.start(
+                    self._argv(port, way_in.passed),
+                    what=self.spec.name,
+                    env=self._env(),
+                    passed=(lock, way_in.passed),
+                )
+            except BaseException:
+                self._leave(way_in)
+                raise
         finally:
             os.close(lock)
+        way_in.started()
         self.pid = child.pid
         status: int | None = None
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._keep_log, child.output)
-                is_it = functools.partial(_listens, child.pid, port) if self.spec.own_listener else _nobody_else
+                is_it = functools.partial(listens, child.pid, port) if self.spec.own_listener else _nobody_else
                 tasks.start_soon(self._attend, tasks.cancel_scope, is_it)
                 status = await child.wait()
                 tasks.cancel_scope.cancel()
             self._become(ServiceState.DEGRADED, self.reason if status is None else _how_it_ended(status))
         finally:
-            self._endpoint = None
+            self._leave(way_in)
             await child.close(grace_s=STOP_GRACE_S)
             self.pid = None
             self._notify()
+
+    def _leave(self, way_in: WayIn) -> None:
+        self._endpoint = self._way_in = None
+        way_in.close()
 
     async def _attend(self, life: anyio.CancelScope, is_it: Callable[[], bool] = _nobody_else) -> None:
         try:
@@ -389,7 +425,7 @@ class Service:
 
     async def _is_well(self) -> bool:
         try:
-            with anyio.fail_after(HEALTH_DEADLINE_S), await self._connect() as connected:
+            with anyio.fail_after(HEALTH_DEADLINE_S), await self.connect() as connected:
                 if not self.spec.health_path:
                     return True
                 status, _ = await ask_over(connected, "GET", self.spec.health_path)
@@ -404,7 +440,7 @@ class Service:
         if os.geteuid() == 0:
             give_away(self.data_dir, NOBODY_UID)
 
-    def _argv(self, port: int) -> Sequence[str]:
+    def _argv(self, port: int, way_in: int) -> Sequence[str]:
         root = os.geteuid() == 0
         data = launcher.DATA_INSIDE if root else self.data_dir
         program = [part.replace("{port}", str(port)).replace("{data}", data) for part in self.spec.argv]
@@ -416,6 +452,8 @@ class Service:
             str(NOBODY_UID if root else os.geteuid()),
             str(self.spec.memory_bytes_max),
             str(FILES_MAX),
+            self.spec.network,
+            str(way_in),
             self.data_dir,
             ":".join(self.spec.keep),
             "--",
@@ -490,27 +528,6 @@ def _hold(path: str) -> int:
         os.close(descriptor)
         raise OSError(errno.EBUSY, "a former one still uses its data") from None
     return descriptor
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _listens(pid: int, port: int) -> bool:
-    """Whether this process itself has the listening socket: somebody else may have taken the port in between."""
-    wanted = f"0100007F:{port:04X}"
-    with open("/proc/net/tcp", encoding="ascii") as table:
-        rows = [line.split() for line in table]
-    inodes = {f"socket:[{row[9]}]" for row in rows if len(row) > 9 and row[1] == wanted and row[3] == "0A"}
-    with contextlib.suppress(OSError):
-        for name in os.listdir(f"/proc/{pid}/fd"):
-            with contextlib.suppress(OSError):
-                if os.readlink(f"/proc/{pid}/fd/{name}") in inodes:
-                    return True
-    return False
 
 
 def _how_it_ended(status: int) -> str:

@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import anyio.lowlevel
 import msgspec
 import pytest
 
+from runtimes import process
 from sandboxd.background import Background
 from sandboxd.config import Chroma as ChromaSetting
 from sandboxd.config import Config
@@ -25,9 +28,10 @@ from sandboxd.config import Service as ServiceSetting
 from sandboxd.failures import Conflict, Failure, InvalidArgument, NotFound, Unsupported
 from sandboxd.network import streams
 from sandboxd.records import GrantRecord
-from sandboxd.services import supervisor
+from sandboxd.services import launcher, supervisor
 from sandboxd.services.room import ServiceRoom
 from sandboxd.services.supervisor import Service, ServiceState
+from sandboxd.services.way_in import WayIn, free_port
 from tests.daemon.proxies import PATIENCE_S, door
 
 pytestmark = pytest.mark.anyio
@@ -136,13 +140,13 @@ async def until_state(service: Service, state: ServiceState) -> None:
 async def test_a_service_is_started_when_it_is_wanted_and_not_before(tmp_path: Path) -> None:
     async with world(tmp_path) as made:
         assert (made.chroma.state, made.chroma.pid) == (ServiceState.IDLE, None)
-        assert await made.chroma.endpoint(patience_s=PATIENCE_S) is not None
+        assert await made.chroma.ready(patience_s=PATIENCE_S)
         assert made.chroma.pid is not None
 
 
 async def test_a_service_ends_with_the_daemon(tmp_path: Path) -> None:
     async with world(tmp_path) as made:
-        await made.chroma.endpoint(patience_s=PATIENCE_S)
+        await made.chroma.ready(patience_s=PATIENCE_S)
         pid = made.chroma.pid
     assert pid is not None
     with pytest.raises(ProcessLookupError):
@@ -151,7 +155,7 @@ async def test_a_service_ends_with_the_daemon(tmp_path: Path) -> None:
 
 async def test_where_the_daemon_is_root_a_service_is_not_and_can_gain_nothing(tmp_path: Path) -> None:
     async with world(tmp_path) as made:
-        await made.chroma.endpoint(patience_s=PATIENCE_S)
+        await made.chroma.ready(patience_s=PATIENCE_S)
         lines = Path(f"/proc/{made.chroma.pid}/status").read_text().splitlines()
         status = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
         uid = str(supervisor.NOBODY_UID if os.geteuid() == 0 else os.geteuid())
@@ -209,13 +213,13 @@ async def test_who_asks_for_a_restart_does_not_wait_for_the_next_try(
         await until_state(made.chroma, ServiceState.DEGRADED)
         die.unlink()
         await made.chroma.restart()
-        assert await made.chroma.endpoint(patience_s=PATIENCE_S) is not None
+        assert await made.chroma.ready(patience_s=PATIENCE_S)
 
 
 async def test_two_are_never_started_on_the_same_data(tmp_path: Path) -> None:
     """Two servers on one directory both start, and both write."""
     async with world(tmp_path) as first:
-        await first.chroma.endpoint(patience_s=PATIENCE_S)
+        await first.chroma.ready(patience_s=PATIENCE_S)
         async with world(tmp_path) as second:
             second.chroma.want()
             await until_state(second.chroma, ServiceState.DEGRADED)
@@ -232,10 +236,120 @@ async def test_whoever_else_answers_on_its_port_is_not_it(tmp_path: Path, monkey
 
     sleeper = (sys.executable, "-c", "import time; time.sleep(100)")
     async with door(impostor) as (port, _):
-        monkeypatch.setattr(supervisor, "_free_port", lambda: port)
+        monkeypatch.setattr(supervisor, "free_port", lambda: port)
         async with world(tmp_path, argv=sleeper) as made:
-            assert await made.chroma.endpoint(patience_s=0.5) is None
+            made.chroma.spec = msgspec.structs.replace(made.chroma.spec, network="host")
+            assert not await made.chroma.ready(patience_s=0.5)
             assert made.chroma.state is ServiceState.STARTING
+
+
+def processes_in(network: str) -> set[int]:
+    """Those whose network it is, by its link in /proc."""
+    found = set()
+    for name in os.listdir("/proc"):
+        with contextlib.suppress(OSError):
+            if name.isdigit() and os.readlink(f"/proc/{name}/ns/net") == network:
+                found.add(int(name))
+    return found
+
+
+async def test_nobody_else_on_the_host_can_connect_to_a_service_and_nothing_of_its_network_stays(
+    tmp_path: Path,
+) -> None:
+    """A port of the host's loopback is every user's, and a database asks nobody who he is."""
+    async with world(tmp_path) as made, made.inside("sb-1", "shared") as inside:
+        await inside.make("notes")
+        assert made.chroma.network == "own"
+        assert isinstance(made.chroma.address, tuple)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(made.chroma.address)
+        network = os.readlink(f"/proc/{made.chroma.pid}/ns/net")
+        assert network != os.readlink("/proc/self/ns/net")
+        assert made.chroma.pid in processes_in(network)
+    assert made.chroma.network is None
+    async with asyncio.timeout(PATIENCE_S):
+        while processes_in(network):  # noqa: ASYNC110  (a process that nobody waits for tells nobody of its end)
+            await asyncio.sleep(0.01)
+
+
+async def test_where_the_kernel_gives_no_network_a_service_is_on_the_hosts_and_that_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    denied = tmp_path / "denied.py"
+    denied.write_text(f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("launcher", {launcher.__file__!r})
+launcher = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(launcher)
+def enter_own_network():
+    raise PermissionError
+launcher.enter_own_network = enter_own_network
+launcher.main(sys.argv[1:])
+""")
+    monkeypatch.setattr(launcher, "__file__", str(denied))
+    async with world(tmp_path / "services") as made, made.inside("sb-1", "shared") as inside:
+        await inside.make("notes")
+        assert made.chroma.network == "host"
+        assert isinstance(made.chroma.address, tuple)
+        socket.create_connection(made.chroma.address).close()
+
+
+async def test_who_is_not_root_has_a_network_for_it_too() -> None:
+    """By a user namespace, in which the program has no right and is who it was."""
+    python, uid = "/usr/bin/python3", 65534 if os.geteuid() == 0 else os.geteuid()
+    become = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"] if os.geteuid() == 0 else []
+    if (await anyio.run_process([*become, "unshare", "-Ur", "true"], check=False)).returncode:
+        pytest.skip("this host gives ordinary users no namespaces")
+    with tempfile.TemporaryDirectory() as data:
+        shutil.copy(launcher.__file__, data)
+        os.chmod(data, 0o755)
+        port, way_in = free_port(), WayIn()
+        child = process.start(
+            [
+                *(*become, python, "-IS", f"{data}/launcher.py", str(os.getpid()), str(uid), str(1 << 30), "64"),
+                *("none", str(way_in.passed), data, "", "--", python, "-c", ECHO, str(port)),
+            ],
+            what="a service",
+            env={"PATH": os.environ["PATH"]},
+            passed=(way_in.passed,),
+        )
+        way_in.started()
+        try:
+            connected = await reached(way_in, port)
+            with connected:
+                await streams.send(connected, b"hello")
+                assert await streams.receive(connected) == b"hello"
+            assert way_in.own
+            assert os.readlink(f"/proc/{child.pid}/ns/net") != os.readlink("/proc/self/ns/net")
+            status = Path(f"/proc/{child.pid}/status").read_text()
+            assert f"Uid:\t{uid}\t{uid}\t{uid}\t{uid}\n" in status
+            assert "CapEff:\t0000000000000000\n" in status
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", port))
+        finally:
+            way_in.close()
+            await child.close(grace_s=0)
+
+
+async def reached(way_in: WayIn, port: int) -> socket.socket:
+    """A connection, once the program listens."""
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            with contextlib.suppress(ConnectionRefusedError):
+                return await way_in.connect(port, deadline_s=PATIENCE_S)
+            await asyncio.sleep(0.01)
+
+
+async def test_who_stops_waiting_for_a_socket_leaves_none_that_is_of_no_use(tmp_path: Path) -> None:
+    """A socket that comes late is the next one's: nothing gets out of step."""
+    async with world(tmp_path) as made:
+        assert await made.chroma.ready(patience_s=PATIENCE_S)
+        for _ in range(20):
+            asking = asyncio.ensure_future(made.chroma.connect())
+            await asyncio.sleep(0)
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+        (await made.chroma.connect()).close()
 
 
 async def test_a_program_that_is_missing_is_degraded_with_a_hint(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_it_is_not_root_and_says_how_it_is(daemon: Daemon, engine: str) -> None:
     with daemon.box(engine, services=["chroma"]) as box:
         said(box, "list", "-")
         row = service(daemon)
-        assert (row["state"], row["reason"]) == ("ready", "")
+        assert (row["state"], row["reason"], row["network"]) == ("ready", "", "own")
         assert box["id"] in row["sandboxes"]
         status = Path(f"/proc/{row['pid']}/status").read_text()
         assert "\nUid:\t0\t" not in status

@@ -102,7 +102,7 @@ def test_all_sandboxes_together_are_bounded_by_their_slice(ctl: Ctl, box: dict[s
         proof = ctl.json("verify", box["id"])
         assert held(proof)["memory"] == TOGETHER_BYTES
         assert proof["verified"] is True
-        assert "a tighter limit of 48.0MiB applies above" in limits(proof, "reason")["memory"]
+        assert "a tighter limit of 48 MiB applies above" in limits(proof, "reason")["memory"]
         assert ctl("exec", box["id"], "sh", "-c", MORE_THAN_THAT).returncode == KILLED
     finally:
         bound_together(box, "max")

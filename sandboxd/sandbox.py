@@ -343,6 +343,13 @@ class Sandbox:
         if self.connected:
             self.disconnect()
         hidden = os.path.join(self.directory, SOCKET_NAME)
+        if not os.path.lexists(hidden) and not os.path.isdir(self.io_dir):
+            # Init has bound its socket, or will, in a directory that was removed: nobody will ever listen here.
+            raise SandboxGone(
+                f"cannot reach the init of sandbox {self.record.id}",
+                detail="its socket is gone: somebody has cleared the runtime directory",
+                hint=f"sandboxctl stop {self.record.id} && sandboxctl start {self.record.id}",
+            )
         channel: InitChannel | None = None
 
         def lost(error: Exception | None) -> None:

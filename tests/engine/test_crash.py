@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -211,6 +212,26 @@ def test_a_socket_that_a_killed_daemon_left_is_taken_over(mortal: Daemon) -> Non
         mortal.connect()
     mortal.start()
     assert mortal.call("daemon/info")["pid"] == mortal.pid
+
+
+def test_sandboxes_whose_runtime_directory_was_cleared_say_so_and_can_be_started_again(mortal: Daemon) -> None:
+    """A logout, or a cleaner of temporary files, took the sockets of their inits; their containers may go on."""
+    with mortal.box("podman") as box, mortal.box("podman") as other:
+        command = mortal.call("commands/start", sandbox=box["id"], argv=["sleep", "1000"], stdio="spool")[
+            "command_id"
+        ]
+        mortal.kill()
+        shutil.rmtree(mortal.socket.parent / "boxes")
+        mortal.start()
+        found = mortal.call("sandbox/get", sandbox=box["id"])
+        assert (found["state"], found["commands_running"]) == ("broken", 1)
+        assert "somebody has cleared the runtime directory" in found["state_reason"]
+        mortal.remove(other)
+        assert mortal.call("sandbox/stop", sandbox=box["id"], grace=0)["state"] == "stopped"
+        assert mortal.call("sandbox/start", sandbox=box["id"])["verified"]
+        assert mortal.sh(box, "echo here") == "here\n"
+        (row,) = mortal.call("commands/list", sandbox=box["id"])["commands"]
+        assert (row["command_id"], row["state"]) == (command, "ended")
 
 
 def test_a_second_daemon_on_the_same_socket_leaves_the_first_alone(mortal: Daemon) -> None:

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import struct
+from functools import lru_cache
 
 import msgspec
 
@@ -59,7 +60,7 @@ def is_namespace_init(pid: int) -> bool:
         return False
     try:
         theirs = _namespaced_pids(f"/proc/{pid}/status")
-        ours = _namespaced_pids("/proc/self/status")
+        ours = _own_pids(os.getpid())
     except OSError:
         return False
     return len(ours) > 0 and len(theirs) == len(ours) + 1 and theirs[-1] == "1"
@@ -77,6 +78,12 @@ def is_container_init(pid: int, container_id: str) -> bool:
             return any(container_id in line for line in file)
     except OSError:
         return False
+
+
+@lru_cache(maxsize=1)
+def _own_pids(_: int) -> list[str]:
+    """Of the process with this pid, which is ours: they never change."""
+    return _namespaced_pids("/proc/self/status")
 
 
 def _namespaced_pids(path: str) -> list[str]:

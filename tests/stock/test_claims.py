@@ -121,7 +121,9 @@ def test_claims_and_kills_are_fast(pooled: Daemon, project: Path, figures: list[
     for _ in range(CLAIMS):
         pooled.call("pool/warm", template="default", count=1)
         with pooled.connect() as connection:
-            asked = {"workspace": {"path": str(project)}, "env": {"A": "1"}, "limits_policy": POLICY, **ASKED}
+            # A host that is busy enough for a slot to be lost must not have one made in its place.
+            patient = {"launch": "wait", "wait": PATIENCE_S, "limits_policy": POLICY}
+            asked = {"workspace": {"path": str(project)}, "env": {"A": "1"}, **patient, **ASKED}
             began = time.monotonic()
             box = connection.call("sandbox/create", asked, timeout_s=PATIENCE_S)
             claims.append((time.monotonic() - began) * 1000)

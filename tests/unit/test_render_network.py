@@ -18,6 +18,21 @@ def test_what_listens_is_told_with_its_protocol() -> None:
     assert [line.split() for line in shown[-2:]] == [["127.0.0.1", "53", "tcp"], ["127.0.0.1", "53", "udp"]]
 
 
+@pytest.mark.parametrize(("network", "place"), [("own", "own network"), ("host", "127.0.0.1:4711"), (None, "-")])
+def test_a_service_shows_an_address_where_it_can_be_connected_to(network: str | None, place: str) -> None:
+    """The port of a network of its own leads nowhere from here, and another's may have the same."""
+    row = {
+        "name": "chroma",
+        "state": "ready",
+        "address": None if network is None else "127.0.0.1:4711",
+        "network": network,
+        **dict.fromkeys(("reason", "sandboxes"), ""),
+        **dict.fromkeys(("pid", "sandbox")),
+        **dict.fromkeys(("since_ms", "port", "restarts"), 0),
+    }
+    assert f"  {place}  " in render_network.services([row], 0)
+
+
 @pytest.mark.parametrize(
     ("mode", "interfaces", "verified", "line"),
     [

@@ -6,13 +6,14 @@ import argparse
 import compileall
 import json
 import os
+import select
 import signal
 import sys
 import tempfile
 from collections.abc import Callable
 
 from bench_rows import audit, claims, commands, contests, network, restart
-from bench_rows.ground import ROOT, Bench
+from bench_rows.ground import DRAIN_S_MAX, ROOT, Bench
 from runtimes import detect
 from runtimes.cli_engine import CliEngine
 from runtimes.docker import DockerEngine
@@ -54,6 +55,16 @@ def usable_engines(chosen: str | None) -> list[CliEngine]:
     ]
 
 
+def end(pid: int) -> None:
+    """End the daemon, and wait: what it still writes down would be in the way of removing its directory."""
+    daemon = os.pidfd_open(pid)
+    try:
+        signal.pidfd_send_signal(daemon, signal.SIGTERM)
+        select.select([daemon], [], [], DRAIN_S_MAX)
+    finally:
+        os.close(daemon)
+
+
 def main(document: str, arguments: list[str]) -> int:
     """The exit status."""
     parser = argparse.ArgumentParser(
@@ -78,7 +89,7 @@ def main(document: str, arguments: list[str]) -> int:
                     ROWS[name](bench, engine)
         finally:
             bench.drain()
-            os.kill(pid, signal.SIGTERM)
+            end(pid)
     if options.json:
         json.dump({"rows": bench.rows}, sys.stdout, indent=2)
         print()

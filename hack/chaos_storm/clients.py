@@ -190,10 +190,13 @@ class Client:
     def _start(self, held: Held, chance: random.Random) -> None:
         code, pause = chance.randrange(4), chance.choice(("0", "0.05", "0.5"))
         text = f"{held.token}/{chance.getrandbits(32):08x}"
-        certain = not self.troubled()
+        expected = Expected(f"{text}\n", code, not self.troubled())
         argv = ["sh", "-c", f"sleep {pause}; echo {text}; exit {code}"]
         started = self.call("commands/start", sandbox=held.id, argv=argv, stdio="spool")
-        held.commands[started["command_id"]] = Expected(f"{text}\n", code, certain)
+        held.commands[started["command_id"]] = expected
+        if self.troubled():
+            # Since it was asked for: whoever fills the disk may not have found it to be doubted.
+            expected.certain = False
         while len(held.commands) > KEPT_COMMANDS_MAX:
             # Nobody asks for it any more, so that the daemon may forget it.
             del held.commands[next(iter(held.commands))]
@@ -291,8 +294,7 @@ class Client:
     def _restart(self, held: Held, chance: random.Random) -> None:
         # Whatever becomes of the rest: what ran in it has ended.
         held.witness = None
-        for expected in held.commands.values():
-            expected.certain = False
+        held.doubt()
         self.call("sandbox/stop", sandbox=held.id, grace=0)
         self._expect(held, self.call("sandbox/start", sandbox=held.id)["state"], "running", "the state")
 

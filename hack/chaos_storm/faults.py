@@ -180,6 +180,9 @@ class Faults:
     # --- the host
 
     def _disk_full(self, chance: random.Random) -> None:
+        for held in self._held():
+            # What a command writes from now on may find no room.
+            held.doubt()
         self._ground.fill_disk()
         try:
             self._for_a_while()

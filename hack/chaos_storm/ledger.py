@@ -40,7 +40,7 @@ class Expected:
     text: str
     exit_code: int
     certain: bool
-    """Nothing was wrong when it was started that could have changed it."""
+    """Nothing was wrong since it was started that could have changed it."""
 
 
 @dataclass(eq=False)
@@ -68,7 +68,11 @@ class Held:
         """Its engine was stopped."""
         self.interrupted = True
         self.witness = None
-        for expected in self.commands.values():
+        self.doubt()
+
+    def doubt(self) -> None:
+        """What its commands were to end with, and to write, is not certain any more."""
+        for expected in list(self.commands.values()):
             expected.certain = False
 
     def __str__(self) -> str:

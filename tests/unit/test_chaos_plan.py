@@ -5,13 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "hack"))
 
-from chaos_storm import plan  # noqa: E402
+from chaos_storm import faults, plan  # noqa: E402
+from chaos_storm.ledger import Book, Expected, Held  # noqa: E402
 
 KINDS = list(plan.FAULTS)
 
@@ -50,3 +52,15 @@ def test_faults_come_in_the_order_of_their_moments(count: int) -> None:
 def test_it_says_how_it_is_used() -> None:
     done = subprocess.run([ROOT / "hack/chaos", "--help"], capture_output=True, text=True, check=True)
     assert "--seed" in done.stdout
+
+
+def test_what_a_full_disk_may_have_silenced_is_held_against_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that was started before may write after it, and find no room: that is no wrong answer."""
+    monkeypatch.setattr(faults, "SPAN_S_MAX", 0.0)
+    held = Held("sb-a", "c1-1", "podman", "c" * 64, "")
+    held.commands["1"] = Expected("text", 0, certain=True)
+    certain: list[bool] = []
+    ground = SimpleNamespace(fill_disk=lambda: certain.append(held.commands["1"].certain), free_disk=lambda: None)
+    storm = faults.Faults(ground, Book(), lambda: [held])  # type: ignore[arg-type]
+    storm.carry_out([plan.Fault(0, "disk_full", 1)], over=lambda: True)
+    assert certain == [False]

@@ -211,6 +211,7 @@ async def run(
                 metrics_problem=lambda: "" if door is None else door.problem,
                 supervised=activation.listens,
                 audit=lambda: auditor.state,
+                exposed_services=services.exposed,
             )
             daemon = DaemonHandlers(
                 manager=manager,

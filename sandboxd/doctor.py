@@ -25,6 +25,10 @@ NOFILE_MIN = 1024
 
 ONE_OF_EACH = Limits(memory_bytes_max=1, cpu_millis=1, pids_max=1, cpuset_cpus=(0,))
 """Every limit that a control group holds: which of them an engine can enforce does not depend on the figures."""
+USERNS_FIX = (
+    "sysctl user.max_user_namespaces kernel.unprivileged_userns_clone kernel.apparmor_restrict_unprivileged_userns"
+)
+"""One of them says no."""
 
 
 class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,6 +68,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     audit: AuditState
     metrics_problem: str
     """Why metrics are not served where they should be; empty: they are."""
+    exposed_services: tuple[str, ...] = ()
+    """Those that run on the host's loopback, for want of a network of their own."""
 
 
 def judge(facts: Facts) -> list[Check]:
@@ -87,6 +93,16 @@ def judge(facts: Facts) -> list[Check]:
                 status="warning",
                 detail=facts.metrics_problem,
                 fix="ss -ltnp",
+            )
+        )
+    if facts.exposed_services:
+        checks.append(
+            Check(
+                name="services",
+                status="warning",
+                detail=f"every user of this host can connect to {', '.join(facts.exposed_services)}: "
+                "the kernel gives you no network for it",
+                fix=USERNS_FIX,
             )
         )
     checks.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import anyio.to_thread
 import psutil
@@ -38,6 +38,7 @@ class Survey:
         audit: How the audit log fares.
         journal: May be in trouble.
         metrics_problem: Why metrics are not served where they should be.
+        exposed_services: Those that every user of the host can connect to, though none should.
     """
 
     def __init__(
@@ -53,7 +54,9 @@ class Survey:
         audit: Callable[[], AuditState],
         journal: Journal,
         metrics_problem: Callable[[], str],
+        exposed_services: Callable[[], Sequence[str]],
     ) -> None:
+        self._exposed_services = exposed_services
         self._engines = engines
         self._image = image
         self._socket = socket
@@ -103,6 +106,7 @@ class Survey:
             lingers=_lingers(supervised=self._supervised, rootless=any(engine.info.rootless for engine in found)),
             audit=self._audit(),
             metrics_problem=self._metrics_problem(),
+            exposed_services=tuple(self._exposed_services()),
         )
 
 

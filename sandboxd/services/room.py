@@ -68,6 +68,14 @@ class ServiceRoom:
         """All of them."""
         return list(self._services.values())
 
+    def exposed(self) -> list[str]:
+        """Those on the host's loopback that were to have a network of their own."""
+        return [
+            name
+            for name, service in self._services.items()
+            if service.network == "host" and service.spec.network == "none"
+        ]
+
     def get(self, name: str) -> Service:
         """One of them.
 

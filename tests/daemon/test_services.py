@@ -260,6 +260,7 @@ async def test_nobody_else_on_the_host_can_connect_to_a_service_and_nothing_of_i
     async with world(tmp_path) as made, made.inside("sb-1", "shared") as inside:
         await inside.make("notes")
         assert made.chroma.network == "own"
+        assert made.room.exposed() == []
         assert isinstance(made.chroma.address, tuple)
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(made.chroma.address)
@@ -290,6 +291,7 @@ launcher.main(sys.argv[1:])
     async with world(tmp_path / "services") as made, made.inside("sb-1", "shared") as inside:
         await inside.make("notes")
         assert made.chroma.network == "host"
+        assert made.room.exposed() == ["chroma"]
         assert isinstance(made.chroma.address, tuple)
         socket.create_connection(made.chroma.address).close()
 

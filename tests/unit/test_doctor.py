@@ -11,7 +11,7 @@ import pytest
 from runtimes.cgroup.verify import BOOT_V2_HINT, COUNT_SWAP_HINT, DELEGATE_HINT
 from runtimes.model import Capabilities, CgroupVersion, EngineInfo, EngineName, Shortcoming
 from sandboxd.audit.auditor import AuditState
-from sandboxd.doctor import FREE_BYTES_MIN, EngineFacts, Facts, judge
+from sandboxd.doctor import FREE_BYTES_MIN, USERNS_FIX, EngineFacts, Facts, judge
 from sandboxd.protocol import Check
 
 ABLE = Capabilities(
@@ -111,6 +111,7 @@ WRONG = [
         "failure",
         "sandboxctl doctor --repair",
     ),
+    ({"exposed_services": ("chroma",)}, "services", "warning", USERNS_FIX),
     ({"mounts_late": False}, "late mounts", "warning", "use Linux 5.12 or newer"),
     ({"idmap_works": False}, "id-mapped mounts", "warning", "sandboxctl create --ro"),
     ({"swap_bytes": 2**30, "swap_counted": False}, "swap", "warning", COUNT_SWAP_HINT),

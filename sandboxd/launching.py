@@ -381,7 +381,7 @@ class Launcher:
         timings.mark("verify")
         await self._attach(slot, secrets)
         timings.mark("network")
-        slot.change(Event.CLAIMED)
+        slot.change(Event.CLAIMED, took_us=timings.elapsed_us)
         timings.mark("ready")
 
     async def _fill_slot(self, recipe: Recipe) -> Sandbox:
@@ -517,7 +517,7 @@ class Launcher:
     ) -> None:
         try:
             container_id = await self._containers.run(sandbox, engine, places, timings)
-            sandbox.change(made, container_id=container_id)
+            sandbox.change(made, container_id=container_id, took_us=timings.elapsed_us)
             if made is Event.FILLED:
                 self._containers.prepare_claim(sandbox, engine.info)
             self._enforcer.prove(sandbox)

@@ -152,7 +152,15 @@ class Sandbox:
 
     # --- the record -----------------------------------------------------------------------------------
 
-    def change(self, event: Event, *, reason: str = "", why: str = "", container_id: str | None = None) -> None:
+    def change(
+        self,
+        event: Event,
+        *,
+        reason: str = "",
+        why: str = "",
+        container_id: str | None = None,
+        took_us: int | None = None,
+    ) -> None:
         """Write down what happened.
 
         Args:
@@ -160,6 +168,7 @@ class Sandbox:
             reason: Of the state that it is in now; kept, and told.
             why: It was done. Told, and not kept: of what runs as it should there is nothing to explain.
             container_id: What it has by now.
+            took_us: How long whoever asked for it has waited; told of what is new.
 
         Raises:
             Conflict: it cannot happen in this state.
@@ -173,7 +182,8 @@ class Sandbox:
         )
         kind = kind_of(before, event)
         if kind == "created":
-            self.tell(kind, reason=reason or why, launch=self.record.launch, miss_reason=self.record.miss_reason)
+            launch, miss_reason = self.record.launch, self.record.miss_reason
+            self.tell(kind, reason=reason or why, launch=launch, miss_reason=miss_reason, ready_us=took_us)
         elif kind is not None:
             self.tell(kind, reason=reason or why)
 

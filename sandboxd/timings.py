@@ -23,6 +23,11 @@ class Timings:
         self._steps_ms[step] = self._steps_ms.get(step, 0.0) + (now_s - self._marked_s) * 1000
         self._marked_s = now_s
 
+    @property
+    def elapsed_us(self) -> int:
+        """Since it was started; microseconds."""
+        return int((time.perf_counter() - self._started_s) * 1_000_000)
+
     def as_dict(self) -> dict[str, float]:
         """The steps in their order, and ``total``; milliseconds."""
         total_ms = (time.perf_counter() - self._started_s) * 1000

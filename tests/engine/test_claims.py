@@ -67,6 +67,7 @@ def test_a_claimed_sandbox_sees_its_own_project_as_it_is_now(own: Daemon, projec
     told = [json.loads(line) for line in own.ctl("events", "--json").stdout.splitlines()]
     (created,) = (event for event in told if (event["kind"], event["sandbox"]) == ("created", box["id"]))
     assert (created["data"]["launch"], created["data"]["miss_reason"]) == ("warm", "")
+    assert 0 < created["data"]["ready_us"] <= box["timings_ms"]["total"] * 1000
     own.remove(box)
 
 

@@ -18,7 +18,7 @@ from sandboxd import note
 from sandboxd.config import Config, Template
 from sandboxd.failures import PoolExhausted, SandboxGone
 from sandboxd.launching import Launcher
-from sandboxd.lifecycle import State
+from sandboxd.lifecycle import Event, State
 from sandboxd.protocol import SandboxCreateParams
 from sandboxd.rebuilding import CLAIM_NAME
 from sandboxd.records import SandboxRecord
@@ -122,7 +122,7 @@ async def test_slots_go_when_settings_that_are_read_again_change_their_template(
         await emptied(world)
 
 
-async def test_a_claim_is_noted_beside_the_socket_whole_or_not_at_all(world: World) -> None:
+async def test_a_claim_is_noted_beside_the_socket_whole_or_not_at_all_and_told_with_its_time(world: World) -> None:
     """Its file is made while the slot is warm, for a claim has no time for that. Its name says that there was one."""
     async with world.managed() as manager:
         slot = manager.register(record(id="sb-slot", state=State.WARM, slot=True))
@@ -135,6 +135,10 @@ async def test_a_claim_is_noted_beside_the_socket_whole_or_not_at_all(world: Wor
         noted = note.read((box / CLAIM_NAME).read_text())
         assert noted is not None
         assert (noted.name, noted.template, noted.slot) == ("mine", "python", False)
+        told: list[tuple[str, object]] = []
+        slot.on_told = lambda kind, _id, _name, data: told.append((kind, data))
+        slot.change(Event.CLAIMED, took_us=1234)
+        assert told == [("created", {"reason": "", "launch": "warm", "miss_reason": "", "ready_us": 1234})]
         slot.prepare_claim()
         slot.erase()
         assert not box.exists()

@@ -72,6 +72,8 @@ def test_with_live_restore_sandboxes_do_not_notice() -> None:
         assert (found["state"], found["state_reason"]) == ("broken", "docker does not answer")
         assert found["commands_running"] == 1, "nobody has said that it ended"
         own.start()
+        # Now, and not with the next sweep: a daemon that has never seen an engine follows none.
+        mine.call("daemon/gc", dry_run=False)
         wait_until(lambda: mine.state_of(box) == "running", "it was found again")
         wait_until(lambda: removed(mine, condemned), "what was removed meanwhile is gone")
         found = mine.call("sandbox/get", sandbox=box["id"])
@@ -105,4 +107,5 @@ def test_without_live_restore_they_are_stopped_and_say_so() -> None:
         own.kill()
         assert mine.sh(box, "echo here") == "here\n", "its containers go on until it is there again"
         own.start()
+        mine.call("daemon/gc", dry_run=False)
         wait_until(lambda: mine.state_of(box) == "stopped", "they were stopped by its start")

@@ -66,6 +66,7 @@ packages_for() {
         python:arch) echo python ;;
         busybox:debian) echo busybox-static ;;
         busybox:fedora | busybox:arch) echo busybox ;;
+        disk:debian) echo e2fsprogs ;;
         bootstrap:debian) echo mmdebstrap ;;
         bootstrap:fedora) ;;
         bootstrap:arch) echo arch-install-scripts ;;

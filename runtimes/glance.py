@@ -4,7 +4,8 @@ A look at a path may take for ever: its file system may be a server that is gone
 trip to a thread costs more than all that is looked at. Most paths were looked at a moment ago; of those the kernel
 knows all that there is to know, and can be asked for no more than that: names that it remembers (RESOLVE_CACHED),
 attributes without a question to a server (AT_STATX_DONT_SYNC). No other mount is crossed into, for who arrives at the
-root of a server's is told whether that is still there. Whoever is told None here goes the long way.
+root of a server's is told whether that is still there. Whoever is told None here goes the long way; so does who comes
+while something is mounted or renamed anywhere on the host, for then the kernel cannot tell at once.
 
 Source: openat2(2), since Linux 5.12; statx(2).
 """

@@ -192,13 +192,15 @@ def parse_optional_duration_ms(text: str, *, option: str) -> int | None:
 
 
 def format_bytes(count_bytes: int) -> str:
-    """A size to read: ``512 B``, ``64 MiB``, ``1.5 GiB``. One decimal at most, rounded half up; not to be parsed."""
+    """A size to read: ``512 B``, ``64 MiB``, ``1.5 GiB``. Below 100 one decimal, rounded half up; never parsed."""
     power = 0
     while power < len(_SIZE_LETTERS) and count_bytes >= 1024 ** (power + 1):
         power += 1
     if power == 0:
         return f"{count_bytes} B"
     tenths = (count_bytes * 10 + 1024**power // 2) // 1024**power
+    if tenths >= 1000:
+        tenths = (count_bytes + 1024**power // 2) // 1024**power * 10
     if tenths >= 10240 and power < len(_SIZE_LETTERS):
         power, tenths = power + 1, 10
     return f"{_in_tenths(tenths)} {_SIZE_LETTERS[power - 1].upper()}iB"

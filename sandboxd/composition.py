@@ -17,7 +17,6 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Protocol
 
 import anyio
 import anyio.abc
@@ -106,21 +105,6 @@ LOCK_BYTES_MAX = 4096
 
 LEFT_CLIENTS_DEADLINE_S = 15.0
 """How long engine clients that a killed daemon left behind may take to come to their end."""
-
-
-class Run(Protocol):
-    """The daemon, once it has been loaded: see ``run``."""
-
-    async def __call__(
-        self,
-        listener: Listener,
-        env: Mapping[str, str],
-        *,
-        activation: Activation,
-        tell: Callable[[str], None],
-        detect: Detect,
-    ) -> None:
-        """Serve until told to stop."""
 
 
 async def run(

@@ -10,13 +10,13 @@ import argparse
 import contextlib
 import functools
 import gc
+import importlib
 import json
 import logging
 import os
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import anyio
 import anyio.to_thread
@@ -31,9 +31,6 @@ from sandboxd.failures import Exit, Failure
 from sandboxd.listener import AlreadyRunning, Listener, open_listener
 from sandboxd.paths import socket_path
 from sandboxd.translation import failure_from
-
-if TYPE_CHECKING:
-    from sandboxd.composition import Run
 
 logger = logging.getLogger(__name__)
 
@@ -88,14 +85,10 @@ async def _run(listener: Listener, env: Mapping[str, str], activation: Activatio
     look = BegunLook(functools.partial(detect.detect_all, env))
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(look.begin)
-        run = await anyio.to_thread.run_sync(_load)
+        await anyio.to_thread.run_sync(importlib.import_module, "sandboxd.composition")
+        from sandboxd.composition import run
+
         await run(listener, env, activation=activation, tell=functools.partial(_tell, ready_fd), detect=look)
-
-
-def _load() -> Run:
-    from sandboxd.composition import run
-
-    return run
 
 
 def _only_failure(group: BaseExceptionGroup[BaseException]) -> Failure:

@@ -27,6 +27,8 @@ RULES_MAX = 256
 RULE_CHARS_MAX = 512
 HOST_CHARS_MAX = 253
 PORT_MAX = 65535
+SLIP_LIKENESS_MIN = 0.8
+"""Of a name without a dot, from which on it is a preset with a slip in it: ``git`` is not, and may be a host."""
 
 DEFAULT_PORTS = frozenset({80, 443})
 LOOPBACK = "127.0.0.1"
@@ -156,7 +158,7 @@ def check_allowed(rules: Iterable[Rule]) -> None:
     """
     for rule in rules:
         if rule.text == rule.host and "." not in rule.text:
-            preset = nearest(rule.text, PRESETS)
+            preset = nearest(rule.text, PRESETS, SLIP_LIKENESS_MIN)
             if preset is not None:
                 raise InvalidArgument(
                     f"cannot allow {rule.text!r}",

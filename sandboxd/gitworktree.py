@@ -27,7 +27,7 @@ def says_worktree(project_fd: int) -> bool:
     return _pointer(project_fd) is not None
 
 
-def cannot_say(project_fd: int) -> bool:
+def surely_none(project_fd: int) -> bool:
     """Whether a project has surely no such file, as far as that can be told without waiting for its file system."""
     try:
         descriptor = glance.open_below(project_fd, ".git", flags=os.O_NOFOLLOW)

@@ -571,9 +571,10 @@ class EventInfo(Reply, frozen=True):
     name: str | None
     data: dict[str, str | int | None]
     """What else there is to say: ``reason``, which a start's and a sweep's decisions have; of what is created
-    ``launch``, ``miss_reason`` and ``ready_us``, since it was asked for; ``engine`` and ``container`` of one that had
-    our label and no owner; ``cause``, ``action`` and ``ends_in_ms`` of what expires; ``command_id``, ``argv``,
-    ``status``, ``exit_code`` and ``oom_kills`` of commands."""
+    ``launch``, ``miss_reason`` and ``ready_us``, until the slot was the caller's or the container ran, since it was
+    asked for; ``engine`` and ``container`` of one that had our label and no owner; ``cause``, ``action`` and
+    ``ends_in_ms`` of what expires; ``command_id``, ``argv``, ``status``, ``exit_code`` and ``oom_kills`` of
+    commands."""
 
 
 class EventsLost(Reply, frozen=True):

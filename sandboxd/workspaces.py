@@ -752,7 +752,7 @@ def _open_project(path: str, rules: Rules) -> OpenedPath:
 def _glance_at_project(path: str, rules: Rules) -> OpenedPath | None:
     """The same without a thread, of a project that was used lately, and is no worktree; None: of any other."""
     opened = glance_at_workspace(path, rules)
-    if opened is None or gitworktree.cannot_say(opened.descriptor):
+    if opened is None or gitworktree.surely_none(opened.descriptor):
         return opened
     os.close(opened.descriptor)
     return None

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import hypothesis
 import pytest
+
+# A machine that stalls for a moment must not be taken for a mistake: what a thing costs is told by hack/bench.
+hypothesis.settings.register_profile("sandboxd", deadline=None)
+hypothesis.settings.load_profile("sandboxd")
 
 _FIGURES = pytest.StashKey[list[str]]()
 

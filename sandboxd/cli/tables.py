@@ -16,7 +16,7 @@ CELL_LENGTH_MIN = 12
 """Of a cell that is cut: less says nothing."""
 
 
-_SIZES = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
+_SIZES = ("B", "KiB", "MiB", "GiB", "TiB")
 _AGES = ((86_400, "d"), (3_600, "h"), (60, "m"), (1, "s"))
 
 
@@ -39,14 +39,18 @@ def table_of(lines: Sequence[Sequence[str]]) -> str:
 
 
 def size(count: int | None) -> str:
-    """Bytes, in the largest unit that fits."""
+    """Bytes, in the largest unit that fits, as the daemon's messages tell them: one decimal below 100."""
     if count is None:
         return UNKNOWN
-    for unit, name in _SIZES:
-        if count >= unit:
-            value = count / unit
-            return f"{value:.0f} {name}" if value >= 100 else f"{value:.1f}".removesuffix(".0") + f" {name}"
-    return f"{count} B"
+    power = max(count.bit_length() - 1, 0) // 10
+    if (count + 1024**power // 2) // 1024**power == 1024:
+        power += 1
+    power = min(power, len(_SIZES) - 1)
+    unit = 1024**power
+    tenths = (count * 10 + unit // 2) // unit
+    if tenths >= 1000:
+        return f"{(count + unit // 2) // unit} {_SIZES[power]}"
+    return f"{tenths // 10}.{tenths % 10}".removesuffix(".0") + f" {_SIZES[power]}"
 
 
 def age(since_ms: int | None, now_ms: int) -> str:
@@ -204,8 +208,10 @@ def _tail(text: str, length: int) -> str:
 
 
 def short_image(image: str) -> str:
-    """As people write it."""
-    return image.removeprefix("localhost/").removesuffix(":latest")
+    """As people write it, and as the daemon's hints do."""
+    for registry in ("localhost/", "docker.io/library/", "docker.io/"):
+        image = image.removeprefix(registry)
+    return image.removesuffix(":latest")
 
 
 def _cut(line: str, columns: int) -> str:

@@ -29,6 +29,7 @@ class WayIn:
         self._ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._ours.setblocking(False)
         self._asking = asyncio.Lock()
+        self._is_owed = False
         self.own: bool | None = None
         """Whether the service has a network of its own; None: the launcher has not said so yet."""
 
@@ -70,9 +71,16 @@ class WayIn:
             return connecting
 
     async def _new_socket(self) -> socket.socket:
-        """An unconnected socket of the service's network. One that came too late for who asked is as good as any."""
-        await asyncio.get_running_loop().sock_sendall(self._ours, ASK)
+        """An unconnected socket of the service's network.
+
+        One that comes too late for who asked is the next one's, who asks for none then. So never more than one is on
+        its way, and however many stop waiting, neither end has to wait for the other to read.
+        """
+        if not self._is_owed:
+            await asyncio.get_running_loop().sock_sendall(self._ours, ASK)
+            self._is_owed = True
         _, descriptors = await self._heard()
+        self._is_owed = False
         if len(descriptors) != 1:
             raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
         made = socket.socket(fileno=descriptors[0])

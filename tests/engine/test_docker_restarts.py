@@ -14,7 +14,7 @@ from sandboxd.client import RpcError
 from tests.engine.daemons import IMAGE, Daemon, running, wait_until
 from tests.engine.own_docker import OwnDocker
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("daemon")]
 
 Box = dict[str, Any]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import psutil
@@ -13,7 +14,12 @@ pytestmark = pytest.mark.engine
 
 
 def followers_of(daemon: Daemon) -> list[psutil.Process]:
-    return [child for child in psutil.Process(daemon.pid).children() if "events" in child.cmdline()]
+    followers = []
+    for child in psutil.Process(daemon.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "events" in child.cmdline():
+                followers.append(child)
+    return followers
 
 
 def test_what_is_done_behind_our_back_is_noticed_at_once(daemon: Daemon, engine: str, tmp_path: Path) -> None:

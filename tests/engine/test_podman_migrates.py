@@ -10,7 +10,7 @@ import pytest
 from tests.engine.daemons import IMAGE, Daemon, running, wait_until
 from tests.engine.own_podman import OwnPodman
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("daemon")]
 
 PODMAN = ("podman",)
 

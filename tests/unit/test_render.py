@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtimes.quantities import format_bytes
 from sandboxd.cli import render, render_host, tables
 
 LIMIT = {
@@ -36,6 +37,9 @@ def test_columns_start_at_the_same_place_in_every_line(rows: list[tuple[str, str
         (1536, "1.5 KiB"),
         (512 << 20, "512 MiB"),
         ((512 << 20) + 1, "512 MiB"),
+        (157_810_688, "151 MiB"),
+        (1_048_127_424, "1000 MiB"),
+        ((1 << 20) - 1, "1 MiB"),
         ((8 << 20) - 100, "8 MiB"),
         (3 << 40, "3 TiB"),
     ],
@@ -43,6 +47,12 @@ def test_columns_start_at_the_same_place_in_every_line(rows: list[tuple[str, str
 def test_sizes_are_in_the_largest_unit_that_fits(count: int | None, text: str) -> None:
     """And unknown is not zero."""
     assert tables.size(count) == text
+
+
+@given(st.integers(0, 1 << 52) | st.integers(0, 1 << 21) | st.integers(-600, 600).map(lambda near: (1 << 30) + near))
+def test_tables_and_messages_tell_a_size_alike(count: int) -> None:
+    """The command line has a rule of its own, for it imports nothing of the daemon's."""
+    assert tables.size(count) == format_bytes(count)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_a_preset_that_is_spelt_wrong_is_no_name_of_a_host() -> None:
     with pytest.raises(InvalidArgument) as caught:
         check_allowed(parse_rules(["pipy"]))
     assert caught.value.hint == "--allow pypi, or for a host of that name --allow pipy:80,443"
-    check_allowed(parse_rules([*PRESETS, "pipy:80,443", "wiki", "pipy.org"]))
+    check_allowed(parse_rules([*PRESETS, "pipy:80,443", "wiki", "pipy.org", "git", "gitlab", "npmjs"]))
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ from sandboxd.rebuilding import CLAIM_NAME
 from sandboxd.records import CommandRecord, SandboxRecord
 from sandboxd.spool import SpoolDirectory
 from sandboxd.spool_plan import Stream
+from sandboxd.streams import write_all
 from sandboxd.timings import now_ms
 from sandboxd.workspace import TARGET, Stage
 
@@ -228,7 +229,7 @@ class Sandbox:
         spare = os.path.join(self.directory, CLAIM_SPARE_NAME)
         try:
             with _spare(spare) as descriptor:
-                os.write(descriptor, note.written(self.record).encode())
+                write_all(descriptor, note.written(self.record).encode())
             os.rename(spare, os.path.join(self.directory, CLAIM_NAME))
         except OSError as error:
             logger.warning("cannot leave a note for %s: %s", self.record.id, error)
@@ -236,12 +237,13 @@ class Sandbox:
     def prepare_claim(self) -> None:
         """Have at hand what a claim of this slot needs: what limits are read from, and a file for its note.
 
-        A disk takes four times as long to make a file as to write into one and rename it.
+        A disk takes four times as long to make a file as to write into one and rename it. What a claim that was cut
+        short has left in it would follow a shorter note.
         """
         if self._cgroup is not None:
             self._cgroup.keep_open()
-        with contextlib.suppress(OSError), _spare(os.path.join(self.directory, CLAIM_SPARE_NAME)):
-            pass
+        with contextlib.suppress(OSError), _spare(os.path.join(self.directory, CLAIM_SPARE_NAME)) as descriptor:
+            os.truncate(descriptor, 0)
 
     def put(self, **changes: object) -> None:
         """Change fields of the record, and write it down; as soon as that can be done."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +144,36 @@ async def test_a_claim_is_noted_beside_the_socket_whole_or_not_at_all_and_told_w
         slot.prepare_claim()
         slot.erase()
         assert not box.exists()
+
+
+async def test_a_note_that_a_full_disk_cuts_short_is_not_left_and_is_in_the_way_of_no_other(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Half a note says that there was a claim, and not of what. The log tells of it; a slot is wiped anew."""
+    room = 400
+    write = os.write
+
+    def filling(descriptor: int, data: memoryview) -> int:
+        nonlocal room
+        if room == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = write(descriptor, data[:room])
+        room -= written
+        return written
+
+    async with world.managed() as manager:
+        slot = manager.register(record(id="sb-slot", state=State.WARM, slot=True))
+        box = Path(slot.directory)
+        box.mkdir()
+        slot.prepare_claim()
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "write", filling)
+            slot.claim(record(id="sb-slot", name="m" * room, state=State.CREATING))
+        assert [path.name for path in box.iterdir()] == [CLAIM_SPARE_NAME]
+        assert "cannot leave a note for sb-slot" in caplog.text
+        slot.prepare_claim()
+        assert (box / CLAIM_SPARE_NAME).read_bytes() == b""
+        slot.erase()
 
 
 def _no_engine(_: object) -> Any:

@@ -29,6 +29,8 @@ _WAITING = frozenset(
 _RESUMED = _WAITING - {"commands/run", "shells/run"}
 """Those of them that a caller can send again as they are, and that go on where they were."""
 
+_READS = frozenset(row.name for row in protocol.METHODS if row.reads)
+
 Observer = Callable[[str, protocol.Params, Peer], Callable[[msgspec.Struct | None, str], None] | None]
 """Told of a request and of who sent it; returns what is told its reply, if there is one, and ``ok`` or the error's
 type."""
@@ -41,6 +43,7 @@ class Dispatcher:
         families: Their tables; no method is in two of them.
         used_by: Entered while a request is carried out, by its method and params.
         refuse: Refuses a request by its variables, its metadata and its arguments, where they must not be passed so.
+            It may take a while; a drain knows of requests that wait for it.
         observers: Told of each request, and of its end if they want to be. They may refuse it.
     """
 
@@ -85,14 +88,19 @@ class Dispatcher:
     async def _carry_out(self, method: str, params: protocol.Params, context: Context) -> msgspec.Struct:
         if self._draining:
             raise _stopping()
-        await self._refuse(getattr(params, "env", {}), getattr(params, "metadata", {}), getattr(params, "argv", ()))
         counted = method not in _WAITING
         self._active += counted
         scope = anyio.CancelScope()
         self._under_way.add(scope)
+        begun = False
         try:
-            with scope, self._used_by(method, params):
-                return await self._handlers[method](params, context)
+            with scope:
+                await self._refuse_what_is_kept(method, params)
+                begun = True
+                with self._used_by(method, params):
+                    return await self._handlers[method](params, context)
+            if not begun:
+                raise _stopping()
             raise _interrupted(method)
         except FileRefused as error:
             raise files.failure_from_refusal(error, getattr(params, "sandbox", None)) from error
@@ -107,6 +115,13 @@ class Dispatcher:
             self._under_way.discard(scope)
             self._active -= counted
             self._idle.set()
+
+    async def _refuse_what_is_kept(self, method: str, params: protocol.Params) -> None:
+        """A question is written down nowhere, and does not wait until secrets are known."""
+        if method not in _READS:
+            await self._refuse(
+                getattr(params, "env", {}), getattr(params, "metadata", {}), getattr(params, "argv", ())
+            )
 
     async def drain(self, *, deadline_s: float) -> None:
         """Refuse new requests, let those in flight finish, and then cut short what is left: its callers are told."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import anyio
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from sandboxd.network.metrics_door import CONNECTIONS_MAX, MetricsDoor
 from sandboxd.openmetrics import CONTENT_TYPE
@@ -60,6 +61,15 @@ def test_sandboxctl_prints_what_a_strict_reader_takes(tmp_path: Path) -> None:
         labels = {name for family in found.values() for _, series in family.samples for name, _ in series}
         known = "method result engine verb template reason verdict kind state limit le version"
         assert labels <= set(known.split()), "of each there are few values"
+
+
+def test_the_reader_of_prometheus_takes_them_as_ours_does(tmp_path: Path) -> None:
+    """The reader of these tests is ours, from the specification; this is the one that others use."""
+    with running(without_engines(tmp_path), engines=()) as daemon:
+        daemon.refusal("sandbox/pause", sandbox="absent")
+        text = daemon.ctl("metrics").stdout.decode()
+    theirs = {family.name: len(family.samples) for family in text_string_to_metric_families(text)}
+    assert theirs == {name: len(family.samples) for name, family in read(text).items()}
 
 
 def test_metrics_are_served_over_a_unix_socket_of_this_user_alone(served: tuple[Daemon, str]) -> None:

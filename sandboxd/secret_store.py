@@ -50,6 +50,9 @@ PART_CHARS_MIN = 8
 LEARN_S_MAX = 5.0
 """How long a request waits for what is only compared with it."""
 
+LEARN_AGAIN_S = 60.0
+"""How long those commands that gave nothing are left alone then: no request waits for them but the next one."""
+
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}\Z")
 _BETWEEN = re.compile(r"[\s\"'`,;:=@/?&<>|(){}\[\]]+")
 """What stands around a secret in a header, a URL, or JSON."""
@@ -88,7 +91,8 @@ class SecretStore:
         self._failed: dict[str, tuple[float, Failure]] = {}
         """When, and why."""
         self._unknown: frozenset[str] = frozenset()
-        """Those of commands that were not run since the daemon began."""
+        """Those of commands that have not given a value since the daemon began."""
+        self._learn_from_s = 0.0
         self._learning = anyio.Lock()
         self._running: collections.defaultdict[str, anyio.Lock] = collections.defaultdict(anyio.Lock)
         for name in self._names():
@@ -148,8 +152,7 @@ class SecretStore:
             )
         await anyio.to_thread.run_sync(write_private, self._path(name), value)
         self._sources.forget(name)
-        self._told.pop(name, None)
-        self._failed.pop(name, None)
+        self._forget(name)
         self._digests[name] = self._digest(value)
 
     async def put_source(self, name: str, *, command: Sequence[str] = (), credential: str = "") -> None:
@@ -166,8 +169,7 @@ class SecretStore:
         await self._sources.put(name, source)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path(name))
-        self._told.pop(name, None)
-        self._failed.pop(name, None)
+        self._forget(name)
         self._digests[name] = self._digest(value)
 
     def _check_new(self, name: str) -> None:
@@ -193,11 +195,16 @@ class SecretStore:
         self._sources.forget(name)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path(name))
+        self._forget(name)
+        if name in self._names():
+            self._learn(name)
+
+    def _forget(self, name: str) -> None:
+        """What it was, and what came of its command."""
         self._told.pop(name, None)
         self._failed.pop(name, None)
         self._digests.pop(name, None)
-        if name in self._names():
-            self._learn(name)
+        self._unknown -= {name}
 
     def check(self, names: Sequence[str]) -> None:
         """Refuse names that are none of a secret.
@@ -265,17 +272,20 @@ class SecretStore:
         return next((names[digest] for digest in digests if digest in names), None)
 
     async def _learn_of_commands(self) -> None:
-        """Run those commands of which nobody knows what they print, once, all at a time and not for long."""
+        """Run those commands of which nobody knows what they print, all at a time, not for long and not each time."""
         async with self._learning:
+            if time.monotonic() < self._learn_from_s:
+                return
             with anyio.move_on_after(LEARN_S_MAX):
                 async with anyio.create_task_group() as tasks:
                     for name in self._unknown:
                         tasks.start_soon(self._learn_of_command, name)
-            self._unknown = frozenset()
+            self._learn_from_s = time.monotonic() + LEARN_AGAIN_S
 
     async def _learn_of_command(self, name: str) -> None:
-        # One that fails, or was removed meanwhile, is said to whoever wants to have it.
-        with contextlib.suppress(Failure):
+        # One that fails, or was removed meanwhile, is said to whoever wants to have it. That the daemon is short of
+        # descriptors is no reason to refuse a request.
+        with contextlib.suppress(Failure, OSError):
             await self.reveal(name)
 
     # --- giving them ----------------------------------------------------------------------------------
@@ -340,10 +350,11 @@ class SecretStore:
                 raise Failure(f"cannot read the secret {name!r}", detail=error.strerror or "") from error
         else:
             value = await self._sources.value(name, source)
-            if source.command and self._source(name) == source:
+        if self._source(name) == source:
+            if source is not None and source.command:
                 self._told[name] = (time.monotonic(), value)
-        self._digests[name] = self._digest(value)
-        self._unknown -= {name}
+            self._digests[name] = self._digest(value)
+            self._unknown -= {name}
         return value
 
     def _learn(self, name: str) -> None:

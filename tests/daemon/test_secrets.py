@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -288,6 +289,57 @@ async def test_a_command_that_prints_nothing_any_more_holds_nobody_up_twice(tmp_
     gone.unlink()
     store = SecretStore(str(tmp_path / "kept"))
     await store.refuse({"A": "b"}, {}, ())
+    await store.refuse({"A": "b"}, {}, ())
+    assert runs.read_text() == "xx"
+
+
+@pytest.mark.parametrize("trouble", ["sys.exit(1)", "__import__('time').sleep(60)"], ids=["fails", "is slow"])
+async def test_a_command_that_gave_nothing_is_asked_again_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    """A store of passwords that was locked when the daemon began is unlocked some time."""
+    value = tmp_path / "value"
+    value.write_bytes(CANARY)
+    code = f"os.path.exists({str(value)!r}) or {trouble}; sys.stdout.write(open({str(value)!r}).read())"
+    await SecretStore(str(tmp_path / "kept")).put_source("token", command=printing(code))
+    value.unlink()
+    store = SecretStore(str(tmp_path / "kept"))
+    with monkeypatch.context() as locked:
+        locked.setattr(secret_store, "LEARN_S_MAX", 0.5)
+        await store.refuse({"A": CANARY.decode()}, {}, ())
+    value.write_bytes(CANARY)
+    await store.refuse({"A": CANARY.decode()}, {}, ())
+    monkeypatch.setattr(secret_store, "LEARN_S_MAX", 60.0)
+    monkeypatch.setattr(secret_store, "FAILED_S_MAX", 0.0)
+    monkeypatch.setattr(store, "_learn_from_s", 0.0)
+    with pytest.raises(failures.InvalidArgument):
+        await store.refuse({"A": CANARY.decode()}, {}, ())
+
+
+async def test_a_daemon_out_of_descriptors_refuses_no_request_for_a_secret_that_it_cannot_learn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await SecretStore(str(tmp_path)).put_source("token", command=["echo", CANARY.decode()])
+    store = SecretStore(str(tmp_path))
+
+    def none_left(_: str) -> list[str]:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as short:
+        short.setattr(os, "listdir", none_left)
+        await store.refuse({"A": CANARY.decode()}, {}, ())
+    monkeypatch.setattr(store, "_learn_from_s", 0.0)
+    with pytest.raises(failures.InvalidArgument):
+        await store.refuse({"A": CANARY.decode()}, {}, ())
+
+
+async def test_what_was_set_anew_is_known_and_its_command_not_run_to_learn_of_it(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    command = printing(f"open({str(runs)!r}, 'a').write('x'); print('value')")
+    await SecretStore(str(tmp_path / "kept")).put_source("token", command=command)
+    store = SecretStore(str(tmp_path / "kept"))
+    store.remove("token")
+    await store.put_source("token", command=command)
     await store.refuse({"A": "b"}, {}, ())
     assert runs.read_text() == "xx"
 

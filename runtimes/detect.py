@@ -11,6 +11,7 @@ import pwd
 import resource
 import shutil
 import socket
+import stat
 from collections.abc import Awaitable, Callable, Mapping
 
 import anyio
@@ -156,10 +157,9 @@ def _may_have_context(env: Mapping[str, str]) -> bool:
     if not os.path.lexists(settings):
         return False
     try:
-        chosen = parse.docker_context((_text(settings) or "").encode())
+        return parse.chooses_context((_text(settings) or "").encode())
     except UnreadableAnswer:
         return True
-    return chosen not in {"", "default"}
 
 
 async def _context_endpoint(client_path: str, env: Mapping[str, str]) -> str:
@@ -220,8 +220,13 @@ def _hard_limit(which: int) -> int | None:
 
 
 def _text(path: str) -> str | None:
+    """What a regular file holds; None: it cannot be read, or is no such file. Some are the user's: never waits."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read(_FILE_BYTES_MAX)
+        with open(path, encoding="utf-8", errors="replace", opener=_open_at_once) as file:
+            return file.read(_FILE_BYTES_MAX) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
     except OSError:
         return None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)

@@ -81,10 +81,6 @@ class _PodmanRow(msgspec.Struct, rename="pascal"):
     names: tuple[_Label, ...] = ()
 
 
-class _DockerSettings(msgspec.Struct, frozen=True):
-    current_context: str = msgspec.field(name="currentContext", default="")
-
-
 class _PodmanEvent(msgspec.Struct, rename="pascal"):
     status: _Word
     id: _ContainerId = msgspec.field(name="ID")
@@ -295,14 +291,19 @@ def docker_info(answer: bytes) -> DockerInfo:
     return info
 
 
-def docker_context(settings: bytes) -> str:
-    """The context that is chosen in the ``config.json`` of Docker's client; empty where none is.
+def chooses_context(settings: bytes) -> bool:
+    """Whether the ``config.json`` of Docker's client may choose another context than the default one.
+
+    The client takes a key however its letters are written, and the last of several.
 
     Raises:
         UnreadableAnswer: it is no such file.
     """
-    chosen: _DockerSettings = _decode(settings, _DockerSettings, "config.json")
-    return chosen.current_context
+    fields: dict[str, msgspec.Raw] = _decode(settings, dict[str, msgspec.Raw], "config.json")
+    return any(key.lower() == "currentcontext" and bytes(value) not in _NO_CONTEXT for key, value in fields.items())
+
+
+_NO_CONTEXT = frozenset({b'""', b'"default"'})
 
 
 def podman_info(answer: bytes) -> PodmanInfo:

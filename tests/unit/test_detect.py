@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -84,23 +85,48 @@ async def test_both_engines_are_found(bin_dir: Path, install: Install, listening
     assert podman.nofile_hard_max
 
 
-@pytest.mark.parametrize("chosen_by", ["config.json", "unreadable config.json", "DOCKER_CONTEXT"])
+CHOOSING = {
+    "config.json": '{"auths": {}, "currentContext": "elsewhere"}',
+    "config.json in small letters": '{"currentContext": "default", "auths": {}, "currentcontext": "elsewhere"}',
+    "unreadable config.json": '{"auths": {}, "currentContext": "elsewhere"',
+}
+
+
+@pytest.mark.parametrize("chosen_by", [*CHOOSING, "DOCKER_CONTEXT"])
 async def test_a_docker_context_leads_to_the_socket(
     bin_dir: Path, install: Install, listening: str, tmp_path: Path, chosen_by: str
 ) -> None:
-    """And a file that we cannot read, the client may."""
+    """And a file that we cannot read, the client may. It takes keys in any case."""
     install("docker", f"case \"$1\" in context) echo unix://{listening};; *) cat <<'X'\n{DOCKER_INFO}\nX\n;; esac")
     env = {"DOCKER_CONFIG": str(tmp_path)}
     if chosen_by == "DOCKER_CONTEXT":
         env[chosen_by] = "elsewhere"
     else:
-        text = '{"auths": {}, "currentContext": "elsewhere"' + ("}" if chosen_by == "config.json" else "")
-        (tmp_path / "config.json").write_text(text)
+        (tmp_path / "config.json").write_text(CHOOSING[chosen_by])
     _, docker = await look(bin_dir, **env)
     assert (docker.usable, docker.socket_path) == (True, listening)
 
 
-@pytest.mark.parametrize("text", [None, '{"auths": {}}', '{"currentContext": "default"}'])
+@pytest.fixture
+def fed(tmp_path: Path) -> Iterator[Path]:
+    """A FIFO out of which comes, once somebody opens it, that no context is chosen."""
+    fifo = tmp_path / "config.json"
+    os.mkfifo(fifo)
+    with subprocess.Popen(["/bin/sh", "-c", 'echo "{}" > "$0"', str(fifo)]) as writer:
+        yield fifo
+        writer.kill()
+
+
+async def test_docker_settings_that_are_no_file_are_left_to_the_client_and_nobody_waits_for_their_writer(
+    bin_dir: Path, install: Install, listening: str, fed: Path
+) -> None:
+    """A daemon that waits for what comes out of a FIFO may never start."""
+    install("docker", f"case \"$1\" in context) echo unix://{listening};; *) cat <<'X'\n{DOCKER_INFO}\nX\n;; esac")
+    _, docker = await look(bin_dir, DOCKER_CONFIG=str(fed.parent))
+    assert (docker.usable, docker.socket_path) == (True, listening)
+
+
+@pytest.mark.parametrize("text", [None, '{"auths": {}}', '{"currentContext": "default"}', '{"currentContext": ""}'])
 async def test_where_nobody_has_chosen_a_context_no_client_is_asked_for_its_socket(
     bin_dir: Path, install: Install, listening: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None
 ) -> None:

@@ -220,7 +220,7 @@ def test_no_answer_whatever_raises_anything_else(answer: bytes) -> None:
         for read_rows in (parse.containers, parse.container_event):
             with contextlib.suppress(UnreadableAnswer):
                 read_rows(engine, answer)
-    readers = (parse.container_facts, parse.container_id, parse.docker_info, parse.docker_context, parse.podman_info)
+    readers = (parse.container_facts, parse.container_id, parse.docker_info, parse.chooses_context, parse.podman_info)
     for read in readers:
         with contextlib.suppress(UnreadableAnswer):
             read(answer)

@@ -42,6 +42,9 @@ _NOTED = {
 }
 """The state that is written down; of a sandbox that is in it already there is no news."""
 
+_SEEN_AGAIN = {reconcile.Action.ADOPT, *_NOTED}
+"""What is done only if the engine still says so, where requests were served since it was asked."""
+
 
 class Repaired(NamedTuple):
     """What a repair of the journal has done."""
@@ -195,7 +198,13 @@ class Recovery:
                 tasks.start_soon(ask, engine)
         return listed
 
-    async def _carry_out(self, decision: reconcile.Decision) -> None:
+    async def _carry_out(self, decision: reconcile.Decision, *, later: bool = False) -> None:
+        """Do it.
+
+        Args:
+            decision: What was decided.
+            later: Requests were served since the engines were asked: what these said is a reason to look again.
+        """
         sandbox = self._manager.find(decision.sandbox_id)
         known = sandbox is not None and sandbox.record.state is _NOTED.get(decision.action)
         log = logger.info if known or decision.action is reconcile.Action.ADOPT else logger.warning
@@ -210,7 +219,10 @@ class Recovery:
                     )
             elif sandbox is not None:
                 async with sandbox.lock:
-                    await self._settle(sandbox, decision)
+                    if later and decision.action in _SEEN_AGAIN and sandbox.record.container_id is not None:
+                        await self._manager.look(sandbox, why=decision.reason)
+                    else:
+                        await self._settle(sandbox, decision)
         except Exception as error:  # noqa: BLE001  (one sandbox must never keep the daemon from starting)
             logger.warning("cannot %s %s: %s", decision.action.value, decision.sandbox_id, error)
 
@@ -270,7 +282,7 @@ class Recovery:
             await self._engines.refresh()
         self._journal.catch_up()
         for decision in await self._due(await self._look()):
-            await self._carry_out(decision)
+            await self._carry_out(decision, later=True)
         for sandbox in self._manager.all():
             self._manager.enforcer.restore(sandbox)
             await anyio.lowlevel.checkpoint()
@@ -311,7 +323,7 @@ class Recovery:
         ]
         if not dry_run:
             for decision in due:
-                await self._carry_out(decision)
+                await self._carry_out(decision, later=True)
             await self._remove(leftovers)
         return found, sorted({engine.name.value for engine in self._engines.usable()} - seen.listed.keys())
 

@@ -543,6 +543,31 @@ async def test_a_daemon_that_ends_waits_for_removals_but_not_for_ever(world: Wor
         await world.assert_empty()
 
 
+@pytest.mark.parametrize("state", [State.PAUSED, State.RUNNING])
+async def test_what_was_paused_or_resumed_while_the_engines_were_asked_is_no_news(
+    world: World, monkeypatch: pytest.MonkeyPatch, state: State
+) -> None:
+    """By a request of ours: what the engines said of it is old by the time that it is read."""
+    box = await world.container_of(record(state=state))
+    container_id = str(box.container_id)
+    if state is State.RUNNING:
+        await world.engine.pause(container_id)
+    listed = world.engine.list_containers
+
+    async def said_too_early(*, owner: str) -> list[ContainerSummary]:
+        said = await listed(owner=owner)
+        await (world.engine.pause if state is State.PAUSED else world.engine.resume)(container_id)
+        return said
+
+    monkeypatch.setattr(world.engine, "list_containers", said_too_early)
+    async with world.managed() as manager:
+        kept = manager.register(box)
+        monkeypatch.setattr(type(kept), "connected", True)
+        await world.recovery.sweep()
+        assert (kept.record.state, kept.record.state_reason) == (state, box.state_reason)
+        monkeypatch.undo()
+
+
 async def test_a_sandbox_whose_engine_does_not_answer_is_kept_and_looked_at_again(world: World) -> None:
     """An engine that starts later than the daemon must not cost anybody a sandbox."""
     box = await world.container_of(record())
@@ -555,7 +580,7 @@ async def test_a_sandbox_whose_engine_does_not_answer_is_kept_and_looked_at_agai
         assert await world.containers() == [box.container_id]
         world.engine.end(str(box.container_id))
         await world.recovery.sweep()
-        assert (kept.record.state, kept.record.state_reason) == (State.STOPPED, "its container is exited")
+        assert (kept.record.state, kept.record.state_reason) == (State.STOPPED, "its init ended with 0")
 
 
 @pytest.mark.parametrize(

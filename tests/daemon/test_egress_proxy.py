@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import socket
 
+import h11
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -246,10 +247,44 @@ async def test_a_head_of_too_many_lines_or_bytes_is_refused_for_what_it_is(size_
     assert len(server.heard) == (size_bytes == 0)
 
 
+@pytest.mark.parametrize("end", [b"\r\n", b"\n", b""])
+@pytest.mark.parametrize("line", [b"a:", b"a: " + b"b" * http.HEAD_BYTES_MAX])
+async def test_a_head_that_is_too_long_is_refused_before_anybody_reads_its_lines(line: bytes, end: bytes) -> None:
+    """Whoever reads sixty thousand of them first, keeps all other connections waiting for it."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        peer = http.Peer(ours, h11.SERVER)
+        head = b"GET http://good.example/ HTTP/1.1\r\n" + (line + b"\r\n") * (60_000 if len(line) == 2 else 1) + end
+        peer.wire.receive_data(head)
+        with pytest.raises(http.BadMessage) as caught:
+            await http.next_request(peer)
+        assert caught.value.status == 431
+        assert peer.wire.their_state is h11.IDLE
+
+
+@pytest.mark.parametrize("held_back", [1, 2, 3, 4])
+async def test_a_head_of_as_many_lines_as_may_be_is_taken_however_its_end_is_cut(held_back: int) -> None:
+    """A line's end may be half of the blank line, and no line more."""
+    lines = [f"X-{number}: y" for number in range(http.HEAD_LINES_MAX - 2)]
+    data = get("http://good.example/", *lines)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        peer = http.Peer(ours, h11.SERVER)
+        peer.wire.receive_data(data[:-held_back])
+        theirs.sendall(data[-held_back:])
+        request = await http.next_request(peer)
+        assert request is not None
+        assert len(request.headers) == http.HEAD_LINES_MAX
+
+
 async def test_an_answer_of_too_many_header_lines_is_a_bad_gateway() -> None:
     many = b"".join(b"X-%d: y\r\n" % number for number in range(http.HEAD_LINES_MAX))
     async with egressing(Recorder(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n" + many + b"\r\n")) as proxy:
-        assert (await said_to(proxy.port, get("http://good.example/"))).startswith(b"HTTP/1.1 502 ")
+        answer = await said_to(proxy.port, get("http://good.example/"))
+        assert answer.startswith(b"HTTP/1.1 502 ")
+        assert f"more than {http.HEAD_LINES_MAX} lines".encode() in answer
 
 
 async def test_one_who_drips_is_let_go_and_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:

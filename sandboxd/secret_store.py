@@ -2,7 +2,7 @@
 
 A value is in its file, and in memory while it is set, given, or added to requests; nowhere else. The journal, the
 events and every reply know names. Of others than those in files only the source is kept (``secret_sources``). To
-refuse a secret that somebody passes as a variable, keyed digests are kept, which tell nothing.
+refuse a secret that somebody passes as a variable, only digests are kept (``secret_digests``).
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import collections
 import contextlib
 import errno
 import functools
-import hashlib
 import logging
 import os
 import re
 import secrets as randomness
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import anyio
@@ -28,6 +27,7 @@ from runtimes.init.file_worker import FileRefused
 from sandboxd import spelling
 from sandboxd.failures import CapacityExceeded, Conflict, Failure, InvalidArgument, NotFound, PrerequisiteMissing
 from sandboxd.sandbox import Sandbox
+from sandboxd.secret_digests import PART_CHARS_MIN, SecretDigests
 from sandboxd.secret_sources import VALUE_BYTES_MAX, Source, Sources, read_value, write_private
 from sandboxd.timings import now_ms
 
@@ -44,9 +44,6 @@ TOLD_S_MAX = 60.0
 FAILED_S_MAX = 5.0
 """How long a command that gave nothing is not run again: requests come as fast as a sandbox likes."""
 
-PART_CHARS_MIN = 8
-"""Shorter secrets are refused only where they are all of a variable's value, for they are words, too."""
-
 LEARN_S_MAX = 5.0
 """How long a request waits for what is only compared with it."""
 
@@ -54,8 +51,6 @@ LEARN_AGAIN_S = 60.0
 """How long those commands that gave nothing are left alone then: no request waits for them but the next one."""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}\Z")
-_BETWEEN = re.compile(r"[\s\"'`,;:=@/?&<>|(){}\[\]]+")
-"""What stands around a secret in a header, a URL, or JSON."""
 
 
 class KnownSecret(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,11 +76,10 @@ class SecretStore:
 
     def __init__(self, directory: str, credentials: str | None = None, env: Mapping[str, str] | None = None) -> None:
         self._directory = directory
-        self._key = randomness.token_bytes(32)
         os.makedirs(directory, mode=0o700, exist_ok=True)
         os.chmod(directory, 0o700)
         self._sources = Sources(directory, credentials=credentials, env=env or {})
-        self._digests: dict[str, bytes] = {}
+        self._digests = SecretDigests(randomness.token_bytes(32))
         """Of the values that are known: of a command's, once it was run."""
         self._told: dict[str, tuple[float, bytes]] = {}
         self._failed: dict[str, tuple[float, Failure]] = {}
@@ -153,7 +147,7 @@ class SecretStore:
         await anyio.to_thread.run_sync(write_private, self._path(name), value)
         self._sources.forget(name)
         self._forget(name)
-        self._digests[name] = self._digest(value)
+        self._digests.learn(name, value)
 
     async def put_source(self, name: str, *, command: Sequence[str] = (), credential: str = "") -> None:
         """Keep where a secret comes from, new or changed; it must give a value now.
@@ -170,7 +164,7 @@ class SecretStore:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path(name))
         self._forget(name)
-        self._digests[name] = self._digest(value)
+        self._digests.learn(name, value)
 
     def _check_new(self, name: str) -> None:
         check_name(name)
@@ -203,7 +197,7 @@ class SecretStore:
         """What it was, and what came of its command."""
         self._told.pop(name, None)
         self._failed.pop(name, None)
-        self._digests.pop(name, None)
+        self._digests.forget(name)
         self._unknown -= {name}
 
     def check(self, names: Sequence[str]) -> None:
@@ -242,7 +236,7 @@ class SecretStore:
     def refuse_in(self, env: Mapping[str, str]) -> None:
         """Refuse variables that hold a known secret: they would be in the journal, and readable for every process.
 
-        As all of a value, or as a part of it between the marks that stand around such in a header, a URL or JSON.
+        As all of a value, or as a part of it (see ``secret_digests``).
 
         Raises:
             InvalidArgument: one does. Says which, and how a secret is given.
@@ -252,7 +246,7 @@ class SecretStore:
             self._refuse_text(value, f"the variable {variable!r}", why, chars_min=1)
 
     def _refuse_text(self, text: str, where: str, why: str, *, chars_min: int = PART_CHARS_MIN) -> None:
-        name = self._name_in(text, chars_min)
+        name = self._digests.name_in(text, chars_min=chars_min)
         if name is not None:
             raise InvalidArgument(
                 f"cannot pass the secret {name!r} in {where}",
@@ -262,14 +256,7 @@ class SecretStore:
 
     def holds(self, text: str) -> bool:
         """Whether a text holds a known secret that is too long for a mere word."""
-        return self._name_in(text, PART_CHARS_MIN) is not None
-
-    def _name_in(self, text: str, chars_min: int) -> str | None:
-        if len(text) < chars_min or not self._digests:
-            return None
-        names = {digest: name for name, digest in self._digests.items()}
-        digests = (self._digest(part.encode(errors="surrogateescape")) for part in _parts(text))
-        return next((names[digest] for digest in digests if digest in names), None)
+        return self._digests.name_in(text, chars_min=PART_CHARS_MIN) is not None
 
     async def _learn_of_commands(self) -> None:
         """Run those commands of which nobody knows what they print, all at a time, not for long and not each time."""
@@ -353,7 +340,7 @@ class SecretStore:
         if self._source(name) == source:
             if source is not None and source.command:
                 self._told[name] = (time.monotonic(), value)
-            self._digests[name] = self._digest(value)
+            self._digests.learn(name, value)
             self._unknown -= {name}
         return value
 
@@ -365,7 +352,7 @@ class SecretStore:
             return
         try:
             path = self._path(name) if source is None else self._sources.credential_path(source.credential)
-            self._digests[name] = self._digest(read_value(name, path))
+            self._digests.learn(name, read_value(name, path))
         except (Failure, OSError) as error:
             # Said again to whoever wants to have it.
             logger.warning("cannot use the secret %r: %s", name, getattr(error, "strerror", None) or error)
@@ -413,10 +400,6 @@ class SecretStore:
                             detail=os.strerror(error.errno),
                         ) from error
 
-    def _digest(self, value: bytes) -> bytes:
-        """Of a value without the line feed that a shell takes away."""
-        return hashlib.blake2b(value.rstrip(b"\n"), key=self._key).digest()
-
 
 def check_name(name: str) -> None:
     """Refuse what is no name of a secret.
@@ -429,14 +412,6 @@ def check_name(name: str) -> None:
             f"cannot name a secret {name!r}",
             detail="a name has 1 to 63 of A-Z a-z 0-9 _ . -, and begins with a letter, a digit or _",
         )
-
-
-def _parts(value: str) -> Iterator[str]:
-    """All of a value, and what of it may be a secret."""
-    yield value
-    for part in set(_BETWEEN.split(value)):
-        if len(part) >= PART_CHARS_MIN and part != value:
-            yield part
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

@@ -454,8 +454,8 @@ def _close_forward(sandbox: Sandbox, forward_id: str, door: Door) -> None:
             remove_path(forward.path)
 
 
-async def listening_inside(sandbox: Sandbox) -> list[culprit.Listening] | None:
-    """All that listens inside; None: the host may not look."""
+async def listening_inside(sandbox: Sandbox) -> culprit.Listed | None:
+    """What listens inside; None: the host may not look."""
     if sandbox.pid is None:
         return None
     try:

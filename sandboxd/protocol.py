@@ -1331,6 +1331,8 @@ class PortList(Reply, frozen=True):
     forwards: list[PortForward]
     listening: list[ListeningPort] | None
     """Our own doors included; null where the host may not look. Forwards lead to TCP ports."""
+    truncated: bool = False
+    """More listens than this: 1 024 are told at most, fewer where a sandbox has thousands of UDP sockets."""
 
 
 # --- services -------------------------------------------------------------------------------------------

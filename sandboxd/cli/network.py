@@ -167,6 +167,8 @@ def _ports(arguments: argparse.Namespace) -> int:
         show_json(reply)
     else:
         show(render_network.ports(reply, columns()))
+    if reply.get("truncated"):
+        say("more listens than this: only a part is shown")
     return 0
 
 

@@ -69,8 +69,9 @@ class NetworkHandlers:
             if listening is None
             else [
                 protocol.ListeningPort(address=each.address, port=each.port, protocol=each.protocol)
-                for each in listening
+                for each in listening.sockets
             ],
+            truncated=listening is not None and listening.truncated,
         )
 
     async def close(self, params: protocol.PortCloseParams, _: Context) -> protocol.Acknowledged:

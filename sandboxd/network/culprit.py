@@ -14,6 +14,11 @@ from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 TABLE_BYTES_MAX = 4 * 1024 * 1024
+LISTED_BYTES_MAX = 256 * 1024
+"""Of a table that is shown, some 1 500 rows. The kernel counts UDP sockets from the first again for each page of
+theirs, so that tens of thousands in a sandbox would cost the host many seconds."""
+
+LISTED_MAX = 1024
 PROCESSES_MAX = 512
 DESCRIPTORS_MAX = 1024
 PROGRAM_CHARS_MAX = 64
@@ -100,28 +105,45 @@ class Listening(NamedTuple):
     protocol: Literal["tcp", "udp"]
 
 
-def listening_ports(init_pid: int) -> list[Listening]:
-    """All that listens in the network namespace of init, by port.
+class Listed(NamedTuple):
+    """What was found, by port; ``truncated``: there is more."""
+
+    sockets: list[Listening]
+    truncated: bool
+
+
+def listening_ports(init_pid: int) -> Listed:
+    """What listens in the network namespace of init, as far as a list of it is bounded.
 
     A UDP socket does not listen; it is told of where it has a port and no peer, so that anybody may send to it.
 
     Raises:
         OSError: it cannot be read.
     """
-    found: set[Listening] = set()
+    found: dict[Listening, None] = {}
+    truncated = False
     for protocol in ("tcp", "udp"):
-        state = _STATE_LISTENING[protocol]
         for name in (protocol, f"{protocol}6"):
-            with (
-                contextlib.suppress(FileNotFoundError),
-                open(f"/proc/{init_pid}/net/{name}", encoding="ascii") as table,
-            ):
-                for line in table.read(TABLE_BYTES_MAX).splitlines()[1:]:
-                    fields = line.split()
-                    if len(fields) > 9 and fields[3] == state:
-                        address, port = _address_in(fields[1])
-                        found.add(Listening(port, address, protocol))
-    return sorted(found)
+            rows, cut = _rows_of(init_pid, name)
+            taking = [row for row in rows if row[3] == _STATE_LISTENING[protocol]]
+            for row in taking:
+                address, port = _address_in(row[1])
+                found[Listening(port, address, protocol)] = None
+            # TCP sockets that listen come before those that are connected.
+            truncated |= cut and (protocol == "udp" or rows[-1:] == taking[-1:])
+    sockets = list(found)
+    return Listed(sorted(sockets[:LISTED_MAX]), truncated or len(sockets) > LISTED_MAX)
+
+
+def _rows_of(init_pid: int, name: str) -> tuple[list[list[str]], bool]:
+    """The fields of the first rows of a table, and whether there are more."""
+    try:
+        with open(f"/proc/{init_pid}/net/{name}", encoding="ascii") as table:
+            lines = table.read(LISTED_BYTES_MAX).splitlines()
+            cut = bool(table.read(1))
+    except FileNotFoundError:
+        return [], False
+    return [fields for line in lines[1:] if len(fields := line.split()) > 9], cut
 
 
 def _address_in(text: str) -> tuple[str, int]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import os
 import socket
+import types
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,12 @@ from sandboxd.background import Background
 from sandboxd.config import Config
 from sandboxd.config import Service as ServiceSetting
 from sandboxd.failures import Conflict, Failure, InvalidArgument, NotFound, Unsupported
+from sandboxd.handlers.network import NetworkHandlers
 from sandboxd.lifecycle import State
-from sandboxd.network import streams
+from sandboxd.network import culprit, streams
 from sandboxd.network.egress import PROXY_PORT
 from sandboxd.network.outside import Outside
-from sandboxd.protocol import NetworkSetParams
+from sandboxd.protocol import NetworkSetParams, SandboxParams
 from sandboxd.records import EgressRecord, ForwardRecord, GrantRecord, SandboxRecord
 from sandboxd.services.room import ServiceRoom
 from tests.daemon.proxies import PATIENCE_S, door, listening, port_of, said_to
@@ -427,6 +430,28 @@ async def test_a_network_that_is_not_what_it_should_be_is_told_of_where_the_sand
         assert attachments.problems(box) == []
         with pytest.raises(Failure):
             await Attachments(None, None, None, Switch(Failure("no")), no_secrets).attach(box, require_network=True)  # type: ignore[arg-type]
+
+
+async def test_a_sandbox_that_listens_on_more_than_is_listed_hides_no_forward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer that no frame holds would be none: a forward could not be closed by its port any more."""
+    monkeypatch.setattr(culprit, "LISTED_MAX", 1)
+    async with attaching(tmp_path) as attachments:
+        box: Any = Loopback()
+        box.pid = os.getpid()
+        forward = attachments.forward(box, port=80, address="127.0.0.1", host_port=0, path=None)
+        manager: Any = types.SimpleNamespace(get=lambda _: box)
+        nothing: Any = None
+        ports = NetworkHandlers(manager, nothing, attachments, nothing).ports
+        with listening(), listening():
+            listed = await ports(SandboxParams(sandbox="box"), nothing)
+        assert [each.forward_id for each in listed.forwards] == [forward.id]
+        assert listed.listening is not None
+        assert (len(listed.listening), listed.truncated) == (1, True)
+        box.pid = None
+        listed = await ports(SandboxParams(sandbox="box"), nothing)
+        assert (listed.listening, listed.truncated) == (None, False)
 
 
 def test_what_is_added_is_a_rule_like_the_others_of_the_mode_that_obeys_them() -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from sandboxd.cli import render_network
+from sandboxd.cli import network, render_network
+from sandboxd.cli.main import main
 
 TAP = {"name": "tap0", "received_bytes": 1, "sent_bytes": 2}
 
@@ -16,6 +17,21 @@ def test_what_listens_is_told_with_its_protocol() -> None:
     rows = [{"address": "127.0.0.1", "port": 53, "protocol": protocol} for protocol in ("tcp", "udp")]
     shown = render_network.ports({"forwards": [], "listening": rows}).splitlines()
     assert [line.split() for line in shown[-2:]] == [["127.0.0.1", "53", "tcp"], ["127.0.0.1", "53", "udp"]]
+
+
+@pytest.mark.parametrize(("reply", "said"), [({"truncated": True}, True), ({"truncated": False}, False), ({}, False)])
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_that_more_listens_than_is_shown_is_said_beside_the_table(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    reply: dict[str, bool],
+    said: bool,
+) -> None:
+    """Who looks for a port that is not there would take it for closed. An older daemon lists all of them."""
+    monkeypatch.setattr(network, "request", lambda *_, **__: {"forwards": [], "listening": [], **reply})
+    assert main(["ports", "box", *flags]) == 0
+    assert ("more listens than this" in capsys.readouterr().err) is said
 
 
 @pytest.mark.parametrize(("network", "place"), [("own", "own network"), ("host", "127.0.0.1:4711"), (None, "-")])

@@ -24,7 +24,7 @@ from typing import TypeVar
 import msgspec
 
 from runtimes import beneath, mounts
-from sandboxd.failures import Conflict, Failure, NotEnoughSpace, NotFound, Unsupported
+from sandboxd.failures import CapacityExceeded, Conflict, Failure, NotEnoughSpace, NotFound, Unsupported
 from sandboxd.trees import (
     DEPTH_MAX,
     PERMISSIONS,
@@ -292,12 +292,20 @@ def _opener(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 
+_KINDS: dict[int, type[Failure]] = {
+    errno.ENOSPC: NotEnoughSpace,
+    errno.EDQUOT: NotEnoughSpace,
+    errno.EMFILE: CapacityExceeded,
+    errno.ENFILE: CapacityExceeded,
+}
+
+
 @contextlib.contextmanager
 def _said(brief: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        failure = NotEnoughSpace if error.errno in (errno.ENOSPC, errno.EDQUOT) else Failure
+        failure = _KINDS.get(error.errno or 0, Failure)
         raise failure(brief, detail=error.strerror or str(error), hint="df -h, and SANDBOXD_STATE_DIR") from error
 
 

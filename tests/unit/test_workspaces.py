@@ -187,7 +187,12 @@ def test_a_conflict_tells_of_each_path_in_one_line() -> None:
 
 @pytest.mark.parametrize(
     ("number", "type_"),
-    [(errno.ENOSPC, "not_enough_space"), (errno.EDQUOT, "not_enough_space"), (errno.EIO, "internal")],
+    [
+        (errno.ENOSPC, "not_enough_space"),
+        (errno.EDQUOT, "not_enough_space"),
+        (errno.EMFILE, "capacity_exceeded"),
+        (errno.EIO, "internal"),
+    ],
 )
 def test_a_full_disk_is_said_to_be_full(number: int, type_: str) -> None:
     """Whoever has a copy made can do something about that."""

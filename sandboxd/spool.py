@@ -330,10 +330,11 @@ class Spool:
     async def keep_bounded(self, ended: anyio.Event) -> None:
         """Punch holes as they become due, until the command has ended. To be run as a task while it lives.
 
-        A hole that cannot be punched is tried again; if the file outgrows the ceiling meanwhile, its tail goes.
+        A hole that cannot be punched is tried again; if the file outgrows the ceiling meanwhile, its tail goes. Where
+        no descriptor is to be had, it begins when there is one.
         """
         threads = anyio.CapacityLimiter(1)
-        waiter = _Waiter(self._inotify, self._descriptor(), ended)
+        waiter = _Waiter(self._inotify, await self._descriptor_at_last(), ended)
         punched_until, rate, size, looked_s = 0, float(RATE_MAX), 0, time.monotonic()
         try:
             while True:
@@ -373,6 +374,17 @@ class Spool:
 
     def _descriptor(self) -> int:
         return os.dup(self._fd) if self._fd >= 0 else self._reopen()
+
+    async def _descriptor_at_last(self) -> int:
+        while True:
+            try:
+                return self._descriptor()
+            except CapacityExceeded:
+                pass
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE):
+                    raise
+            await anyio.sleep(PAUSE_S_MAX)
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[int]:

@@ -434,6 +434,26 @@ async def test_a_short_output_is_left_alone(output: tuple[Spool, int]) -> None:
     assert (stat.bytes_written, stat.bytes_kept, stat.dropped, stat.truncated) == (256, 256, (), False)
 
 
+async def test_an_output_is_bounded_as_soon_as_there_is_a_descriptor_for_it(
+    output: tuple[Spool, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon that has none left for a moment must not leave a command's output to grow for as long as it runs."""
+    spool, fd = output
+    write_all(fd, EVERY_BYTE * 16 * KIB)
+    left, dup = [errno.EMFILE, errno.ENFILE], os.dup
+
+    def none_left(descriptor: int) -> int:
+        if left:
+            raise OSError(left.pop(), "none left")
+        return dup(descriptor)
+
+    monkeypatch.setattr(os, "dup", none_left)
+    with anyio.fail_after(DEADLINE_S):
+        await spool.keep_bounded(ended())
+    assert not left
+    assert (await spool.stat()).truncated
+
+
 async def test_the_next_daemon_knows_what_the_last_one_knew(
     spools: SpoolDirectory, output: tuple[Spool, int], inotify: Inotify
 ) -> None:

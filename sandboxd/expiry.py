@@ -105,10 +105,14 @@ def begun(lifetime_ms: int | None, idle_timeout_ms: int | None, on_timeout: str,
 
 
 def after(record: LifetimeRecord, state: State, event: Event, now_ms: int) -> LifetimeRecord:
-    """What is left of its time after something happened to it."""
+    """What is left of its time after something happened to it.
+
+    The clock of what is paused stands still. However that ends, by going on or with its container, it has a whole
+    lifetime from then: what is stopped or lost must not stay for ever where its user wanted an end.
+    """
     if event is Event.PAUSE:
         return msgspec.structs.replace(record, expires_at_ms=None)
-    if event is Event.ADOPTED and state is State.PAUSED:
+    if state is State.PAUSED:
         return begun(record.lifetime_ms, record.idle_timeout_ms, record.on_timeout, now_ms)
     return record
 

@@ -133,26 +133,41 @@ def test_a_shell_that_is_exited_says_so_and_is_gone(box: dict[str, Any], shell: 
         assert (result.stdout, result.shell_ended) == ("replaced\n", True)
 
 
+BUSY = "while :; do :; done"
+
+TRIES = {BUSY: 4}
+"""Busybox leaves its signal handler by a jump: at times it was allocating memory, and hangs in its lock for ever.
+Such a shell is replaced. Of a few one must come back by itself, as all others must at once."""
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "sleep 1000",
-        "while :; do :; done",
+        BUSY,
         "sh -c 'trap \"\" INT; sleep 1000'",
         "sh -c 'trap \"\" INT TERM; while :; do sleep 1000; done'",
         "sh -c 'kill -STOP $$'",
         "sleep 1000 | cat; cat /dev/zero > /dev/null",
     ],
 )
-def test_what_hangs_is_ended_and_the_shell_comes_back_with_its_state(shell: Any, text: str) -> None:
+def test_what_hangs_is_ended_and_the_shell_comes_back_with_its_state(box: dict[str, Any], text: str) -> None:
     """As by Ctrl-C, and by TERM and KILL to what began with the text; the job of an earlier text stays."""
-    shell.run("cd /usr; mark=kept; sleep 1000 & job=$!")
-    with pytest.raises(TimeoutException) as raised:
-        shell.run(f"echo before; {text}", timeout=0.5)
-    result = raised.value.result
-    assert (result.stdout, result.status, result.interrupted) == ("before\n", "timeout", True)
-    assert (result.restarted, result.shell_ended) == (False, False)
-    assert shell.run("echo $mark; pwd; kill -0 $job && echo lives; kill $job").stdout == "kept\n/usr\nlives\n"
+    for _ in range(TRIES.get(text, 1)):
+        with Sandbox.connect(box["id"]).shells.open() as shell:
+            shell.run("cd /usr; mark=kept; sleep 1000 & job=$!")
+            with pytest.raises(TimeoutException) as raised:
+                shell.run(f"echo before; {text}", timeout=0.5)
+            result = raised.value.result
+            assert (result.stdout, result.status, result.interrupted) == ("before\n", "timeout", True)
+            assert not result.shell_ended
+            if not result.restarted:
+                assert (
+                    shell.run("echo $mark; pwd; kill -0 $job && echo lives; kill $job").stdout
+                    == "kept\n/usr\nlives\n"
+                )
+                return
+    pytest.fail("no shell came back by itself")
 
 
 def test_a_shell_that_does_not_come_back_is_replaced_and_keeps_what_it_exported(shell: Any) -> None:

@@ -14,6 +14,7 @@ from sandboxd.audit.files import AuditFiles, Note
 from sandboxd.audit.reading import verify
 from sandboxd.audit.trail import Trail
 from sandboxd.client import Connection
+from sandboxd.config import DEFAULT_IMAGE
 from tests.engine.daemons import Daemon
 
 REQUESTS = 200
@@ -71,7 +72,8 @@ class _Touching:
 def _touching(bench: Bench, engine: str, *, enabled: bool) -> Iterator[_Touching]:
     """See ``_Touching``; with the log or without."""
     directory = Path(bench.directory, f"touched-{engine}-{enabled}")
-    daemon = Daemon(directory, env={"SANDBOXD_AUDIT_ENABLED": str(enabled).lower()})
+    env = {"SANDBOXD_AUDIT_ENABLED": str(enabled).lower(), "SANDBOXD_DEFAULTS_IMAGE": DEFAULT_IMAGE}
+    daemon = Daemon(directory, env=env)
     daemon.start()
     try:
         box = daemon.create(engine)

@@ -297,7 +297,7 @@ class Sandbox:
         descriptor = os.open(self.resolver_path, flags, 0o644)
         try:
             os.fchmod(descriptor, 0o644)  # whatever our mask says: another user reads it
-            os.write(descriptor, text.encode())
+            write_all(descriptor, text.encode())
         finally:
             os.close(descriptor)
 
